@@ -1,0 +1,1 @@
+//! One verb per file: straight lines, no logic of their own.

@@ -1,0 +1,112 @@
+//! One error type. Each variant is a room's failure and has a stable exit code; each fault names the
+//! place, what is wrong (with both values) and the way out.
+
+use std::fmt;
+use std::path::Path;
+
+/// The library's result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Where something is wrong, what is wrong there, and what to do about it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fault {
+    /// File, line, row, tensor or key: the place a person would look at.
+    pub place: String,
+    /// What is wrong, with the value found and the value expected.
+    pub what: String,
+    /// The way out; empty where there is none to offer.
+    pub hint: String,
+}
+
+impl Fault {
+    /// A fault at `place`; add the way out with [`Fault::hint`].
+    pub fn new(place: impl fmt::Display, what: impl fmt::Display) -> Self {
+        Self { place: place.to_string(), what: what.to_string(), hint: String::new() }
+    }
+
+    /// A fault in the file or folder `path`.
+    pub fn at(path: &Path, what: impl fmt::Display) -> Self {
+        Self::new(path.display(), what)
+    }
+
+    /// Says the way out.
+    #[must_use]
+    pub fn hint(mut self, hint: impl fmt::Display) -> Self {
+        self.hint = hint.to_string();
+        self
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.place.is_empty() {
+            write!(f, "{}", self.what)?;
+        } else {
+            write!(f, "{}: {}", self.place, self.what)?;
+        }
+        if !self.hint.is_empty() {
+            write!(f, "\n  help: {}", self.hint)?;
+        }
+        Ok(())
+    }
+}
+
+/// Everything that can end a command early.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The recipe (or an override) is wrong; all its problems at once.
+    #[error("{}", list(.0))]
+    Recipe(Vec<Fault>),
+    /// The dataset or its template cannot be trained on as it is.
+    #[error("{0}")]
+    Data(Fault),
+    /// The base model, its config, its tokenizer or an adapter's files are damaged or not supported.
+    #[error("{0}")]
+    Model(Fault),
+    /// Something could not be written, or the output folder is in use.
+    #[error("{0}")]
+    Output(Fault),
+    /// A saved state is damaged, or belongs to another recipe, dataset or base.
+    #[error("{0}")]
+    State(Fault),
+    /// The device is missing, refused or out of memory.
+    #[error("{0}")]
+    Device(Fault),
+    /// The loss or a gradient stopped being finite too often.
+    #[error("{0}")]
+    Diverged(Fault),
+    /// A quality gate (`--fail-under`) was missed.
+    #[error("{0}")]
+    Gate(Fault),
+    /// A hub or server could not be reached or refused.
+    #[error("{0}")]
+    Network(Fault),
+    /// A signal asked the run to stop; its state is saved and `--resume` continues it.
+    #[error("{0}")]
+    Interrupted(Fault),
+}
+
+impl Error {
+    /// The process exit code of this error. Stable: documented in the README, relied on by CI.
+    ///
+    /// 1 is a bug or an uncaught failure, 2 is wrong usage of the command line (clap's own).
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Error::Recipe(_) => 3,
+            Error::Data(_) => 4,
+            Error::Model(_) => 5,
+            Error::Output(_) => 6,
+            Error::State(_) => 7,
+            Error::Device(_) => 8,
+            Error::Diverged(_) => 9,
+            Error::Gate(_) => 10,
+            Error::Network(_) => 11,
+            // EX_TEMPFAIL of sysexits.h: run it again (with --resume).
+            Error::Interrupted(_) => 75,
+        }
+    }
+}
+
+fn list(faults: &[Fault]) -> String {
+    faults.iter().map(Fault::to_string).collect::<Vec<_>>().join("\n")
+}

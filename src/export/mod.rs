@@ -1,0 +1,1 @@
+//! What is written: PEFT adapters, merged models, the manifest.

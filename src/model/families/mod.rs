@@ -1,0 +1,1 @@
+//! One page of data per family: `config.json` to [`crate::model::ModelSpec`] and tensor names.

@@ -1,0 +1,442 @@
+//! The recipe's structs. Their doc comments are the reference: `engraft schema` and the README print them.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// A fine-tuning run: which base, which adapter, which data, how trained, what written.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// Hub id (`owner/name`), folder of safetensors, or `.gguf` file. A bare `.gguf` name is also looked for in the cache's `models` folder.
+    pub base_model: String,
+    /// Hub revision: branch, tag or commit.
+    #[serde(default)]
+    pub revision: Option<String>,
+    /// Number type of the frozen base and of the activations.
+    #[serde(default)]
+    pub dtype: Dtype,
+    /// Where to train.
+    #[serde(default)]
+    pub device: DeviceChoice,
+    /// The adapter.
+    #[serde(default)]
+    pub adapter: AdapterRecipe,
+    /// The data.
+    pub dataset: DatasetRecipe,
+    /// How to train.
+    #[serde(default)]
+    pub training: TrainingRecipe,
+    /// What to write.
+    pub output: OutputRecipe,
+}
+
+/// Number type of the frozen base and of the activations; adapters, optimizer and loss are always fp32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Dtype {
+    /// bfloat16.
+    #[default]
+    Bf16,
+    /// IEEE half, with dynamic loss scaling.
+    Fp16,
+    /// IEEE single.
+    Fp32,
+}
+
+/// Where to train. `auto` takes CUDA when there is one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceChoice {
+    /// CUDA when there is one, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The first CUDA device; an error where there is none.
+    Cuda,
+}
+
+/// What is grafted. Names are PEFT's.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct AdapterRecipe {
+    /// The method.
+    pub method: AdapterMethod,
+    /// Rank.
+    pub r: u32,
+    /// Scale numerator: the update is `lora_alpha / r * B A` (`lora_alpha / sqrt(r)` with `use_rslora`).
+    pub lora_alpha: f64,
+    /// Dropout on the adapter's input, from 0 up to but not including 1.
+    pub lora_dropout: f64,
+    /// `all-linear` (every linear but the head), module names (by suffix), or one regular expression over the full module path.
+    pub target_modules: Targets,
+    /// Modules left out, by the same rules as `target_modules`.
+    pub exclude_modules: Option<Targets>,
+    /// Only these layers (indices from 0).
+    pub layers_to_transform: Option<Vec<u32>>,
+    /// Rank by module name or regular expression.
+    pub rank_pattern: BTreeMap<String, u32>,
+    /// `lora_alpha` by module name or regular expression.
+    pub alpha_pattern: BTreeMap<String, f64>,
+    /// Rank-stabilised scale, `lora_alpha / sqrt(r)` (arXiv:2312.03732).
+    pub use_rslora: bool,
+    /// How A starts; B starts at zero.
+    pub init_lora_weights: InitLora,
+    /// Continue from this adapter folder (PEFT layout).
+    pub adapter_name_or_path: Option<PathBuf>,
+}
+
+impl Default for AdapterRecipe {
+    fn default() -> Self {
+        Self {
+            method: AdapterMethod::Lora,
+            r: 16,
+            lora_alpha: 32.0,
+            lora_dropout: 0.0,
+            target_modules: Targets::default(),
+            exclude_modules: None,
+            layers_to_transform: None,
+            rank_pattern: BTreeMap::new(),
+            alpha_pattern: BTreeMap::new(),
+            use_rslora: false,
+            init_lora_weights: InitLora::Kaiming,
+            adapter_name_or_path: None,
+        }
+    }
+}
+
+/// The adapter method.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum AdapterMethod {
+    /// Low-rank adaptation (arXiv:2106.09685).
+    #[default]
+    Lora,
+}
+
+/// One name or regular expression, or a list of names.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum Targets {
+    /// `all-linear`, or a regular expression that must match the whole module path.
+    Pattern(String),
+    /// Module names; a module matches when its path is a name or ends in `.name`.
+    Names(Vec<String>),
+}
+
+impl Default for Targets {
+    fn default() -> Self {
+        Targets::Pattern("all-linear".into())
+    }
+}
+
+/// How A starts; B starts at zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum InitLora {
+    /// Uniform in +-1/sqrt(in), PEFT's default (`kaiming_uniform_` with a = sqrt(5)).
+    #[default]
+    Kaiming,
+    /// Normal with standard deviation 1/r, PEFT's `gaussian`.
+    Gaussian,
+}
+
+/// What is learned from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DatasetRecipe {
+    /// Parquet to train on: a file, folder, glob, or a list of these, each with an optional weight.
+    pub train: Sources,
+    /// Parquet to evaluate on.
+    #[serde(default)]
+    pub eval: Option<Sources>,
+    /// What a row is; inferred from the columns when not named.
+    #[serde(default)]
+    pub format: Option<DataFormat>,
+    /// Column names, where they differ from the format's own: `{messages: conversations}`, `{prompt: question, completion: answer}`.
+    #[serde(default)]
+    pub columns: BTreeMap<String, String>,
+    /// Chat template: a built-in name, a file (`.jinja`), or absent for the model's own.
+    #[serde(default)]
+    pub chat_template: Option<String>,
+    /// System message put before conversations that have none.
+    #[serde(default)]
+    pub system: Option<String>,
+    /// Longest document, in tokens.
+    #[serde(default = "max_length")]
+    pub max_length: u32,
+    /// What to do with a row longer than `max_length`.
+    #[serde(default)]
+    pub overlong: Overlong,
+    /// What to do with a row that has nothing to train on or is malformed.
+    #[serde(default)]
+    pub on_bad_row: OnBadRow,
+    /// Fill each micro-batch row up to `max_length` with whole documents; they never attend to each other.
+    #[serde(default)]
+    pub packing: bool,
+    /// Which tokens are trained.
+    #[serde(default)]
+    pub train_on: TrainOn,
+    /// Encode special-token text inside user content as the special token instead of as plain text.
+    #[serde(default)]
+    pub allow_special_tokens: bool,
+    /// Mix rows anew each epoch (from `training.seed`).
+    #[serde(default = "yes")]
+    pub shuffle: bool,
+    /// Use at most this many rows (the first ones), for trials.
+    #[serde(default)]
+    pub limit: Option<u64>,
+}
+
+/// One source, or several.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum Sources {
+    /// A file, folder or glob.
+    One(String),
+    /// Several, each with an optional weight.
+    Many(Vec<Source>),
+}
+
+/// A file, folder or glob, with an optional weight.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum Source {
+    /// Weight 1.
+    Path(String),
+    /// `{path, weight}`.
+    Weighted(WeightedSource),
+}
+
+/// A source with a weight.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct WeightedSource {
+    /// A file, folder or glob.
+    pub path: String,
+    /// How often each row is seen per epoch: 2 sees every row twice, 0.5 a seeded half of them.
+    #[serde(default = "one")]
+    pub weight: f64,
+}
+
+/// What a row is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum DataFormat {
+    /// A list of `{role, content}` (or ShareGPT's `{from, value}`), or a JSON string of one.
+    Messages,
+    /// Two strings (or two message lists); the completion is trained. Strings are used as they are, without a chat template.
+    PromptCompletion,
+    /// Alpaca's `instruction`, optional `input`, `output`: one user turn and one assistant turn through the chat template.
+    Instruction,
+    /// Plain text, every token trained.
+    Text,
+}
+
+/// A row longer than `max_length`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Overlong {
+    /// Leave it out, counted (`text` is split into several documents instead, nothing lost).
+    #[default]
+    Drop,
+    /// Keep its first `max_length` tokens, counted; a row whose answer is cut is named in the report.
+    Truncate,
+    /// Stop with the row.
+    Error,
+}
+
+/// A row that is malformed or has nothing to train on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OnBadRow {
+    /// Stop with the row.
+    #[default]
+    Error,
+    /// Leave it out, counted and named.
+    Skip,
+}
+
+/// Which tokens are trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum TrainOn {
+    /// The completion, or every assistant turn with its end-of-turn token (another name for `assistant`).
+    #[default]
+    Completion,
+    /// Every assistant turn with its end-of-turn token.
+    Assistant,
+    /// The last assistant turn with its end-of-turn token.
+    LastAssistant,
+    /// Every token.
+    All,
+}
+
+/// How to train. Names are TRL's and transformers'.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainingRecipe {
+    /// Passes over the data; ignored when `max_steps` is given.
+    pub epochs: f64,
+    /// Optimizer steps.
+    pub max_steps: Option<u64>,
+    /// Rows per forward pass (packed rows of `max_length` tokens with `packing`).
+    pub micro_batch_size: u32,
+    /// Forward passes per optimizer step.
+    pub gradient_accumulation_steps: u32,
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    /// The optimizer.
+    pub optimizer: Optimizer,
+    /// AdamW's first decay.
+    pub adam_beta1: f64,
+    /// AdamW's second decay.
+    pub adam_beta2: f64,
+    /// AdamW's epsilon.
+    pub adam_epsilon: f64,
+    /// Decoupled weight decay on A and B.
+    pub weight_decay: f64,
+    /// Shape of the learning rate after warmup.
+    pub lr_scheduler: Scheduler,
+    /// Steps of linear warmup.
+    pub warmup_steps: Option<u64>,
+    /// Warmup as a fraction of all steps; not together with `warmup_steps`.
+    pub warmup_ratio: Option<f64>,
+    /// Gradients are scaled down to this L2 norm; 0 turns clipping off.
+    pub max_grad_norm: f64,
+    /// Activation recompute: which layers keep their activations.
+    pub recompute: Recompute,
+    /// Seed of everything random.
+    pub seed: u64,
+    /// Log every so many steps.
+    pub logging_steps: u64,
+    /// Evaluate every so many steps; absent: once at the end of each epoch when there is an eval set.
+    pub eval_steps: Option<u64>,
+    /// Save a resumable state every so many steps.
+    pub save_steps: Option<u64>,
+    /// Keep this many states (the best one is kept besides).
+    pub save_total_limit: u32,
+    /// Stop after this many evaluations without improvement.
+    pub early_stopping_patience: Option<u32>,
+    /// An evaluation improves when its loss falls by more than this.
+    pub early_stopping_threshold: f64,
+    /// At the end, take the adapter of the best evaluation instead of the last.
+    pub load_best_model_at_end: bool,
+    /// NEFTune noise (arXiv:2310.05914) on the embeddings; 0 or absent turns it off.
+    pub neftune_noise_alpha: Option<f64>,
+    /// Stop after this many steps in a row with a non-finite loss or gradient.
+    pub max_nonfinite_steps: u32,
+    /// CPU threads; absent: all the machine (or its cgroup) allows.
+    pub threads: Option<u32>,
+}
+
+impl Default for TrainingRecipe {
+    fn default() -> Self {
+        Self {
+            epochs: 1.0,
+            max_steps: None,
+            micro_batch_size: 8,
+            gradient_accumulation_steps: 1,
+            learning_rate: 2e-4,
+            optimizer: Optimizer::Adamw,
+            adam_beta1: 0.9,
+            adam_beta2: 0.999,
+            adam_epsilon: 1e-8,
+            weight_decay: 0.0,
+            lr_scheduler: Scheduler::Cosine,
+            warmup_steps: None,
+            warmup_ratio: None,
+            max_grad_norm: 1.0,
+            recompute: Recompute::Auto,
+            seed: 42,
+            logging_steps: 1,
+            eval_steps: None,
+            save_steps: None,
+            save_total_limit: 2,
+            early_stopping_patience: None,
+            early_stopping_threshold: 0.0,
+            load_best_model_at_end: false,
+            neftune_noise_alpha: None,
+            max_nonfinite_steps: 3,
+            threads: None,
+        }
+    }
+}
+
+/// The optimizer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Optimizer {
+    /// AdamW (arXiv:1711.05101), libtorch's fused kernel.
+    #[default]
+    Adamw,
+}
+
+/// Shape of the learning rate after warmup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Scheduler {
+    /// Half a cosine down to 0.
+    #[default]
+    Cosine,
+    /// A line down to 0.
+    Linear,
+    /// The peak throughout.
+    Constant,
+}
+
+/// Activation recompute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Recompute {
+    /// Recompute only the layers whose activations would not fit.
+    #[default]
+    Auto,
+    /// Keep every layer's activations.
+    None,
+    /// Recompute every layer.
+    Full,
+}
+
+/// What to write.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct OutputRecipe {
+    /// The run's folder: states, metrics, report, adapter, merged model, manifest.
+    pub dir: PathBuf,
+    /// What to write at the end.
+    #[serde(default = "save_adapter")]
+    pub save: Vec<Save>,
+    /// What the adapter's config calls its base; absent: `base_model` as typed.
+    #[serde(default)]
+    pub base_model_name_or_path: Option<String>,
+    /// Write TensorBoard events into `<dir>/tensorboard`.
+    #[serde(default = "yes")]
+    pub tensorboard: bool,
+}
+
+/// What to write at the end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Save {
+    /// `<dir>/adapter`, as PEFT writes it.
+    Adapter,
+    /// `<dir>/merged`, as transformers expects it.
+    Merged,
+}
+
+fn max_length() -> u32 {
+    2048
+}
+fn yes() -> bool {
+    true
+}
+fn one() -> f64 {
+    1.0
+}
+fn save_adapter() -> Vec<Save> {
+    vec![Save::Adapter]
+}

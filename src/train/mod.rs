@@ -1,0 +1,1 @@
+//! The trainer: steps, schedule, state, metrics.
