@@ -2,7 +2,7 @@
 //!
 //! Keeps G and U; the product is made again in backward and the gradients take the place of what they came from.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::projection::{Group, Operand, factors};
 use crate::torch_ext::custom;
@@ -66,6 +66,8 @@ pub fn gated_projection(
 
 #[cfg(test)]
 mod tests {
+    use tch::Kind;
+
     use super::*;
     use crate::ops::LowRank;
     use crate::ops::testing::{check, randn};
