@@ -5,6 +5,7 @@
 
 use tch::{Kind, Tensor};
 
+use super::cpu;
 use super::projection::{Group, Operand, factors};
 use crate::torch_ext::custom;
 
@@ -33,17 +34,11 @@ fn in_chunks_of(chunk: i64, hidden: &Tensor, head: Operand<'_>, targets: &Tensor
         while start < rows {
             let length = chunk.min(rows - start);
             let h = hidden.narrow(0, start, length);
-            let target = targets.narrow(0, start, length).unsqueeze(1); // (C, 1)
-            let (mut logits, u) = group.forward(&h, None);
-            let mut logits = logits.remove(0).to_kind(Kind::Float); // (C, V)
-            let logsumexp = logits.logsumexp([1i64].as_slice(), true); // (C, 1)
-            let picked = logits.gather(1, &target, false);
-            loss += (&logsumexp - picked).sum(Kind::Float) * scale;
-            if wants_gradients {
-                // d loss / d logits = scale * (softmax - one-hot)
-                let _ = logits.subtract_(&logsumexp).exp_();
-                let _ = logits.scatter_add_(1, &target, &Tensor::full_like(&target, -1).to_kind(Kind::Float));
-                let dlogits = (logits * scale).to_kind(hidden.kind());
+            let target = targets.narrow(0, start, length);
+            let (logits, u) = group.forward(&h, None);
+            let (losses, dlogits) = softmax(&logits[0], &target, scale, wants_gradients);
+            loss += losses.sum(Kind::Float) * scale;
+            if let Some(dlogits) = dlogits {
                 let (dh, df) = group.backward(&h, u.as_ref(), &[dlogits], wants_dhidden);
                 if let (Some(into), Some(dh)) = (&dhidden, dh) {
                     into.narrow(0, start, length).copy_(&dh);
@@ -66,6 +61,24 @@ fn in_chunks_of(chunk: i64, hidden: &Tensor, head: Operand<'_>, targets: &Tensor
         out
     })
     .remove(0)
+}
+
+/// Each row's loss (C, 1), fp32, and, if wanted, `scale * (softmax - one-hot)` (C, V), of logits (C, V) and targets (C).
+fn softmax(logits: &Tensor, targets: &Tensor, scale: f64, wants_gradients: bool) -> (Tensor, Option<Tensor>) {
+    if wants_gradients && cpu::serves(&[logits]) {
+        let (losses, gradient) = cpu::softmax_cross_entropy(logits, targets, scale);
+        return (losses, Some(gradient));
+    }
+    let targets = targets.unsqueeze(1); // (C, 1)
+    let wide = logits.to_kind(Kind::Float);
+    let logsumexp = wide.logsumexp([1i64].as_slice(), true); // (C, 1)
+    let losses = &logsumexp - wide.gather(1, &targets, false);
+    let gradient = wants_gradients.then(|| {
+        let mut gradient = (wide - logsumexp).exp_();
+        let _ = gradient.scatter_add_(1, &targets, &Tensor::full_like(&targets, -1).to_kind(Kind::Float));
+        (gradient * scale).to_kind(logits.kind())
+    });
+    (losses, gradient)
 }
 
 #[cfg(test)]

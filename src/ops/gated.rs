@@ -4,6 +4,7 @@
 
 use tch::Tensor;
 
+use super::cpu;
 use super::projection::{Group, Operand, factors};
 use crate::torch_ext::custom;
 
@@ -19,6 +20,22 @@ pub enum Activation {
 }
 
 impl Activation {
+    /// `act(gate) * up` (T, F). No graph.
+    fn gated(self, gate: &Tensor, up: &Tensor) -> Tensor {
+        if self == Self::Silu && cpu::serves(&[gate, up]) {
+            return cpu::swiglu(gate, up);
+        }
+        self.forward(gate) * up
+    }
+
+    /// The gradients of gate and up from that of [`Activation::gated`].
+    fn gated_backward(self, grad: &Tensor, gate: &Tensor, up: &Tensor) -> [Tensor; 2] {
+        if self == Self::Silu && cpu::serves(&[gate, up, grad]) {
+            return cpu::swiglu_backward(grad, gate, up);
+        }
+        [self.backward(&(grad * up), gate), grad * self.forward(gate)]
+    }
+
     fn forward(self, x: &Tensor) -> Tensor {
         match self {
             Self::Silu => x.silu(),
@@ -45,17 +62,16 @@ pub fn gated_projection(
     residual: &Tensor,
 ) -> Tensor {
     let group = Group::of(&[operand]);
-    let (outputs, u) = tch::no_grad(|| group.forward(&(activation.forward(gate) * up), Some(residual)));
+    let (outputs, u) = tch::no_grad(|| group.forward(&activation.gated(gate, up), Some(residual)));
     let mut inputs = vec![gate, up, residual];
     inputs.extend(factors(&[operand]));
     let wants_dx = gate.requires_grad() || up.requires_grad();
     let (gate, up) = (gate.detach(), up.detach());
     custom(c"engraft::gated_projection", &inputs, outputs, move |grads| {
-        let activated = activation.forward(&gate); // (T, F)
-        let (dx, dfactors) = group.backward(&(&activated * &up), u.as_ref(), grads, wants_dx);
-        let (dgate, dup) = match dx {
-            Some(dx) => (Some(activation.backward(&(&dx * &up), &gate)), Some(dx * activated)),
-            None => (None, None),
+        let (dx, dfactors) = group.backward(&activation.gated(&gate, &up), u.as_ref(), grads, wants_dx);
+        let [dgate, dup] = match dx {
+            Some(dx) => activation.gated_backward(&dx, &gate, &up).map(Some),
+            None => [None, None],
         };
         let mut out = vec![dgate, dup, Some(grads[0].shallow_clone())];
         out.extend(dfactors.into_iter().map(Some));

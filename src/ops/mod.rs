@@ -5,6 +5,7 @@
 //! tests. Shape letters are those of [`crate::model`].
 
 pub mod attention;
+mod cpu;
 pub mod cross_entropy;
 pub mod gated;
 pub mod projection;

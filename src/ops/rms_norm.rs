@@ -2,6 +2,7 @@
 
 use tch::{Kind, Tensor};
 
+use super::cpu;
 use crate::torch_ext::custom;
 
 /// A frozen norm.
@@ -21,6 +22,9 @@ impl Norm {
 
     /// y (T, D) in x's number type and 1/rms (T, 1) in fp32. No graph.
     pub(crate) fn forward(&self, x: &Tensor) -> (Tensor, Tensor) {
+        if cpu::serves(&[x, &self.weight]) {
+            return cpu::rms_norm(x, &self.weight, self.eps);
+        }
         let wide = x.to_kind(Kind::Float);
         let rstd = (wide.square().mean_dim([-1i64].as_slice(), true, Kind::Float) + self.eps).rsqrt(); // (T, 1)
         let y = (&wide * &rstd * self.weight.to_kind(Kind::Float)).to_kind(x.kind());
@@ -29,6 +33,9 @@ impl Norm {
 
     /// y again, from x and the kept 1/rms: cheaper than keeping y.
     pub(crate) fn again(&self, x: &Tensor, rstd: &Tensor) -> Tensor {
+        if cpu::serves(&[x, &self.weight]) {
+            return cpu::rms_norm_again(x, &self.weight, rstd);
+        }
         (x.to_kind(Kind::Float) * rstd * self.weight.to_kind(Kind::Float)).to_kind(x.kind())
     }
 
@@ -36,6 +43,9 @@ impl Norm {
     ///
     /// With g = dy * w and n = x / rms: `dx = (g - n * mean(g * n)) / rms`.
     pub(crate) fn backward(&self, dy: &Tensor, x: &Tensor, rstd: &Tensor) -> Tensor {
+        if cpu::serves(&[dy, x, &self.weight]) {
+            return cpu::rms_norm_backward(dy, x, &self.weight, rstd);
+        }
         let g = dy.to_kind(Kind::Float) * self.weight.to_kind(Kind::Float);
         let n = x.to_kind(Kind::Float) * rstd;
         let dot = (&g * &n).mean_dim([-1i64].as_slice(), true, Kind::Float); // (T, 1)

@@ -3,6 +3,7 @@
 
 use tch::{Kind, Tensor};
 
+use super::cpu;
 use crate::torch_ext::custom;
 
 /// Cosines and sines of a micro-batch's positions: (T, H/2) each, fp32; H the rotated part of a head.
@@ -33,6 +34,9 @@ pub fn rope(q: &Tensor, k: &Tensor, rotation: &Rotation) -> (Tensor, Tensor) {
 }
 
 fn rotate(x: &Tensor, rotation: &Rotation, direction: f64) -> Tensor {
+    if cpu::serves(&[x]) {
+        return cpu::rotate(x, &rotation.cos, &rotation.sin, direction as f32);
+    }
     let half = rotation.cos.size()[1];
     let head = x.size()[2];
     let (cos, sin) = (rotation.cos.unsqueeze(1), rotation.sin.unsqueeze(1) * direction); // (T, 1, H/2)

@@ -2,6 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
+use super::cpu::tests::without_kernels;
 use crate::torch_ext::uniform;
 
 /// Roughly normal fp32 values from a seed.
@@ -24,7 +25,8 @@ pub(crate) fn difference(found: &Tensor, expected: &Tensor) -> f64 {
     (found - expected).abs().max().double_value(&[]) / scale
 }
 
-/// Checks `op` against `twin` in fp32 (1e-5) and in bf16 (against the twin in fp32, 3e-2), outputs and input gradients.
+/// Checks `op` against `twin` in fp32 (1e-5) and in bf16 (against the twin in fp32, 3e-2), outputs and input gradients, with
+/// the CPU kernels and with the compositions that serve other devices.
 ///
 /// Both get leaves with gradient in the given number type and return tensors; the loss is a fixed weighting of them.
 pub(crate) fn check(
@@ -45,17 +47,22 @@ pub(crate) fn check(
         (outputs, gradients)
     };
     let expected = run(Kind::Float, &twin);
-    for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::BFloat16, 3e-2)] {
-        let found = run(kind, &op);
+    for (kind, tolerance, kernels) in [
+        (Kind::Float, 1e-5, true),
+        (Kind::BFloat16, 3e-2, true),
+        (Kind::Float, 1e-5, false),
+        (Kind::BFloat16, 3e-2, false),
+    ] {
+        let found = if kernels { run(kind, &op) } else { without_kernels(|| run(kind, &op)) };
         assert_eq!(found.0.len(), expected.0.len());
         for (i, (f, e)) in found.0.iter().zip(&expected.0).enumerate() {
             let d = difference(f, e);
-            assert!(d < tolerance, "output {i} in {kind:?} is off by {d:e}");
+            assert!(d < tolerance, "output {i} in {kind:?} (kernels: {kernels}) is off by {d:e}");
         }
         for (i, (f, e)) in found.1.iter().zip(&expected.1).enumerate() {
             assert!(f.defined(), "gradient {i} in {kind:?} is missing");
             let d = difference(f, e);
-            assert!(d < tolerance, "gradient {i} in {kind:?} is off by {d:e}");
+            assert!(d < tolerance, "gradient {i} in {kind:?} (kernels: {kernels}) is off by {d:e}");
         }
     }
 }

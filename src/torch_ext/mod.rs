@@ -5,9 +5,11 @@
 
 use std::any::Any;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use tch::{Device, Tensor};
+use half::{bf16, f16};
+use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
 use crate::error::{Error, Fault, Result};
@@ -350,8 +352,8 @@ pub fn cuda_empty_cache() -> Result<()> {
 }
 
 /// Runs `body(range)` over `0..n` on libtorch's own CPU threads, in chunks of at least `grain`: one pool, no oversubscription.
-pub fn parallel_for(n: usize, grain: usize, body: impl Fn(std::ops::Range<usize>) + Sync) {
-    unsafe extern "C" fn call<F: Fn(std::ops::Range<usize>) + Sync>(context: *mut c_void, begin: i64, end: i64) {
+pub fn parallel_for(n: usize, grain: usize, body: impl Fn(Range<usize>) + Sync) {
+    unsafe extern "C" fn call<F: Fn(Range<usize>) + Sync>(context: *mut c_void, begin: i64, end: i64) {
         // SAFETY: `context` is the `&F` passed below, alive until `engraft_parallel_for` returns.
         let body = unsafe { &*context.cast::<F>() };
         // A panic must not cross C++ frames: bodies are arithmetic over slices cut to size; abort with the message if one does.
@@ -359,12 +361,98 @@ pub fn parallel_for(n: usize, grain: usize, body: impl Fn(std::ops::Range<usize>
             std::process::abort();
         }
     }
-    fn trampoline<F: Fn(std::ops::Range<usize>) + Sync>(_: &F) -> unsafe extern "C" fn(*mut c_void, i64, i64) {
+    fn trampoline<F: Fn(Range<usize>) + Sync>(_: &F) -> unsafe extern "C" fn(*mut c_void, i64, i64) {
         call::<F>
     }
     let call = trampoline(&body);
     // SAFETY: `body` outlives the call and is `Sync`.
     unsafe { engraft_parallel_for(n as i64, grain as i64, call, std::ptr::from_ref(&body).cast_mut().cast()) }
+}
+
+/// A Rust type that lies in memory as the elements of a kind of tensor (tch 0.24's own trait says `Half` of `bf16`).
+pub trait Element: Copy + Send + Sync + 'static {
+    /// The kind of tensor.
+    const KIND: Kind;
+}
+
+impl Element for f32 {
+    const KIND: Kind = Kind::Float;
+}
+
+impl Element for bf16 {
+    const KIND: Kind = Kind::BFloat16;
+}
+
+impl Element for f16 {
+    const KIND: Kind = Kind::Half;
+}
+
+impl Element for i64 {
+    const KIND: Kind = Kind::Int64;
+}
+
+/// The elements of a contiguous CPU tensor.
+///
+/// Panics when the tensor is elsewhere, not contiguous, or of another number type. The caller must not change the tensor in
+/// place while the slice lives, as everywhere in libtorch.
+pub fn elements<T: Element>(tensor: &Tensor) -> &[T] {
+    assert!(tensor.device() == Device::Cpu && tensor.is_contiguous(), "elements of a contiguous CPU tensor");
+    assert_eq!(tensor.kind(), T::KIND, "number type");
+    if tensor.numel() == 0 {
+        return &[];
+    }
+    // SAFETY: contiguous, on the CPU and of type T, so `numel` elements lie at `data_ptr`; alive as long as the tensor is.
+    unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), tensor.numel()) }
+}
+
+/// A new contiguous CPU tensor whose rows are written by `fill`, in parallel: it gets a range of rows and their elements.
+///
+/// A row is everything behind the first dimension. Every element must be written: the memory comes as it is.
+pub fn filled<T: Element>(shape: &[i64], fill: impl Fn(Range<usize>, &mut [T]) + Sync) -> Tensor {
+    let [tensor, _] = filled_pair::<T, f32>(shape, &[0], |rows, elements, _| fill(rows, elements));
+    tensor
+}
+
+/// Two new tensors at once, as [`filled`]; they have equally many rows, or the second is empty.
+pub fn filled_pair<T: Element, U: Element>(
+    first: &[i64],
+    second: &[i64],
+    fill: impl Fn(Range<usize>, &mut [T], &mut [U]) + Sync,
+) -> [Tensor; 2] {
+    struct Place<T>(*mut T, usize);
+    // SAFETY: each row is handed to exactly one thread.
+    unsafe impl<T: Send> Sync for Place<T> {}
+    impl<T> Place<T> {
+        /// The elements of a range of rows.
+        ///
+        /// # Safety
+        /// No two slices that live at once overlap, and the rows lie within the tensor.
+        #[allow(clippy::mut_from_ref)]
+        unsafe fn rows(&self, rows: &Range<usize>) -> &mut [T] {
+            if self.1 == 0 {
+                return &mut [];
+            }
+            // SAFETY: as above; the pointer is not null, since the tensor is not empty.
+            unsafe { std::slice::from_raw_parts_mut(self.0.add(rows.start * self.1), rows.len() * self.1) }
+        }
+    }
+    let [first, second] = [(first, T::KIND), (second, U::KIND)]
+        .map(|(shape, kind)| (Tensor::empty(shape, (kind, Device::Cpu)), shape[1..].iter().product::<i64>() as usize));
+    let rows = first.0.size()[0] as usize;
+    let paired = second.0.numel() > 0;
+    assert!(!paired || second.0.size()[0] as usize == rows, "as many rows in both");
+    let places = (
+        Place::<T>(first.0.data_ptr().cast(), if first.0.numel() == 0 { 0 } else { first.1 }),
+        Place::<U>(second.0.data_ptr().cast(), if paired { second.1 } else { 0 }),
+    );
+    let grain = (32_768 / (first.1 + second.1).max(1)).max(1);
+    let places = &places;
+    parallel_for(rows, grain, |range| {
+        // SAFETY: `parallel_for` hands out every row once, and rows lie within 0..rows of tensors made here, seen by no one else.
+        let (a, b) = unsafe { (places.0.rows(&range), places.1.rows(&range)) };
+        fill(range, a, b);
+    });
+    [first.0, second.0]
 }
 
 /// libtorch's version, as in `2.11.0`.
@@ -500,7 +588,6 @@ fn expect(error: *mut c_char) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::Kind;
 
     fn leaf(values: &[f32]) -> Tensor {
         Tensor::from_slice(values).set_requires_grad(true)
