@@ -73,7 +73,7 @@ macro_rules! by_kind {
     };
 }
 
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 
 /// Sum of `term(i)` over `0..n`, in [`LANES`] partial sums that fit vector registers.
 #[inline(always)]
@@ -90,7 +90,7 @@ fn sum(n: usize, term: impl Fn(usize) -> f32) -> f32 {
 
 /// e^x to 2 units in the last place, without a branch: Cody and Waite's reduction, a polynomial of degree 6.
 #[inline(always)]
-fn exp(x: f32) -> f32 {
+pub(super) fn exp(x: f32) -> f32 {
     let x = x.clamp(-87.336_54, 88.0);
     let magic = 12_582_912.0; // 1.5 * 2^23: adding and taking it away rounds to a whole number
     let n = (x * std::f32::consts::LOG2_E + magic) - magic;

@@ -95,6 +95,20 @@ unsafe extern "C" {
         body: unsafe extern "C" fn(*mut c_void, i64, i64),
         context: *mut c_void,
     );
+    #[allow(clippy::too_many_arguments)]
+    fn engraft_bf16_gemm(
+        m: i64,
+        n: i64,
+        k: i64,
+        lda: i64,
+        ldb: i64,
+        ldc: i64,
+        accumulate: c_int,
+        a: *const bf16,
+        b: *const bf16,
+        c: *mut f32,
+    ) -> *mut c_char;
+    fn engraft_bf16_gemm_done();
     fn engraft_torch_version() -> *const c_char;
 }
 
@@ -453,6 +467,90 @@ pub fn filled_pair<T: Element, U: Element>(
         fill(range, a, b);
     });
     [first.0, second.0]
+}
+
+/// The elements of a contiguous CPU tensor, to be written; as [`elements`]. No one else may be reading the tensor.
+pub fn elements_mut<T: Element>(tensor: &mut Tensor) -> &mut [T] {
+    let length = elements::<T>(tensor).len();
+    if length == 0 {
+        return &mut [];
+    }
+    // SAFETY: as in `elements`, which has checked; the handle is borrowed exclusively.
+    unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), length) }
+}
+
+/// Runs `task(i)` for every i below `n` on libtorch's CPU threads, each thread taking the next one when it is done.
+pub fn parallel_tasks(n: usize, task: impl Fn(usize) + Sync) {
+    let next = std::sync::atomic::AtomicUsize::new(0);
+    parallel_for((tch::get_num_threads() as usize).min(n), 1, |workers| {
+        for _ in workers {
+            loop {
+                let i = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                if i >= n {
+                    break;
+                }
+                task(i);
+            }
+        }
+    });
+}
+
+/// A matrix operand: its elements and the distance between rows.
+#[derive(Debug, Clone, Copy)]
+pub struct Rows<'a> {
+    /// Elements, from the first one on.
+    pub elements: &'a [bf16],
+    /// Elements from one row to the next.
+    pub stride: usize,
+}
+
+/// `C (m, n) = A (m, k) B (k, n)` in fp32, added to C when `accumulate`; one thread. B holds pairs of rows side by side
+/// (k/2, n, 2) and k is even. Only where [`bf16_gemm_serves`].
+pub fn bf16_gemm((m, n, k): (usize, usize, usize), a: Rows<'_>, b: &[bf16], c: &mut [f32], accumulate: bool) {
+    if m == 0 || n == 0 {
+        return;
+    }
+    assert!(k > 0 && k % 2 == 0 && a.stride >= k, "k is even and a row of A holds it");
+    assert!(
+        a.elements.len() >= (m - 1) * a.stride + k && b.len() >= k * n && c.len() >= m * n,
+        "operands are large enough"
+    );
+    // SAFETY: all that is read and written lies within the slices, as just asserted.
+    expect(unsafe {
+        engraft_bf16_gemm(
+            m as i64,
+            n as i64,
+            k as i64,
+            a.stride as i64,
+            n as i64,
+            n as i64,
+            c_int::from(accumulate),
+            a.elements.as_ptr(),
+            b.as_ptr(),
+            c.as_mut_ptr(),
+        )
+    });
+}
+
+/// To be called when a thread is through with its [`bf16_gemm`] calls.
+pub fn bf16_gemm_done() {
+    // SAFETY: no arguments; harmless where there is nothing to give back.
+    unsafe { engraft_bf16_gemm_done() }
+}
+
+/// Whether libtorch has the kernel behind [`bf16_gemm`] for this processor: tried once, on numbers whose product is known.
+pub fn bf16_gemm_serves() -> bool {
+    static SERVES: std::sync::LazyLock<bool> = std::sync::LazyLock::new(|| {
+        let a: Vec<bf16> = (0..8).map(|i| bf16::from_f32(i as f32)).collect(); // (2, 4)
+        let b: Vec<bf16> = (0..8).map(|i| bf16::from_f32((i % 3) as f32)).collect(); // (2, 2, 2)
+        let mut c = [0f32; 4];
+        // SAFETY: a (2, 4), b (4, 2) and c (2, 2) are as large as said.
+        let error = unsafe { engraft_bf16_gemm(2, 2, 4, 4, 2, 2, 0, a.as_ptr(), b.as_ptr(), c.as_mut_ptr()) };
+        bf16_gemm_done();
+        // b's pairs spell the rows (0, 2), (1, 0), (1, 0), (2, 1).
+        message(error).is_none() && c == [9.0, 3.0, 25.0, 15.0]
+    });
+    *SERVES
 }
 
 /// libtorch's version, as in `2.11.0`.

@@ -5,6 +5,7 @@
 #include <ATen/Context.h>
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
@@ -197,6 +198,16 @@ char* engraft_cuda_empty_cache() {
 void engraft_parallel_for(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
   at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }
+
+char* engraft_bf16_gemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, int accumulate,
+                        const void* a, const void* b, float* c) {
+  return guarded([&] {
+    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate != 0, static_cast<const c10::BFloat16*>(a),
+                                static_cast<const c10::BFloat16*>(b), c, /*is_vnni=*/true);
+  });
+}
+
+void engraft_bf16_gemm_done() { at::native::cpublas::brgemm_release(/*is_vnni=*/true); }
 
 const char* engraft_torch_version() { return TORCH_VERSION; }
 }

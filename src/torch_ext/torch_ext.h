@@ -57,6 +57,13 @@ char* engraft_cuda_empty_cache();
 // Runs body(context, begin, end) over 0..n on libtorch's own CPU threads.
 void engraft_parallel_for(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);
 
+// C (m, n) fp32 = A (m, k) B (k, n), added to C when `accumulate`; A and B bf16, leading dimensions in elements. B is stored
+// as pairs of rows side by side: (k/2, n, 2), k even. An error where libtorch has no such kernel for this processor.
+char* engraft_bf16_gemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, int accumulate,
+                        const void* a, const void* b, float* c);
+// Gives back the processor state that a run of engraft_bf16_gemm calls on this thread may hold (AMX tiles).
+void engraft_bf16_gemm_done();
+
 // Version as torch::version says it: "2.11.0".
 const char* engraft_torch_version();
 }

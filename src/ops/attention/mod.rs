@@ -1,11 +1,14 @@
 //! Causal attention of documents laid end to end, grouped heads included (arXiv:2205.14135, arXiv:2305.13245).
 //!
-//! A document never sees another. On CUDA one FlashAttention call serves all documents; on the CPU libtorch's flash kernel
-//! runs document by document, K and V shared by their group of heads through a stride of zero instead of a copy.
+//! A document never sees another. On CUDA one FlashAttention call serves all documents. On the CPU bf16 goes through our own
+//! blocks; everything else through libtorch's flash kernel document by document, K and V shared by their group of heads
+//! through a stride of zero instead of a copy.
+
+mod blocks;
 
 use tch::{Kind, Tensor};
 
-use super::Documents;
+use super::{Documents, cpu};
 use crate::torch_ext::{self, custom};
 
 /// `softmax(scale q k^T + mask) v`: (T, N, H) from q (T, N, H), k and v (T, K, H).
@@ -14,6 +17,15 @@ use crate::torch_ext::{self, custom};
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, documents: &Documents, scale: f64, window: Option<i64>) -> Tensor {
     if q.device().is_cuda() && q.kind() != Kind::Float {
         return cuda(q, k, v, documents, scale, window);
+    }
+    if cpu::serves(&[q, k, v]) && blocks::serves(q, k, v) {
+        let shape = blocks::Shape::new(q, k, documents, scale, window);
+        let (output, logsumexp) = tch::no_grad(|| blocks::forward(q, k, v, &shape));
+        let saved = [q.detach(), k.detach(), v.detach(), output.shallow_clone()];
+        return custom(c"engraft::attention", &[q, k, v], vec![output], move |grads| {
+            blocks::backward(&grads[0], saved.each_ref(), &logsumexp, &shape).map(Some).into()
+        })
+        .remove(0);
     }
     let (output, kept) = tch::no_grad(|| {
         let output = q.empty_like();
@@ -170,10 +182,14 @@ mod tests {
 
     #[test]
     fn equals_plain_autograd_over_documents_groups_and_windows() {
-        let documents = Documents { offsets: vec![0, 7, 8, 29] };
-        for (heads, kv_heads) in [(6, 2), (4, 4), (3, 1)] {
-            for window in [None, Some(5), Some(100)] {
-                let inputs = [randn(&[29, heads, 16], 1), randn(&[29, kv_heads, 16], 2), randn(&[29, kv_heads, 16], 3)];
+        // Short documents, one of a single token; then one of several blocks with an odd rest.
+        let cases = [(vec![0, 7, 8, 29], [None, Some(5), Some(100)]), (vec![0, 3, 304], [None, Some(130), Some(77)])];
+        let heads = [(6, 2), (4, 4), (3, 1)];
+        for ((offsets, windows), (heads, kv_heads)) in cases.iter().flat_map(|c| heads.iter().map(move |h| (c, h))) {
+            let documents = Documents { offsets: offsets.clone() };
+            let t = offsets[offsets.len() - 1];
+            for window in *windows {
+                let inputs = [randn(&[t, *heads, 16], 1), randn(&[t, *kv_heads, 16], 2), randn(&[t, *kv_heads, 16], 3)];
                 check(
                     &inputs,
                     |_, x| vec![attention(&x[0], &x[1], &x[2], &documents, 0.25, window)],
