@@ -73,15 +73,15 @@ parity: ## Live comparison with PEFT and transformers
 	@source .ci/setup
 	toolchain; libtorch; demo_model
 	cargo build --release --locked
-	python_with torch==$$TORCH $(PEERS)
-	"$$PYTHON" tests/python/parity.py --engraft "$(ENGRAFT)" --model "$$(cache_folder)/models/$$MODEL"
+	python_with torch==$$TORCH $(PEERS) $(PYARROW)
+	"$$PYTHON" -B tests/python/parity.py --engraft "$(ENGRAFT)" --model "$$(cache_folder)/models/$$MODEL"
 
 bench: ## Speed and memory beside PEFT and transformers
 	@source .ci/setup
 	toolchain; libtorch; demo_model
 	cargo build --release --locked
 	python_with torch==$$TORCH $(PEERS) $(PYARROW)
-	"$$PYTHON" bench/run.py --engraft "$(ENGRAFT)" --model "$$(cache_folder)/models/$$MODEL" $(BENCH)
+	"$$PYTHON" -B bench/run.py --engraft "$(ENGRAFT)" --model "$$(cache_folder)/models/$$MODEL" $(BENCH)
 
 datasets: ## The datasets, from their programs
 	@source .ci/setup
