@@ -35,7 +35,7 @@ PROBLEMS = {
         "{I unpacked|we unpacked|I just opened|I opened} $product and {found|saw|discovered} {a crack|a dent|a deep scratch|broken parts|a hole|a snapped corner} {in it|on the side|underneath|right away|on the front}",
         "{there is|there's} {a crack|a large dent|an ugly scratch|a hole|a chip} in $product {straight from the box|and it only came $day|which was delivered $day|, fresh from your parcel}",
         "{something|one part|a corner|an edge} of $product {was snapped off|was shattered|had broken off|was crushed} {on the way here|in the post|during shipping|in transit}",
-        "{sadly|unfortunately|sorry to say,|} $product {did not survive the trip|got damaged in the post|was badly packed and broke on the way|suffered in transport, {one side is dented|it is cracked}}",
+        "{sadly|unfortunately|sorry to say,|} $product {did not survive the shipping|got damaged in the post|was badly packed and broke on the way|suffered in transport, {one side is dented|it is cracked}}",
     ],
     "wrong_item": [
         "{you sent|I was sent|I received|we got|I got} {the wrong $bare|a $bare in the wrong {colour|size}|a different $bare {than|from what} I ordered|the wrong model of $bare}",
