@@ -10,15 +10,16 @@ use sha2::{Digest, Sha256};
 use super::cache::{self, Tokens};
 use super::pack::{Epoch, Order, Span};
 use super::report::DatasetReport;
-use super::source::{Examples, Sources};
-use super::{BadRow, Batches, Cursor, Document, Encode, Example, RowId, tokenize};
+use super::source::{Examples, SourceFiles};
+use super::tokenize::{self, Job};
+use super::{BadRow, Batches, Cursor, Document, Encode, Example, RowId};
 use crate::recipe::{DataSource, DatasetRecipe};
 use crate::{Error, Fault, Result};
 
 /// Parquet files, tokenised and cached. Only lengths and places are in memory; tokens are read as batches need them.
 #[derive(Debug)]
 pub struct Dataset {
-    sources: Sources,
+    sources: SourceFiles,
     files: Vec<DatasetFile>,
     shelf: Arc<Shelf>,
     report: DatasetReport,
@@ -58,7 +59,7 @@ impl Dataset {
         seed: u64,
         progress: &dyn Fn(u64, u64),
     ) -> Result<Self> {
-        let sources = Sources::open(sources, recipe)?;
+        let sources = SourceFiles::open(sources, recipe)?;
         let datasets = cache_dir.join("datasets");
         let hashes: Vec<String> = sources
             .files
@@ -75,8 +76,8 @@ impl Dataset {
                 report.notices.push(format!("{}: the file has no rows", path.display()));
             }
             let so_far = |rows| progress(done + rows, sources.rows());
-            let own =
-                tokenize::tokens(&sources, index, &sha256, recipe, encoder, &datasets, &so_far, &mut report.notices)?;
+            let job = Job { sources: &sources, file: index, recipe, encoder };
+            let own = job.tokens(&sha256, &datasets, &so_far, &mut report.notices)?;
             tokenize::recheck(&own.summary, path, recipe)?;
             done += file.rows;
             progress(done, sources.rows());
@@ -106,13 +107,11 @@ impl Dataset {
 
     fn with_packing_reported(mut self) -> Self {
         if self.packing {
-            let bins = self.bins_in_epoch(0);
             let order = self.shelf.order();
             let order = order.as_order();
-            let mut epoch = Epoch::new(&order, 0);
-            let tokens: u64 = (0..bins)
-                .map(|bin| epoch.bin(&order, bin).iter().map(|index| u64::from(self.shelf.length(*index))).sum::<u64>())
-                .sum();
+            let epoch = Epoch::new(&order, 0);
+            let (bins, tokens) = (epoch.bins(), epoch.tokens(&order));
+            self.bins = Mutex::new(BTreeMap::from([(0, bins)]));
             self.report.bins = Some(bins);
             self.report.packing_efficiency = Some(tokens as f64 / (bins as f64 * f64::from(self.max_length)));
         }
@@ -203,7 +202,7 @@ fn add(report: &mut DatasetReport, file: &str, tokens: &Tokens) {
     report.empty.merge(file, &tokens.summary.empty);
 }
 
-fn nothing_left(sources: &Sources, report: &DatasetReport) -> Error {
+fn nothing_left(sources: &SourceFiles, report: &DatasetReport) -> Error {
     let reasons: Vec<String> = report
         .tallies()
         .into_iter()
@@ -350,10 +349,10 @@ mod tests {
         Vec::<i64>::try_from(tensor).unwrap()
     }
 
-    fn flat(batch: &Batch) -> (Vec<i64>, Vec<i64>, Vec<i64>, Vec<i64>, Vec<i64>, Vec<RowId>) {
-        let of = numbers;
-        let offsets = batch.documents.offsets.clone();
-        (of(&batch.ids), of(&batch.positions), offsets, of(&batch.rows), of(&batch.targets), batch.origins.clone())
+    /// Ids, positions, offsets, rows, targets; and where they come from.
+    fn flat(batch: &Batch) -> ([Vec<i64>; 5], Vec<RowId>) {
+        let [ids, positions, rows, targets] = [&batch.ids, &batch.positions, &batch.rows, &batch.targets].map(numbers);
+        ([ids, positions, batch.documents.offsets.clone(), rows, targets], batch.origins.clone())
     }
 
     fn epoch(dataset: &Dataset, number: u64, size: u64) -> Vec<Batch> {
@@ -371,7 +370,7 @@ mod tests {
         write(&path, vec![("prompt", strings(&["ab", "x"])), ("completion", strings(&["cd", "yz"]))]);
         let dataset = room.open(&one(path), "shuffle: false", 1).unwrap();
         let (batch, after) = dataset.batches(Cursor::default(), 8).next().unwrap().unwrap();
-        let (ids, positions, offsets, rows, targets, origins) = flat(&batch);
+        let ([ids, positions, offsets, rows, targets], origins) = flat(&batch);
         assert_eq!(ids, b"abcdxyz".map(i64::from));
         assert_eq!(positions, [0, 1, 2, 3, 0, 1, 2]);
         assert_eq!(offsets, [0, 4, 7]);
@@ -414,10 +413,10 @@ mod tests {
         pairs(&path, 211);
         let weighted = DataSource { weight: 1.5, ..source(&path) };
         for more in ["packing: true", "packing: false"] {
-            let dataset = room.open(&[weighted.clone()], more, 9).unwrap();
+            let dataset = room.open(std::slice::from_ref(&weighted), more, 9).unwrap();
             let whole: Vec<_> = dataset.batches(Cursor::default(), 4).take(120).map(Result::unwrap).collect();
-            assert!(whole.last().unwrap().1.epoch >= 2);
-            let again = room.open(&[weighted.clone()], more, 9).unwrap();
+            assert!(whole.last().unwrap().1.epoch >= 1);
+            let again = room.open(std::slice::from_ref(&weighted), more, 9).unwrap();
             for at in [0, 1, 17, 40, 79, 118] {
                 let tail = again.batches(whole[at].1, 4).take(3);
                 for ((batch, cursor), item) in whole[at + 1..].iter().zip(tail) {

@@ -341,7 +341,7 @@ mod tests {
 
     use serde_json::json;
 
-    use super::super::Sources;
+    use super::super::SourceFiles;
     use super::super::fixtures::{message_lists, one, optional_strings, recipe, strings, write};
     use super::*;
 
@@ -353,7 +353,7 @@ mod tests {
     }
 
     fn read_rows(path: &Path, more: &str) -> Vec<Result<Example, BadRow>> {
-        let sources = Sources::open(&one(path.to_path_buf()), &recipe(more)).unwrap();
+        let sources = SourceFiles::open(&one(path.to_path_buf()), &recipe(more)).unwrap();
         sources.examples(u64::MAX).map(|row| row.unwrap().1).collect()
     }
 

@@ -20,7 +20,7 @@ mod tokenize;
 pub use batch::Batches;
 pub use dataset::{Dataset, DatasetFile};
 pub use report::{DatasetReport, Place, Tally};
-pub use source::{Examples, ParquetFile, Sources};
+pub use source::{Examples, ParquetFile, SourceFiles};
 
 /// Turns an example into documents of tokens with their mask.
 pub trait Encode: Send + Sync {

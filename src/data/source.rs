@@ -274,7 +274,7 @@ impl RowReader<'_> {
 
 /// The files of a dataset, each with its format found. Rows are read on demand.
 #[derive(Debug)]
-pub struct Sources {
+pub struct SourceFiles {
     pub(super) files: Vec<SourceFile>,
     system: Option<String>,
 }
@@ -289,7 +289,7 @@ pub(super) struct SourceFile {
     pub sentence: String,
 }
 
-impl Sources {
+impl SourceFiles {
     /// Opens every file and finds its format.
     ///
     /// # Errors
@@ -376,9 +376,9 @@ impl Sources {
     }
 }
 
-/// Examples in file order, from [`Sources::examples`]. The inner error is what is wrong with a row.
+/// Examples in file order, from [`SourceFiles::examples`]. The inner error is what is wrong with a row.
 pub struct Examples<'a> {
-    sources: &'a Sources,
+    sources: &'a SourceFiles,
     file: usize,
     left: u64,
     open: Option<FileExamples<'a>>,
@@ -601,8 +601,8 @@ mod tests {
     }
 
     fn read_all(path: &Path) -> Result<Vec<Example>> {
-        let sources = Sources::open(&one(path.to_path_buf()), &recipe(""))?;
-        sources.examples(u64::MAX).map(|row| Ok(row?.1.map_err(|bad| Error::Data(Fault::at(path, bad)))?)).collect()
+        let sources = SourceFiles::open(&one(path.to_path_buf()), &recipe(""))?;
+        sources.examples(u64::MAX).map(|row| row?.1.map_err(|bad| Error::Data(Fault::at(path, bad)))).collect()
     }
 
     #[test]
@@ -669,7 +669,7 @@ mod tests {
         let mut errors = 0;
         for codec in codecs {
             let messages =
-                message_lists(["role", "content"], &[&[("user", Some("hello")), ("assistant", Some("hi"))]; 40]);
+                message_lists(["role", "content"], &[&[("user", Some("hello")), ("assistant", Some("hi"))][..]; 40]);
             write_with(&path, vec![("messages", messages)], codec, 30);
             let whole = fs::read(&path).unwrap();
             for _ in 0..250 {
@@ -720,7 +720,7 @@ mod tests {
             let texts = ["one", "two", "two"].map(|text| Example::Text(text.into()));
             assert_eq!(read_all(&path).unwrap(), texts, "{kind}");
         }
-        let list = message_lists(["from", "value"], &[&[("human", Some("a")), ("gpt", Some("b"))]; 2]);
+        let list = message_lists(["from", "value"], &[&[("human", Some("a")), ("gpt", Some("b"))][..]; 2]);
         let items = list.as_list::<i32>().values().clone();
         let field = Arc::new(Field::new("item", items.data_type().clone(), true));
         let offsets = arrow::buffer::OffsetBuffer::from_lengths([2, 2]);
@@ -749,7 +749,7 @@ mod tests {
         let path = folder.path().join("data.parquet");
         let numbers: ArrayRef = Arc::new(Int32Array::from(vec![1]));
         write(&path, vec![("question", strings(&["q"])), ("answer", strings(&["a"])), ("n", numbers)]);
-        let said = |more: &str| Sources::open(&one(path.clone()), &recipe(more)).unwrap_err().to_string();
+        let said = |more: &str| SourceFiles::open(&one(path.clone()), &recipe(more)).unwrap_err().to_string();
         let unknown = said("");
         assert!(unknown.contains("`question` (string), `answer` (string), `n` (int32)"), "{unknown}");
         assert!(unknown.contains("columns: {prompt: question, completion: answer}"), "{unknown}");
@@ -760,7 +760,7 @@ mod tests {
         let part = said("columns: {prompt: question, completion: answer, reply: n}");
         assert!(part.contains("no part `reply`"), "{part}");
         let sources =
-            Sources::open(&one(path.clone()), &recipe("columns: {prompt: question, completion: answer}")).unwrap();
+            SourceFiles::open(&one(path.clone()), &recipe("columns: {prompt: question, completion: answer}")).unwrap();
         assert_eq!(
             sources.sentences(),
             ["format `prompt-completion`, from dataset.columns: `question` (string), `answer` (string); not used: `n`"]
@@ -772,7 +772,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("data.parquet");
         write(&path, vec![("text", strings(&[]))]);
-        assert!(Sources::open(&one(path), &recipe("")).unwrap_err().to_string().contains("there are no rows"));
+        assert!(SourceFiles::open(&one(path), &recipe("")).unwrap_err().to_string().contains("there are no rows"));
     }
 
     #[test]
@@ -780,7 +780,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("data.parquet");
         pairs(&path, 350);
-        let sources = Sources::open(&[one(path.clone()), one(path)].concat(), &recipe("limit: 600")).unwrap();
+        let sources = SourceFiles::open(&[one(path.clone()), one(path)].concat(), &recipe("limit: 600")).unwrap();
         let all: Vec<_> = sources.examples(u64::MAX).map(Result::unwrap).collect();
         assert_eq!(all.len(), 600);
         assert_eq!(all[599].0, RowId { file: 1, row: 249 });
@@ -795,9 +795,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("data.parquet");
         pairs(&path, 300);
-        let sources = Sources::open(&one(path.clone()), &recipe("")).unwrap();
+        let sources = SourceFiles::open(&one(path.clone()), &recipe("")).unwrap();
         let mut reading = sources.examples(u64::MAX);
-        reading.next().unwrap().unwrap();
+        assert!(reading.next().unwrap().unwrap().1.is_ok());
         pairs(&path, 299);
         let said = reading.find_map(Result::err).unwrap().to_string();
         assert!(said.contains("data.parquet") && said.contains("changed"), "{said}");

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::cache::{self, Summary, Tokens, Writer};
-use super::source::{Sources, quietly};
+use super::source::{SourceFiles, quietly};
 use super::{BadRow, Encode, Encoded, Example, report::Tally};
 use crate::recipe::{DatasetRecipe, OnBadRow, Overlong};
 use crate::{Error, Fault, Result};
@@ -21,56 +21,107 @@ const BLOCK_BYTES: usize = 32 << 20;
 const TEXT_RATIO: u64 = 1000;
 const TEXT_LIMIT: u64 = 4 << 30;
 
-/// What determines the tokens of a file besides its bytes.
-fn key(sources: &Sources, file: usize, content: &str, recipe: &DatasetRecipe, encoder: &dyn Encode) -> String {
-    let source = &sources.files[file];
-    let text = format!(
-        "{}\n{content}\n{}\n{:?}\n{:?}\n{:?} {:?} {}",
-        cache::VERSION,
-        encoder.fingerprint(),
-        source.layout,
-        sources.system(),
-        recipe.max_length,
-        recipe.overlong,
-        source.rows,
-    );
-    cache::hex(&Sha256::digest(text))
+/// One file to tokenise.
+pub(super) struct Job<'a> {
+    pub sources: &'a SourceFiles,
+    /// Its index among the sources.
+    pub file: usize,
+    pub recipe: &'a DatasetRecipe,
+    pub encoder: &'a dyn Encode,
 }
 
-/// The tokens of file `file`, from the cache where they are there and whole. `progress` is called with rows done so far.
-pub(super) fn tokens(
-    sources: &Sources,
-    file: usize,
-    content: &str,
-    recipe: &DatasetRecipe,
-    encoder: &dyn Encode,
-    datasets: &Path,
-    progress: &dyn Fn(u64),
-    notices: &mut Vec<String>,
-) -> Result<Tokens> {
-    let folder = datasets.join(key(sources, file, content, recipe, encoder));
-    let name = sources.files[file].parquet.path().display().to_string();
-    let mut damage = None;
-    match Tokens::open(&folder) {
-        Ok(Some(tokens)) => return Ok(tokens),
-        Ok(None) => {}
-        Err(what) => damage = Some(what),
+impl Job<'_> {
+    fn path(&self) -> &Path {
+        self.sources.files[self.file].parquet.path()
     }
-    let lock = cache::lock(&folder, || notices.push(format!("{name}: waited for another run that was tokenising it")))?;
-    // Another run may have made it while this one waited.
-    match Tokens::open(&folder) {
-        Ok(Some(tokens)) => return Ok(tokens),
-        Ok(None) => {}
-        Err(what) => damage = Some(what),
+
+    /// What determines the tokens besides the program: `content` is the hash of the file's bytes.
+    fn key(&self, content: &str) -> String {
+        let source = &self.sources.files[self.file];
+        let text = format!(
+            "{}\n{content}\n{}\n{:?}\n{:?}\n{:?} {:?} {}",
+            cache::VERSION,
+            self.encoder.fingerprint(),
+            source.layout,
+            self.sources.system(),
+            self.recipe.max_length,
+            self.recipe.overlong,
+            source.rows,
+        );
+        cache::hex(&Sha256::digest(text))
     }
-    if let Some(what) = damage {
-        notices.push(format!("{name}: the token cache was damaged ({what}) and has been rebuilt"));
+
+    /// The file's tokens, from the cache below `datasets` where they are there and whole. `progress` is called with
+    /// rows done so far.
+    ///
+    /// # Errors
+    /// [`Error::Data`] for a row the recipe does not let pass; [`Error::Output`] where the cache cannot be written.
+    pub fn tokens(
+        &self,
+        content: &str,
+        datasets: &Path,
+        progress: &dyn Fn(u64),
+        notices: &mut Vec<String>,
+    ) -> Result<Tokens> {
+        let folder = datasets.join(self.key(content));
+        let name = self.path().display();
+        if let Ok(Some(tokens)) = Tokens::open(&folder) {
+            return Ok(tokens);
+        }
+        let lock =
+            cache::lock(&folder, || notices.push(format!("{name}: waited for another run that was tokenising it")))?;
+        // Another run may have made it while this one waited.
+        match Tokens::open(&folder) {
+            Ok(Some(tokens)) => return Ok(tokens),
+            Ok(None) => {}
+            Err(what) => notices.push(format!("{name}: the token cache was damaged ({what}) and has been rebuilt")),
+        }
+        self.build(&folder, progress)?;
+        drop(lock);
+        let unreadable =
+            |what: String| Error::Output(Fault::at(&folder, format!("the token cache cannot be read back: {what}")));
+        Tokens::open(&folder).map_err(unreadable)?.ok_or_else(|| unreadable("it has gone".into()))
     }
-    build(sources, file, recipe, encoder, &folder, progress)?;
-    drop(lock);
-    let unreadable =
-        |what: String| Error::Output(Fault::at(&folder, format!("the token cache cannot be read back: {what}")));
-    Tokens::open(&folder).map_err(unreadable)?.ok_or_else(|| unreadable("it has gone".into()))
+
+    fn build(&self, folder: &Path, progress: &dyn Fn(u64)) -> Result<()> {
+        let mut writer = Writer::new(folder)?;
+        let mut summary = Summary::default();
+        let (sources, file, recipe, encoder, path) = (self.sources, self.file, self.recipe, self.encoder, self.path());
+        std::thread::scope(|scope| -> Result<()> {
+            // One block is read while another is encoded.
+            let (sender, receiver) = mpsc::sync_channel(1);
+            scope.spawn(move || read_blocks(sources, file, &sender));
+            for block in receiver {
+                let Block { first, rows } = block?;
+                let encoded: Vec<_> =
+                    rows.into_par_iter().map(|row| row.and_then(|example| encode(encoder, &example, recipe))).collect();
+                for (row, encoded) in (first..).zip(encoded) {
+                    summary.rows += 1;
+                    match encoded {
+                        Ok(encoded) => {
+                            if encoded.truncated {
+                                summary.truncated.add(row, format!("cut to {} tokens", recipe.max_length));
+                            }
+                            for document in &encoded.documents {
+                                writer.push(row, document)?;
+                            }
+                        }
+                        Err(bad) => {
+                            if let Some(hint) = refusal(&bad, recipe) {
+                                return Err(Error::Data(
+                                    Fault::new(format!("{}, row {row}", path.display()), &bad).hint(hint),
+                                ));
+                            }
+                            tally(&mut summary, &bad).add(row, &bad);
+                        }
+                    }
+                }
+                progress(summary.rows);
+            }
+            Ok(())
+        })?;
+        writer.finish(summary)
+    }
 }
 
 /// Rows read together, with the row the first one is.
@@ -79,54 +130,7 @@ struct Block {
     rows: Vec<std::result::Result<Example, BadRow>>,
 }
 
-fn build(
-    sources: &Sources,
-    file: usize,
-    recipe: &DatasetRecipe,
-    encoder: &dyn Encode,
-    folder: &Path,
-    progress: &dyn Fn(u64),
-) -> Result<()> {
-    let mut writer = Writer::new(folder)?;
-    let mut summary = Summary::default();
-    let path = sources.files[file].parquet.path();
-    std::thread::scope(|scope| -> Result<()> {
-        // One block is read while another is encoded.
-        let (sender, receiver) = mpsc::sync_channel(1);
-        scope.spawn(move || read_blocks(sources, file, &sender));
-        for block in receiver {
-            let Block { first, rows } = block?;
-            let encoded: Vec<_> =
-                rows.into_par_iter().map(|row| row.and_then(|example| encode(encoder, &example, recipe))).collect();
-            for (row, encoded) in (first..).zip(encoded) {
-                summary.rows += 1;
-                match encoded {
-                    Ok(encoded) => {
-                        if encoded.truncated {
-                            summary.truncated.add(row, format!("cut to {} tokens", recipe.max_length));
-                        }
-                        for document in &encoded.documents {
-                            writer.push(row, document)?;
-                        }
-                    }
-                    Err(bad) => {
-                        if let Some(hint) = refusal(&bad, recipe) {
-                            return Err(Error::Data(
-                                Fault::new(format!("{}, row {row}", path.display()), &bad).hint(hint),
-                            ));
-                        }
-                        tally(&mut summary, &bad).add(row, &bad);
-                    }
-                }
-            }
-            progress(summary.rows);
-        }
-        Ok(())
-    })?;
-    writer.finish(summary)
-}
-
-fn read_blocks(sources: &Sources, file: usize, sender: &mpsc::SyncSender<Result<Block>>) {
+fn read_blocks(sources: &SourceFiles, file: usize, sender: &mpsc::SyncSender<Result<Block>>) {
     let read = || -> Result<()> {
         let mut examples = sources.file_examples(file)?;
         let length = sources.files[file].parquet.identity().length;
