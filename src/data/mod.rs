@@ -8,10 +8,12 @@ mod batch;
 mod cache;
 mod dataset;
 mod example;
+mod files;
 #[cfg(test)]
 mod fixtures;
 mod guard;
 mod layout;
+mod magic;
 mod pack;
 mod report;
 mod source;
@@ -19,8 +21,9 @@ mod tokenize;
 
 pub use batch::Batches;
 pub use dataset::{Dataset, DatasetFile};
+pub use files::{Examples, SourceFiles};
 pub use report::{DatasetReport, Place, Tally};
-pub use source::{Examples, ParquetFile, SourceFiles};
+pub use source::ParquetFile;
 
 /// Turns an example into documents of tokens with their mask.
 pub trait Encode: Send + Sync {
