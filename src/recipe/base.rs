@@ -48,7 +48,7 @@ impl BaseSource {
         }
         let local = match found {
             Found::Folder => Some(BaseSource::Folder(paths::settle(&path))),
-            Found::File if ending == "gguf" => Some(BaseSource::Gguf(paths::settle(&path))),
+            Found::File if ending == "gguf" => Some(BaseSource::Gguf(paths::settle_file(&path))),
             Found::File => {
                 let hint = match ending.as_str() {
                     "safetensors" | "json" => {

@@ -9,6 +9,9 @@ use super::tree::{Entry, Node, Place, Problem, Value, shorten};
 /// may have meant would take long.
 const MOST_HINTS: usize = 100;
 
+/// Texts that may have several lines; any other is a name, where a line's end or an escape is a slip.
+const MULTILINE: &[&str] = &["dataset.system"];
+
 /// All that `tree` does that `schema` does not allow.
 pub(super) fn check(tree: &Node, schema: &Json) -> Vec<Problem> {
     let mut checker = Checker { root: schema, keys: known_keys(schema), problems: Vec::new() };
@@ -97,7 +100,11 @@ impl Checker<'_> {
     }
 
     fn mapping(&mut self, node: &Node, entries: &[Entry], schema: &Json, path: &str) {
-        let join = |key: &str| if path.is_empty() { key.to_string() } else { format!("{path}.{key}") };
+        // Escaped, because a key may hold what would steer a terminal; keys of the schema stay as they are.
+        let join = |key: &str| match path {
+            "" => shorten(key).escape_debug().to_string(),
+            path => format!("{path}.{}", shorten(key).escape_debug()),
+        };
         let mut meant = Vec::new();
         for entry in entries {
             let inner = join(&entry.key);
@@ -114,7 +121,7 @@ impl Checker<'_> {
                     }
                     _ => String::new(),
                 };
-                let what = format!("unknown key `{}`", shorten(&inner).escape_debug());
+                let what = format!("unknown key `{inner}`");
                 self.problem(&entry.place, what, hint);
             }
         }
@@ -186,6 +193,10 @@ impl Checker<'_> {
         if text.trim().is_empty() && schema["minLength"].as_u64().is_some_and(|least| least > 0) {
             let hint = format!("give it a value{}", self.or_leave_out(path));
             self.problem(&node.place, format!("`{path}` is an empty text"), hint);
+        }
+        if text.contains(char::is_control) && !MULTILINE.contains(&path) {
+            let what = format!("`{path}` is {}, which holds a control character", node.found());
+            self.problem(&node.place, what, "write it on one line, without `|`, `>` or escapes");
         }
         let choices = choices(schema);
         if choices.is_empty() || choices.contains(&text) {

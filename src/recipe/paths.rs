@@ -58,6 +58,16 @@ pub(super) fn settle(path: &Path) -> PathBuf {
     path
 }
 
+/// Like [`settle`], but a link that `path` itself is stays: its name says more than that of what it leads to.
+pub(super) fn settle_file(path: &Path) -> PathBuf {
+    match (path.parent(), path.file_name()) {
+        (Some(folder), Some(name)) => {
+            settle(if folder.as_os_str().is_empty() { Path::new(".") } else { folder }).join(name)
+        }
+        _ => settle(path),
+    }
+}
+
 /// Why a person may have expected `typed` to be there: it is in the current folder, or something is called alike.
 pub(super) fn hint_for_missing(typed: &str, folder: &Path) -> String {
     let here = Path::new(typed);
@@ -69,6 +79,7 @@ pub(super) fn hint_for_missing(typed: &str, folder: &Path) -> String {
         );
     }
     let path = from_folder(typed, folder);
+    let path = std::path::absolute(&path).unwrap_or(path);
     let parent = path.parent().unwrap_or(Path::new("/"));
     if !parent.is_dir() {
         return match path.ancestors().skip(1).find(|ancestor| ancestor.is_dir()) {
@@ -84,7 +95,7 @@ pub(super) fn hint_for_missing(typed: &str, folder: &Path) -> String {
     }
 }
 
-/// The names in a folder, sorted; at most some thousands, for messages and data sets alike are no larger.
+/// The names in a folder, sorted.
 pub(super) fn names_in(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     let mut names: Vec<String> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
@@ -109,6 +120,8 @@ mod tests {
         assert_eq!(settle(&real.join("link/new/../x")), real.join("a/x"));
         assert_eq!(settle(&real.join("a/../a/./x")), real.join("a/x"));
         assert_eq!(settle(&real.join("link")), real.join("a"));
+        assert_eq!(settle_file(&real.join("a/../link")), real.join("link"));
+        assert_eq!(settle_file(Path::new("x")), fs::canonicalize(".").unwrap().join("x"));
     }
 
     #[test]

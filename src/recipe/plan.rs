@@ -176,7 +176,7 @@ impl Resolver<'_> {
         let path = paths::from_folder(&typed, self.folder(key));
         let called_a_file = typed.contains('/') || [".jinja", ".jinja2", ".j2"].iter().any(|end| typed.ends_with(end));
         match paths::look(&path) {
-            Found::File => return Some(paths::settle(&path).to_string_lossy().into_owned()),
+            Found::File => return Some(paths::settle_file(&path).to_string_lossy().into_owned()),
             Found::Nothing if !called_a_file => return Some(typed),
             Found::Folder if !called_a_file => return Some(typed),
             Found::Nothing => {
@@ -220,7 +220,7 @@ impl Resolver<'_> {
                 Some(refuse("is where the adapter to continue from would be written over".into()))
             }
             _ => data
-                .find(|source| paths::settle(&source.path).parent() == Some(&dir))
+                .find(|source| source.path.parent() == Some(&dir))
                 .map(|source| refuse(format!("is the folder of the data {}", source.path.display()))),
         };
         if let Some(fault) = fault {
@@ -275,8 +275,8 @@ mod tests {
             .replace("dataset:", "dataset:\n  eval: ../data/e.parquet\n  chat_template: ../chat.jinja");
         let plan = plan(&root, &text, &[]).unwrap();
         assert_eq!(plan.base, BaseSource::Folder(root.join("model")));
-        assert_eq!(paths::settle(&plan.train[0].path), root.join("data/t.parquet"));
-        assert_eq!(paths::settle(&plan.eval[0].path), root.join("data/e.parquet"));
+        assert_eq!(plan.train[0].path, root.join("data/t.parquet"));
+        assert_eq!(plan.eval[0].path, root.join("data/e.parquet"));
         assert_eq!(plan.output.dir, root.join("runs/x"));
         assert_eq!(plan.adapter.adapter_name_or_path, Some(root.join("old/adapter")));
         assert_eq!(plan.dataset.chat_template, Some(root.join("chat.jinja").display().to_string()));

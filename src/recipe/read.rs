@@ -327,6 +327,34 @@ mod tests {
     }
 
     #[test]
+    fn names_are_one_line_and_no_message_steers_a_terminal() {
+        refused(
+            "base_model: |\n  a/b\ndataset: {train: \"a\\e[31m\", system: \"x\\ny\"}\noutput: {dir: o}\n\"k\\e[2J\": 1\n",
+            &[
+                "2:3: `base_model` is the text \"a/b\\n\", which holds a control character | on one line",
+                "3:18: `dataset.train` is the text \"a\\u{1b}[31m\"",
+                "5:1: unknown key `k\\u{1b}[2J`",
+            ],
+        );
+        let doubled = read("\"k\\e\": 1\n\"k\\e\": 1\n", &[]).unwrap_err();
+        assert!(!doubled.contains('\u{1b}'), "{doubled:?}");
+    }
+
+    #[test]
+    fn the_recipes_in_this_repository_are_sound() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes");
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|ending| ending == "yaml") {
+                Recipe::read(&path, &[]).unwrap();
+                let text = std::fs::read_to_string(&path).unwrap();
+                let first = "# yaml-language-server: $schema=recipe.schema.json\n";
+                assert!(text.starts_with(first), "{} does not start with {first}", path.display());
+            }
+        }
+    }
+
+    #[test]
     fn impossible_pairs_are_refused() {
         refused_with(
             "training:\n  warmup_steps: 3\n  warmup_ratio: 0.1\n  eval_steps: 10\n  early_stopping_patience: 3\n  load_best_model_at_end: true\n",

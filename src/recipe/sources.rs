@@ -71,6 +71,7 @@ fn expand(typed: &str, folder: &Path) -> Result<Vec<PathBuf>, Fault> {
         Found::Nothing if typed.contains(['*', '?', '[']) => matching(typed, folder),
         Found::Nothing => {
             let hint = match paths::hint_for_missing(typed, folder) {
+                _ if typed.contains('{') => "braces are no part of a glob here: write a list".to_string(),
                 hint if hint.is_empty() && super::base::is_hub_id(typed) => {
                     "a dataset is parquet on this machine: download it from the hub first".to_string()
                 }
@@ -82,15 +83,15 @@ fn expand(typed: &str, folder: &Path) -> Result<Vec<PathBuf>, Fault> {
 }
 
 fn in_folder(folder: &Path) -> Result<Vec<PathBuf>, Fault> {
-    let names = paths::names_in(folder);
+    // Hidden ones are what an editor or a copy left behind (`._a.parquet`); no glob matches them either.
+    let names: Vec<String> = paths::names_in(folder).into_iter().filter(|name| !name.starts_with('.')).collect();
     let files: Vec<PathBuf> = names
         .iter()
         .map(|name| folder.join(name))
         .filter(|path| is_parquet(path) && paths::look(path) != Found::Folder)
         .collect();
     if files.is_empty() {
-        let mut there =
-            names.iter().filter(|name| !name.starts_with('.')).take(5).cloned().collect::<Vec<_>>().join(", ");
+        let mut there = names.iter().take(5).cloned().collect::<Vec<_>>().join(", ");
         if there.is_empty() {
             there = "nothing".into();
         }
@@ -135,7 +136,7 @@ fn is_parquet(path: &Path) -> bool {
     path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("parquet"))
 }
 
-/// `path`, absolute, when it is a regular file called `.parquet`.
+/// `path`, settled, when it is a regular file called `.parquet`.
 fn parquet_file(path: PathBuf) -> Result<PathBuf, Fault> {
     let fault = |what: &str| Fault::new("", format!("{} {what}", path.display()));
     match paths::look(&path) {
@@ -144,7 +145,7 @@ fn parquet_file(path: PathBuf) -> Result<PathBuf, Fault> {
         _ => return Err(fault("is a pipe, socket or device, expected a parquet file")),
     }
     if is_parquet(&path) {
-        return Ok(std::path::absolute(&path).unwrap_or(path));
+        return Ok(paths::settle_file(&path));
     }
     let ending = path.extension().map(|ending| ending.to_string_lossy().to_lowercase()).unwrap_or_default();
     let read = match ending.as_str() {
@@ -194,6 +195,7 @@ mod tests {
         assert_eq!(names("b.parquet", &root).unwrap(), ["b.parquet"]);
         assert_eq!(names(".", &root).unwrap(), ["a.parquet", "b.parquet"]);
         assert_eq!(names("sub", &root).unwrap(), ["sub/c.PARQUET"]);
+        assert_eq!(names("mixed", &root).unwrap(), ["mixed/d.parquet"]);
         assert_eq!(names("*.parquet", &root).unwrap(), ["a.parquet", "b.parquet"]);
         assert_eq!(names("**/[a-d].parquet", &root).unwrap(), ["a.parquet", "b.parquet", "mixed/d.parquet"]);
     }
@@ -229,6 +231,7 @@ mod tests {
         for (typed, what, hint) in [
             ("none/*.parquet", "nothing matches", ""),
             ("c.parquet", "there is no", "did you mean"),
+            ("{a,b}.parquet", "there is no", "write a list"),
             ("nofolder/x.parquet", "there is no", "there is no folder"),
             ("mixed/*", "is .jsonl, expected .parquet", "read_json(FILE, lines=True)"),
             ("m*", "matches the folder", "data/*.parquet"),

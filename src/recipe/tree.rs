@@ -230,7 +230,9 @@ fn syntax_fault(error: &YamlError, text: &str, file: &str) -> Fault {
     let message = DefaultMessageFormatter.format_message(error).into_owned();
     let (what, hint) = match error {
         YamlError::DuplicateMappingKey { key, .. } => (
-            key.as_ref().map_or("the same key is given twice".into(), |key| format!("the key `{key}` is given twice")),
+            key.as_ref().map_or("the same key is given twice".into(), |key| {
+                format!("the key `{}` is given twice", shorten(key).escape_debug())
+            }),
             "keep one of them",
         ),
         YamlError::MultipleDocuments { .. } => {
