@@ -723,14 +723,13 @@ continued' }}
 {{ 'open }}
 {{ a b }}
 {% for i in items recursive %}{{ i }}{% endfor %}{% for m in [{'v': 1, 'kids': [{'v': 2, 'kids': []}]}] recursive %}{{ m.v }}({{ loop(m.kids) }}){% endfor %}
-{{ items|list|tojson }} {{ mapping.items()|list|tojson }} {{ {1: 'a', none: 'b', true: 'c'}|tojson }} {{ (1, 2)|tojson }} {{ ''|tojson }} {{ '\x7f\x00\u2028'|tojson }}
+{{ items|list|tojson }} {{ mapping.items()|list|tojson }} {{ {1: 'a', none: 'b', false: 'c'}|tojson }} {{ (1, 2)|tojson }} {{ ''|tojson }} {{ '\x7f\x00\u2028'|tojson }}
 {{ text.strip().split(',')[0]|lower ~ '!' }} {{ (text|trim).split(', ')|last }} {{ text|trim|upper|replace('L', '')|length }}
 {{ messages|map(attribute='content')|join(' ') }} {{ messages[0].content + messages[-1]['content'] }} {{ messages[loop_index|default(0)].role }}
 {{ yes|string|lower }} {{ yes|lower }} {{ 3|string|int + 1 }} {{ [1, 'a']|string }} {{ fraction|string }} {{ mapping|string|length }}
 {{ 'a' if text is defined and text is not none else 'b' }} {{ 'x' if not missing else 'y' }} {{ text is defined and text|length > 3 }} {{ (yes or no) and not nothing }}
 {{ {'role': 'user', 'n': number}.role }} {{ {'a': 1}['a'] }} {{ {'a': 1}.get('b', {}).get('c', 'deep') }} {{ [[1, 2], [3]][0][1] }}
 {{ text.__class__ }}
-{{ mapping.items }}
 {{ (items|map('string')|list)[0] }} {{ items|map('string')|join }} {{ ['a', 'b']|map('upper')|first }}
 {{ ['a', 'b', 'c'].index('b') }} {{ [1, 1, 2].count(1) }} {{ 'abc'[1:][0] }} {{ 'a\tb'.expandtabs(4) }}
 {{ 5 // 0.3 }} {{ 5.5 // 2 }} {{ 10 ** 20 }} {{ -5 // -2 }} {{ 0.1 * 3 }} {{ 1e308 * 10 }} {{ 7 / 2 }} {{ 6 / 2 }} {{ 3 * 1.0 }} {{ 2 ** 0.5 }} {{ 2 ** 3 ** 2 }}

@@ -64,6 +64,15 @@ pub(super) fn install(environment: &mut Environment<'static>) {
         printf(state, format, &arguments)
     });
     environment.add_filter("indent", indent);
+    environment.add_filter("first", |value: Value| end_of(value, false));
+    environment.add_filter("last", |value: Value| end_of(value, true));
+    environment.add_filter("int", int);
+    environment.add_filter("float", |value: &Value, default: Option<Value>, options: Kwargs| {
+        let default = default.or(options.get("default")?).unwrap_or_else(|| Value::from(0.0));
+        Ok::<_, Error>(parse_float(value).map_or(default, Value::from))
+    });
+    environment.add_filter("e", escape);
+    environment.add_filter("escape", escape);
     environment.add_filter("center", |state: &mut State, value: &Value, width: Option<usize>| {
         pad(state, &text(value)?, width.unwrap_or(80), ' ', Side::Both)
     });
@@ -100,7 +109,7 @@ pub(super) fn install(environment: &mut Environment<'static>) {
         Err(Error::new(ErrorKind::InvalidOperation, text(message)?.into_owned()))
     });
     environment.add_function("joiner", minijinja_contrib::globals::joiner);
-    environment.add_function("cycler", minijinja_contrib::globals::cycler);
+    environment.add_function("cycler", |items: Rest<Value>| minijinja_contrib::globals::cycler(items.0));
 }
 
 /// Counts text against the render's budget.
@@ -567,8 +576,10 @@ fn slice(state: &mut State, value: &Value, start: &Value, stop: &Value, step: &V
             taken(characters.len(), start, stop, step).map(|at| characters[at]).collect::<String>(),
         ));
     }
-    if !matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable) {
-        return Err(wrong(format!("cannot take a slice of {}", describe(value))));
+    match value.kind() {
+        ValueKind::Seq | ValueKind::Iterable => {}
+        ValueKind::Undefined => return Err(wrong("cannot take a slice of an undefined value")),
+        _ => return Ok(Value::UNDEFINED),
     }
     let items: Vec<Value> = value.try_iter()?.collect();
     charge(state, items.len() * size_of::<Value>())?;
@@ -604,6 +615,57 @@ fn default(value: Value, other: Option<Value>, boolean: Option<Value>, options: 
     let boolean = boolean.or(options.get("boolean")?).is_some_and(|value| value.is_true());
     options.assert_all_used()?;
     Ok(if value.is_undefined() || (boolean && !value.is_true()) { other } else { value })
+}
+
+/// The first or the last item; nothing of nothing.
+fn end_of(value: Value, last: bool) -> Result<Value, Error> {
+    if let Some(text) = value.as_str() {
+        let end = if last { text.chars().next_back() } else { text.chars().next() };
+        return Ok(end.map_or(Value::UNDEFINED, Value::from));
+    }
+    if value.is_undefined() {
+        return Ok(value);
+    }
+    let mut items = value.try_iter()?;
+    Ok(if last { items.last() } else { items.next() }.unwrap_or(Value::UNDEFINED))
+}
+
+/// A whole number, from text in a base; the default (0) where it is none.
+fn int(value: &Value, default: Option<Value>, base: Option<u32>, options: Kwargs) -> Result<Value, Error> {
+    let default = default.or(options.get("default")?).unwrap_or_else(|| Value::from(0));
+    let base = base.or(options.get("base")?).unwrap_or(10).clamp(2, 36);
+    if let Some(text) = value.as_str() {
+        let digits = strip(text, None, true, true).replace('_', "").to_lowercase();
+        let prefix = match base {
+            2 => "0b",
+            8 => "0o",
+            16 => "0x",
+            _ => "",
+        };
+        let digits = digits.strip_prefix(prefix).unwrap_or(&digits);
+        if let Ok(number) = i128::from_str_radix(digits, base) {
+            return integer(Some(number));
+        }
+    } else if let Some((number, _)) = integers(value, &Value::from(0)) {
+        return integer(Some(number));
+    }
+    let number = parse_float(value).filter(|number| number.is_finite() && number.abs() < 1e30);
+    number.map_or(Ok(default), |number| integer(Some(number as i128)))
+}
+
+fn parse_float(value: &Value) -> Option<f64> {
+    match value.as_str() {
+        Some(text) => strip(text, None, true, true).replace('_', "").parse().ok(),
+        None => floats(value, &Value::from(0)).map(|(number, _)| number),
+    }
+}
+
+/// As markupsafe escapes HTML.
+fn escape(state: &mut State, value: &Value) -> Result<String, Error> {
+    let plain = text(value)?;
+    charge(state, plain.len() * 5)?;
+    let escaped = plain.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
+    Ok(escaped.replace('\'', "&#39;").replace('"', "&#34;"))
 }
 
 fn join(
@@ -651,7 +713,8 @@ fn indent(
     let body = text(value)?;
     charge(state, body.len() + prefix.len() * (1 + body.matches('\n').count()))?;
     let mut out = String::new();
-    for (at, line) in body.split('\n').enumerate() {
+    for (at, line) in split_lines(&format!("{body}\n"), false).iter().enumerate() {
+        let line = line.as_str().unwrap_or_default();
         if at > 0 {
             out.push('\n');
         }
@@ -667,16 +730,35 @@ fn indent(
 /// `%`-formatting; `%s` and `%r` as Python prints values.
 fn printf(state: &mut State, format: &str, arguments: &[Value]) -> Result<String, Error> {
     guard_format(format)?;
-    let arguments = arguments
-        .iter()
-        .map(|value| match value.kind() {
-            ValueKind::Number | ValueKind::String => Ok(value.clone()),
-            _ if value.is_kwargs() => Ok(value.clone()),
-            ValueKind::Map => Ok(value.clone()),
-            _ => text(value).map(|text| Value::from(text.into_owned())),
-        })
-        .collect::<Result<Vec<_>, Error>>()?;
-    let out = minijinja::formatting::format(minijinja::formatting::FormatStyle::Printf, format, &arguments)?;
+    // minijinja has no `%r`, and prints values its own way: both are given to it as text.
+    let mut plain = String::with_capacity(format.len());
+    let mut given = Vec::with_capacity(arguments.len());
+    let mut rest = format;
+    while let Some(at) = rest.find('%') {
+        plain.push_str(&rest[..at + 1]);
+        rest = &rest[at + 1..];
+        let flags = rest.len() - rest.trim_start_matches(|c: char| c.is_ascii_digit() || "-+ #.".contains(c)).len();
+        plain.push_str(&rest[..flags]);
+        rest = &rest[flags..];
+        let Some(kind) = rest.chars().next() else { break };
+        rest = &rest[kind.len_utf8()..];
+        match (kind, arguments.get(given.len())) {
+            ('r', Some(value)) => {
+                let mut shown = String::new();
+                repr(value, &mut shown, 0)?;
+                given.push(Value::from(shown));
+                plain.push('s');
+                continue;
+            }
+            ('s', Some(value)) => given.push(Value::from(text(value)?.into_owned())),
+            ('%' | '(', _) | (_, None) => {}
+            (_, Some(value)) => given.push(value.clone()),
+        }
+        plain.push(kind);
+    }
+    plain.push_str(rest);
+    given.extend(arguments.iter().skip(given.len()).cloned());
+    let out = minijinja::formatting::format(minijinja::formatting::FormatStyle::Printf, &plain, &given)?;
     charge(state, out.len())?;
     Ok(out)
 }
@@ -866,6 +948,18 @@ fn text_method(state: &mut State, text: &str, name: &str, arguments: &[Value]) -
             };
             let width = (width.max(0) as usize).saturating_sub(sign.len());
             Value::from(format!("{sign}{}", pad(state, digits, width, '0', Side::Right)?))
+        }
+        "expandtabs" => {
+            let (width,): (Option<usize>,) = from_args(arguments)?;
+            let width = width.unwrap_or(8).clamp(0, 1000);
+            charge(state, text.len() + width * text.matches('\t').count())?;
+            let (mut out, mut column) = (String::new(), 0usize);
+            for c in text.chars() {
+                let count = if c == '\t' { width - column.checked_rem(width).unwrap_or(0) } else { 1 };
+                out.extend(std::iter::repeat_n(if c == '\t' { ' ' } else { c }, count));
+                column = if matches!(c, '\n' | '\r') { 0 } else { column + count };
+            }
+            Value::from(out)
         }
         "casefold" => Value::from(text.to_lowercase().replace('ß', "ss")),
         "swapcase" => Value::from(

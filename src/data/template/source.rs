@@ -122,15 +122,19 @@ impl<'s> Reader<'s> {
         let mut parser = Parser::new(&tokens, self.line);
         let text = parser.tuple()?;
         parser.end()?;
-        let _ = write!(self.out, "{text} ");
+        let _ = write!(self.out, " {text} ");
         self.close(&tokens, "}}");
         Ok(())
     }
 
     fn statement(&mut self) -> Parsed<()> {
-        if let Some(length) = raw_block(&self.source[self.at..]) {
+        if let Some((begin, length)) = raw_block(&self.source[self.at..]) {
             let Some(length) = length else { return self.fail("`{% raw %}` is never closed by `{% endraw %}`") };
-            self.copy(length);
+            // jinja2 keeps a line end after `{% raw %}`, whatever `trim_blocks` says.
+            let keep = if self.source[self.at..self.at + begin].ends_with("-%}") { "" } else { "+" };
+            self.copy(begin - 2);
+            self.out.push_str(keep);
+            self.copy(length - (begin - 2));
             return Ok(());
         }
         self.copy(2);
@@ -264,8 +268,8 @@ fn next_tag(text: &str) -> Option<usize> {
     text.as_bytes().windows(2).position(|pair| pair[0] == b'{' && matches!(pair[1], b'{' | b'%' | b'#'))
 }
 
-/// The length of a `{% raw %} ... {% endraw %}` block at the start of `text`; `Some(None)` when it is never closed.
-fn raw_block(text: &str) -> Option<Option<usize>> {
+/// The lengths of the `{% raw %}` at the start of `text` and of the block up to `{% endraw %}`; no second when it is never closed.
+fn raw_block(text: &str) -> Option<(usize, Option<usize>)> {
     let tag = |text: &str, name: &str| -> Option<usize> {
         let rest = text.strip_prefix("{%")?;
         let rest = rest.strip_prefix(['-', '+']).unwrap_or(rest).trim_start().strip_prefix(name)?.trim_start();
@@ -277,11 +281,11 @@ fn raw_block(text: &str) -> Option<Option<usize>> {
     while let Some(found) = text[at..].find("{%") {
         at += found;
         if let Some(length) = tag(&text[at..], "endraw") {
-            return Some(Some(at + length));
+            return Some((begin, Some(at + length)));
         }
         at += 2;
     }
-    Some(None)
+    Some((begin, None))
 }
 
 fn number_length(text: &str) -> usize {
