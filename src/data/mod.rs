@@ -1,6 +1,71 @@
 //! From parquet to batches: source (parquet) -> example -> template -> tokens and mask -> pack -> batch.
 
+use std::fmt;
+
 use tch::Tensor;
+
+mod batch;
+mod cache;
+mod dataset;
+mod example;
+#[cfg(test)]
+mod fixtures;
+mod guard;
+mod layout;
+mod pack;
+mod report;
+mod source;
+mod tokenize;
+
+pub use batch::Batches;
+pub use dataset::{Dataset, DatasetFile};
+pub use report::{DatasetReport, Place, Tally};
+pub use source::{Examples, ParquetFile, SourceFiles};
+
+/// Turns an example into documents of tokens with their mask.
+pub trait Encode: Send + Sync {
+    /// Normally one document; `text` longer than the limit gives several. Err is a malformed row (unknown role, no trained token, template error...), as plain text; the dataset adds file and row.
+    fn encode(&self, example: &Example) -> std::result::Result<Encoded, BadRow>;
+    /// A digest of everything that determines its output (tokenizer bytes, template, recipe options, code version of the encoding).
+    fn fingerprint(&self) -> String;
+}
+
+/// What [`Encode`] makes of a row.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Encoded {
+    /// The row's documents, none longer than the recipe's `max_length`.
+    pub documents: Vec<Document>,
+    /// Whether tokens were cut off to fit `max_length`.
+    pub truncated: bool,
+}
+
+/// Why a row gives no document.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BadRow {
+    /// The row is not what the format says, or the template refuses it.
+    Malformed(String),
+    /// The row is longer than the recipe's `max_length`, and is not to be cut.
+    Overlong {
+        /// How long it is.
+        tokens: usize,
+        /// `max_length`.
+        limit: usize,
+    },
+    /// The row has tokens but none of them is trained.
+    NothingTrained(String),
+    /// The row holds no text.
+    Empty,
+}
+
+impl fmt::Display for BadRow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            BadRow::Malformed(what) | BadRow::NothingTrained(what) => f.write_str(what),
+            BadRow::Overlong { tokens, limit } => write!(f, "{tokens} tokens, more than max_length {limit}"),
+            BadRow::Empty => f.write_str("the row is empty"),
+        }
+    }
+}
 
 /// Where a document comes from: the place named in reports and errors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -20,6 +85,9 @@ pub enum Example {
         messages: Vec<serde_json::Value>,
         /// Tool definitions handed to the template.
         tools: Option<serde_json::Value>,
+        /// First turn that may be trained: turns before it are context whatever their role (the prompt of a
+        /// prompt-completion pair of message lists; 0 otherwise).
+        trained_from: usize,
     },
     /// Two strings used as they are; the second is trained.
     PromptCompletion {

@@ -2,16 +2,15 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Linear, ModelSpec};
+use super::cache::Cache;
+use super::families;
+use super::layer::{Context, Layer, Reader};
+use super::linear::{Linear, Weight};
+use super::spec::{ModelSpec, Position, Rope};
 use crate::Result;
+use crate::ops::{self, Documents, Norm, rope::Rotation};
+use crate::torch_ext::uniform;
 use crate::weights::Checkpoint;
-
-/// Where each document of a micro-batch begins and ends, and how long the longest is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Documents {
-    /// Offsets into T: document i is `offsets[i]..offsets[i + 1]`; the last offset is T.
-    pub offsets: Vec<i64>,
-}
 
 /// A language model: frozen base weights, with the adapters attached to its linears.
 #[derive(Debug)]
@@ -22,34 +21,138 @@ pub struct Decoder {
     pub kind: Kind,
     /// Where it lives.
     pub device: Device,
+    /// (V, D).
+    embedding: Tensor,
+    layers: Vec<Layer>,
+    /// The different rotary embeddings of the blocks, each made once per forward.
+    ropes: Vec<Rope>,
+    final_norm: Norm,
+    head: Linear,
+}
+
+/// What changes from one forward to the next.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Forward {
+    /// Makes the dropout masks and the noise of this micro-batch; `None` is evaluation.
+    pub seed: Option<u64>,
+    /// NEFTune's alpha (arXiv:2310.05914): uniform noise of `alpha / sqrt(L D)` on the embeddings of a document of L tokens.
+    pub noise_alpha: f64,
+    /// How many of the first blocks run again in backward instead of keeping their activations.
+    pub recomputed_layers: usize,
 }
 
 impl Decoder {
     /// Reads the weights tensor by tensor; `progress` is called with bytes read so far and in all.
-    pub fn load(_checkpoint: &Checkpoint, _kind: Kind, _device: Device, _progress: &dyn Fn(u64, u64)) -> Result<Self> {
-        todo!()
-    }
-
-    /// The final hidden states (T, D) of documents laid end to end in `ids` (T), i64.
     ///
-    /// `positions` (T), i64, restart at each document. `dropout_seed` makes the dropout masks of this
-    /// micro-batch; `None` is evaluation (no dropout, no noise).
-    pub fn hidden(&self, _ids: &Tensor, _positions: &Tensor, _documents: &Documents, _dropout_seed: Option<u64>) -> Tensor {
-        todo!()
+    /// Errors name the tensor and both shapes, or the config field that is not supported.
+    pub fn load(checkpoint: &Checkpoint, kind: Kind, device: Device, progress: &dyn Fn(u64, u64)) -> Result<Self> {
+        let spec = families::spec(checkpoint)?;
+        let total: u64 = checkpoint
+            .names()
+            .iter()
+            .filter_map(|name| checkpoint.shape(name))
+            .map(|shape| shape.iter().product::<i64>() as u64 * kind.elt_size_in_bytes() as u64)
+            .sum();
+        let done = std::cell::Cell::new(0);
+        let read = |bytes| {
+            done.set(done.get() + bytes);
+            progress(done.get(), total);
+        };
+        let reader = Reader { checkpoint, kind, device, read: &read };
+
+        let embedding = reader.tensor(&spec.embedding, &[spec.vocab_size, spec.hidden_size])?;
+        let mut ropes: Vec<Rope> = Vec::new();
+        let mut layers = Vec::with_capacity(spec.layers.len());
+        for layer in &spec.layers {
+            let Position::Rope(rope) = &layer.position;
+            let rotation = ropes.iter().position(|known| known == rope).unwrap_or_else(|| {
+                ropes.push(rope.clone());
+                ropes.len() - 1
+            });
+            layers.push(Layer::load(layer, rotation, &reader)?);
+        }
+        let final_norm = reader.norm(&spec.final_norm)?;
+        let head = if spec.head.tied {
+            embedding.shallow_clone()
+        } else {
+            reader.tensor(&format!("{}.weight", spec.head.name), &[spec.vocab_size, spec.hidden_size])?
+        };
+        let head = Linear { name: spec.head.name.clone(), weight: Weight::Dense(head), bias: None, adapter: None };
+        Ok(Self { spec, kind, device, embedding, layers, ropes, final_norm, head })
     }
 
-    /// The logits (S, V), fp32, of hidden states (S, D).
-    pub fn logits(&self, _hidden: &Tensor) -> Tensor {
-        todo!()
+    /// The final hidden states (T, D) of documents laid end to end in `ids` (T), i64; `positions` (T), i64, restart at each.
+    pub fn hidden(&self, ids: &Tensor, positions: &Tensor, documents: &Documents, forward: Forward) -> Tensor {
+        let mut h = self.embed(ids, documents, forward);
+        let rotations = self.rotations(positions, documents);
+        for (i, layer) in self.layers.iter().enumerate() {
+            let context = Context { documents, rotation: &rotations[layer.rotation], dropout_seed: forward.seed };
+            h = if i < forward.recomputed_layers {
+                layer.forward_recomputed(&h, &context)
+            } else {
+                layer.forward(&h, &context, None)
+            };
+        }
+        self.final_norm.apply(&h)
+    }
+
+    /// An empty cache for `sequences` sequences.
+    pub fn cache(&self, sequences: usize) -> Cache {
+        let shapes: Vec<(i64, i64)> = self.layers.iter().map(Layer::cache_shape).collect();
+        Cache::new(sequences, &shapes, self.kind, self.device)
+    }
+
+    /// [`Decoder::hidden`] of new tokens of cached sequences: document i of `documents` continues sequence i. No graph.
+    pub fn hidden_cached(&self, ids: &Tensor, documents: &Documents, cache: &mut Cache) -> Tensor {
+        tch::no_grad(|| {
+            let mut positions = Vec::with_capacity(ids.numel());
+            for ((_, new), seen) in documents.spans().zip(&mut cache.lengths) {
+                positions.extend(*seen..*seen + new);
+                *seen += new;
+            }
+            let positions = Tensor::from_slice(&positions).to_device(self.device);
+            let rotations = self.rotations(&positions, documents);
+            let mut h = self.embed(ids, documents, Forward::default());
+            for (layer, cache) in self.layers.iter().zip(&mut cache.layers) {
+                let context = Context { documents, rotation: &rotations[layer.rotation], dropout_seed: None };
+                h = layer.forward(&h, &context, Some(cache));
+            }
+            self.final_norm.apply(&h)
+        })
+    }
+
+    /// The logits (S, V), fp32, of hidden states (S, D). No graph.
+    pub fn logits(&self, hidden: &Tensor) -> Tensor {
+        tch::no_grad(|| ops::projection(hidden, None, &[self.head.operand(None)], None).remove(0).to_kind(Kind::Float))
+    }
+
+    /// The summed cross-entropy, times `scale`, of predicting `targets` (S) from the hidden states (S, D).
+    pub fn cross_entropy(&self, hidden: &Tensor, targets: &Tensor, forward: Forward, scale: f64) -> Tensor {
+        ops::cross_entropy(hidden, self.head.operand(forward.seed), targets, scale)
     }
 
     /// Every linear of the model in checkpoint order, the head last.
     pub fn linears(&self) -> Vec<&Linear> {
-        todo!()
+        self.layers.iter().flat_map(Layer::linears).chain([&self.head]).collect()
     }
 
     /// Every linear of the model in checkpoint order, the head last.
     pub fn linears_mut(&mut self) -> Vec<&mut Linear> {
-        todo!()
+        self.layers.iter_mut().flat_map(Layer::linears_mut).chain([&mut self.head]).collect()
+    }
+
+    fn embed(&self, ids: &Tensor, documents: &Documents, forward: Forward) -> Tensor {
+        let h = self.embedding.index_select(0, ids); // (T, D)
+        let Some(seed) = forward.seed.filter(|_| forward.noise_alpha > 0.0) else { return h };
+        let noise = uniform(&h, -1.0, 1.0, seed ^ 0x6e6f_6973_65);
+        for (start, length) in documents.spans() {
+            let magnitude = forward.noise_alpha / ((length * self.spec.hidden_size) as f64).sqrt();
+            let _ = noise.narrow(0, start, length).g_mul_scalar_(magnitude);
+        }
+        h + noise.to_kind(self.kind)
+    }
+
+    fn rotations(&self, positions: &Tensor, documents: &Documents) -> Vec<Rotation> {
+        self.ropes.iter().map(|rope| rope.rotation(positions, documents)).collect()
     }
 }

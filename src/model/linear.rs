@@ -2,6 +2,9 @@
 
 use tch::Tensor;
 
+pub use crate::ops::LowRank;
+use crate::ops::Operand;
+
 /// `Y = X W^T + bias (+ scale * dropout(X) A^T B^T)`.
 #[derive(Debug)]
 pub struct Linear {
@@ -22,19 +25,6 @@ pub enum Weight {
     Dense(Tensor),
 }
 
-/// A low-rank update (arXiv:2106.09685), trained in fp32.
-#[derive(Debug)]
-pub struct LowRank {
-    /// (R, in), fp32, a leaf with gradient.
-    pub a: Tensor,
-    /// (out, R), fp32, a leaf with gradient.
-    pub b: Tensor,
-    /// `lora_alpha / r`, or `/ sqrt(r)` when rank-stabilised.
-    pub scale: f64,
-    /// Probability of dropping an element of X before A.
-    pub dropout: f64,
-}
-
 impl Linear {
     /// (out, in).
     pub fn shape(&self) -> (i64, i64) {
@@ -42,4 +32,41 @@ impl Linear {
             Weight::Dense(w) => w.size2().expect("a linear weight has two dimensions: checked at load"),
         }
     }
+
+    /// What the operations read; `micro_batch_seed` makes this layer's own dropout mask.
+    pub(super) fn operand(&self, micro_batch_seed: Option<u64>) -> Operand<'_> {
+        let Weight::Dense(weight) = &self.weight;
+        Operand {
+            weight,
+            bias: self.bias.as_ref(),
+            low_rank: self.adapter.as_ref(),
+            dropout_seed: micro_batch_seed.map(|seed| own_seed(seed, &self.name)),
+        }
+    }
+
+    /// Another handle to the same tensors.
+    pub(super) fn shallow_clone(&self) -> Self {
+        let Weight::Dense(weight) = &self.weight;
+        Self {
+            name: self.name.clone(),
+            weight: Weight::Dense(weight.shallow_clone()),
+            bias: self.bias.as_ref().map(Tensor::shallow_clone),
+            adapter: self.adapter.as_ref().map(|l| LowRank {
+                a: l.a.shallow_clone(),
+                b: l.b.shallow_clone(),
+                scale: l.scale,
+                dropout: l.dropout,
+            }),
+        }
+    }
+
+    /// A and B, if there are any.
+    pub(super) fn trained(&self) -> impl Iterator<Item = &Tensor> {
+        self.adapter.iter().flat_map(|l| [&l.a, &l.b])
+    }
+}
+
+/// FNV-1a over the name, mixed with the seed: every layer its own mask, whatever the order of evaluation.
+fn own_seed(seed: u64, name: &str) -> u64 {
+    name.bytes().fold(seed ^ 0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
 }

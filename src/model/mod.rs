@@ -1,15 +1,23 @@
 //! The one decoder. A family is data ([`ModelSpec`], made in `families`); the forward reads only the spec.
 //!
 //! Legend of shape letters, used in every comment: T tokens of a micro-batch (all documents end to end,
-//! no padding), B sequences of a cache, D model width, N heads, K key/value heads, H head size, F hidden
-//! width of the feed-forward, E experts, V vocabulary, R rank, S supervised rows.
+//! no padding), L tokens of one document, S rows picked from T (or keys in sight), B sequences of a cache, D model width,
+//! N heads, K key/value heads, G heads to a group, H head size, F hidden width of the feed-forward, E experts,
+//! V vocabulary, R rank.
 
 pub mod families;
 pub mod spec;
 
+mod cache;
 mod decoder;
+mod generate;
+mod layer;
 mod linear;
+mod position;
 
-pub use decoder::{Decoder, Documents};
+pub use crate::ops::Documents;
+pub use cache::Cache;
+pub use decoder::{Decoder, Forward};
+pub use generate::{Continuation, Finish, Sampling};
 pub use linear::{Linear, LowRank, Weight};
 pub use spec::ModelSpec;

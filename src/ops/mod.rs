@@ -1,1 +1,48 @@
-//! Differentiable operations with hand-written backward, each beside its slow twin.
+//! Differentiable operations with hand-written backward.
+//!
+//! Each computes its result without a graph, keeps only what its backward needs and hands libtorch's engine a backward
+//! written in Rust ([`crate::torch_ext::custom`]). Each has a slow twin, plain autograd over libtorch operations, in its
+//! tests. Shape letters are those of [`crate::model`].
+
+pub mod attention;
+mod cpu;
+pub mod cross_entropy;
+pub mod gated;
+pub mod projection;
+pub mod recompute;
+pub mod rms_norm;
+pub mod rope;
+#[cfg(test)]
+pub(crate) mod testing;
+
+pub use attention::attention;
+pub use cross_entropy::cross_entropy;
+pub use gated::{Activation, gated_projection};
+pub use projection::{LowRank, Operand, projection};
+pub use recompute::recompute;
+pub use rms_norm::Norm;
+pub use rope::rope;
+
+/// Where each document of a micro-batch begins and ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Documents {
+    /// Offsets into T: document i is `offsets[i]..offsets[i + 1]`; the first is 0, the last is T.
+    pub offsets: Vec<i64>,
+}
+
+impl Documents {
+    /// One document of `length` tokens.
+    pub fn one(length: i64) -> Self {
+        Self { offsets: vec![0, length] }
+    }
+
+    /// (start, length) of each document.
+    pub fn spans(&self) -> impl Iterator<Item = (i64, i64)> + '_ {
+        self.offsets.windows(2).map(|w| (w[0], w[1] - w[0]))
+    }
+
+    /// Length of the longest document.
+    pub fn longest(&self) -> i64 {
+        self.spans().map(|(_, length)| length).max().unwrap_or(0)
+    }
+}

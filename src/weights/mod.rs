@@ -1,17 +1,32 @@
-//! A base model's files: safetensors shards, GGUF, hub download. Tensors stream; bytes are validated before use.
+//! A base model's files: safetensors shards, GGUF, hub download. Bytes are validated before use; tensors stream.
+//!
+//! [`Checkpoint::open`] reads headers only. [`Checkpoint::tensor`] reads one tensor straight into its own memory, so loading a
+//! model peaks at the model plus one tensor. A `Checkpoint` is `Send + Sync`: several threads may read tensors from it.
 
-use std::collections::BTreeMap;
+mod file;
+mod folder;
+mod gguf;
+pub mod hub;
+mod safetensors;
+mod storage;
+pub mod writer;
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
 use std::path::PathBuf;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::Result;
 use crate::recipe::BaseSource;
+use crate::{Error, Fault, Result};
+
+pub use file::sha256_file;
 
 /// A base model opened: nothing but headers read yet.
 ///
 /// Whatever the files are (a transformers folder or one GGUF), this shows them as transformers does:
 /// tensors under their checkpoint names, small files under their usual names.
+#[derive(Debug)]
 pub struct Checkpoint {
     /// Where it is.
     pub source: BaseSource,
@@ -22,28 +37,132 @@ pub struct Checkpoint {
     pub sidecars: BTreeMap<String, Vec<u8>>,
     /// The files that hold the weights, in a stable order.
     pub files: Vec<PathBuf>,
+    /// The same files, opened: what was validated is what is read, even when a path is replaced meanwhile.
+    opened: Vec<File>,
+    tensors: Vec<Stored>,
+    by_name: HashMap<String, usize>,
+    notices: Vec<String>,
+}
+
+/// What a kind of source finds out; the [`Checkpoint`] is made of it.
+struct Parts {
+    config: serde_json::Value,
+    sidecars: BTreeMap<String, Vec<u8>>,
+    files: Vec<PathBuf>,
+    opened: Vec<File>,
+    /// In file order.
+    tensors: Vec<Stored>,
+    notices: Vec<String>,
+}
+
+/// A tensor in its file.
+#[derive(Debug)]
+struct Stored {
+    /// Its checkpoint name.
+    name: String,
+    /// Its name as the file spells it, for errors.
+    stored_name: String,
+    shape: Vec<i64>,
+    /// Index into `files`.
+    file: usize,
+    /// First byte in the file.
+    offset: u64,
+    form: Form,
+}
+
+/// How a tensor's numbers are stored.
+#[derive(Debug)]
+enum Form {
+    Plain(&'static storage::Dtype),
+    Blocks(&'static gguf::Quantisation, gguf::RowOrder),
 }
 
 impl Checkpoint {
-    /// Opens and validates headers, index and config. Hub sources are fetched into the hub cache first.
-    pub fn open(_source: &BaseSource) -> Result<Self> {
-        todo!()
+    /// Opens and validates headers, index and config. Hub sources are fetched into the hub cache first, silently; use
+    /// [`hub::Hub::fetch`] before this to show progress.
+    pub fn open(source: &BaseSource) -> Result<Self> {
+        let parts = match source {
+            BaseSource::Folder(folder) => folder::open(folder)?,
+            BaseSource::Gguf(path) => gguf::open(path)?,
+            BaseSource::Hub { id, revision } => {
+                let fetched = hub::Hub::from_environment()?.fetch(id, revision, &mut |_| {})?;
+                let mut parts = folder::open(&fetched.folder)?;
+                parts.notices.extend(fetched.notice);
+                parts
+            }
+        };
+        let Parts { config, sidecars, files, opened, tensors, notices } = parts;
+        let mut by_name = HashMap::with_capacity(tensors.len());
+        for (index, tensor) in tensors.iter().enumerate() {
+            if let Some(other) = by_name.insert(tensor.name.clone(), index) {
+                let (first, second) = (&files[tensors[other].file], &files[tensor.file]);
+                let what = format_args!("is in two files: {} and {}", first.display(), second.display());
+                return Err(Error::Model(
+                    Fault::new(&tensor.name, what).hint("remove one of them, or fetch the model again"),
+                ));
+            }
+        }
+        Ok(Self { source: source.clone(), config, sidecars, files, opened, tensors, by_name, notices })
     }
 
     /// Tensor names, in file order.
     pub fn names(&self) -> Vec<&str> {
-        todo!()
+        self.tensors.iter().map(|tensor| tensor.name.as_str()).collect()
     }
 
     /// Shape of a tensor; `None` when there is no such tensor.
-    pub fn shape(&self, _name: &str) -> Option<Vec<i64>> {
-        todo!()
+    pub fn shape(&self, name: &str) -> Option<Vec<i64>> {
+        self.find(name).map(|tensor| tensor.shape.clone())
+    }
+
+    /// How a tensor is stored, as its format names it (`BF16`, `Q4_K`); `None` when there is no such tensor.
+    pub fn stored_as(&self, name: &str) -> Option<&'static str> {
+        self.find(name).map(|tensor| match tensor.form {
+            Form::Plain(dtype) => dtype.name,
+            Form::Blocks(quantisation, _) => quantisation.name,
+        })
+    }
+
+    /// What the user should know about this model's files, in plain sentences.
+    pub fn notices(&self) -> &[String] {
+        &self.notices
     }
 
     /// Reads one tensor (dequantised where stored quantised), converted to `kind` on `device`.
     ///
-    /// Errors name the file and the tensor: missing, NaN or infinite values, truncated while mapped.
-    pub fn tensor(&self, _name: &str, _kind: Kind, _device: Device) -> Result<Tensor> {
-        todo!()
+    /// A tensor stored in `kind` is one parallel read into its own memory. Errors name the file and the tensor: missing, NaN or
+    /// infinite values (stored, or made so by `kind`), truncated since it was opened, out of memory.
+    pub fn tensor(&self, name: &str, kind: Kind, device: Device) -> Result<Tensor> {
+        let Some(stored) = self.find(name) else {
+            let place = self.files.first().map(|file| file.display().to_string()).unwrap_or_default();
+            let near = self.nearest(name).map(|near| format!("the nearest name there is {near}")).unwrap_or_default();
+            return Err(Error::Model(Fault::new(place, format_args!("there is no tensor {name}")).hint(near)));
+        };
+        let source = storage::Source {
+            path: &self.files[stored.file],
+            file: &self.opened[stored.file],
+            name: &stored.stored_name,
+            offset: stored.offset,
+        };
+        let tensor = match &stored.form {
+            Form::Plain(dtype) => storage::read_plain(source, dtype, &stored.shape, kind)?,
+            Form::Blocks(quantisation, rows) => gguf::read_blocks(source, quantisation, *rows, &stored.shape, kind)?,
+        };
+        storage::place(tensor, device)
+    }
+
+    fn find(&self, name: &str) -> Option<&Stored> {
+        self.by_name.get(name).map(|&index| &self.tensors[index])
+    }
+
+    fn nearest(&self, name: &str) -> Option<&str> {
+        let near = self
+            .tensors
+            .iter()
+            .max_by(|a, b| strsim::jaro_winkler(&a.name, name).total_cmp(&strsim::jaro_winkler(&b.name, name)));
+        near.map(|tensor| tensor.name.as_str())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,102 @@
+# Two commands to know: `make demo` (set up, train, look at the result) and `make test`. The rest is in `make help`.
+#
+# Set-up (libtorch, demo model, Python packages) is done by .ci/setup and lands in the user's cache, once.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+.PHONY: help demo test build lint fmt parity bench datasets fixtures env clean
+
+ENGRAFT := target/release/engraft
+# Where cargo is told to build elsewhere, the binary is there.
+ifdef CARGO_TARGET_DIR
+ENGRAFT := $(CARGO_TARGET_DIR)/release/engraft
+endif
+
+QUICKSTART := recipes/quickstart.yaml
+# Held-out rows shown before and after training.
+DEMO_ROWS ?= 40
+PEERS := transformers==5.17.0 peft==0.21.2 safetensors==0.8.0 gguf==0.19.0 numpy==2.4.6
+PYARROW := pyarrow==26.0.1
+
+help: ## What there is to make
+	@echo "make demo        set up, build, train the quickstart's adapter, show what the model answered before and after"
+	echo "make test        the whole test suite (no GPU and, after set-up, no network needed)"
+	echo "make build       the release binary, $(ENGRAFT)"
+	echo "make lint        formatting and clippy, as CI runs them"
+	echo "make fmt         format the sources"
+	echo "make parity      compare with PEFT and transformers, live, on the demo model (installs them into the cache)"
+	echo "make bench       speed and memory beside PEFT and transformers; results go to bench/results"
+	echo "make datasets    write datasets/ anew from the committed programs, byte for byte"
+	echo "make fixtures    write tests/fixtures/llama anew with transformers and PEFT"
+	echo "make env         print LIBTORCH for your shell: eval \"\$$(make -s env)\" && cargo build --release"
+	echo "make clean       remove target/ and runs/ (the cache stays)"
+
+demo: ## The main job, and a look at its result
+	@source .ci/setup
+	toolchain; libtorch; demo_model
+	cargo build --release --locked
+	rm -rf runs/quickstart
+	say "Training an adapter that turns a customer's message into a JSON ticket ($(QUICKSTART))"
+	$(ENGRAFT) train $(QUICKSTART)
+	say "Held-out messages, before training: what the base model answers"
+	$(ENGRAFT) eval $(QUICKSTART) --generate --limit 5
+	say "Held-out messages, after training: the same model with runs/quickstart/adapter"
+	$(ENGRAFT) eval $(QUICKSTART) --adapter runs/quickstart/adapter --generate --limit $(DEMO_ROWS) --fail-under exact_match=0.8
+	say "The adapter is runs/quickstart/adapter; the curves are runs/quickstart/report.html. Talk to it:"
+	echo "  $(ENGRAFT) chat --model SmolLM2-135M-Instruct.Q4_1.gguf --adapter runs/quickstart/adapter --system 'Write the ticket as JSON.'"
+
+build: ## The release binary
+	@source .ci/setup
+	toolchain; libtorch
+	cargo build --release --locked
+
+test: ## The whole test suite
+	@source .ci/setup
+	toolchain; libtorch
+	log=$$(mktemp)
+	trap 'rm -f "$$log"' EXIT
+	cargo test --release --locked 2>&1 | tee "$$log"
+	awk '/^test result: ok/ { passed += $$4; ignored += $$8; suites += 1 } END { printf "%d tests passed in %d suites, %d ignored\n", passed, suites, ignored }' "$$log"
+
+lint: ## Formatting and clippy
+	@source .ci/setup
+	toolchain; libtorch
+	cargo fmt --check
+	cargo clippy --release --all-targets --locked -- -D warnings
+
+fmt: ## Format the sources
+	@cargo fmt
+
+parity: ## Live comparison with PEFT and transformers
+	@source .ci/setup
+	toolchain; libtorch; demo_model
+	cargo build --release --locked
+	python_with torch==$$TORCH $(PEERS) $(PYARROW)
+	"$$PYTHON" -B tests/python/parity.py --engraft "$(ENGRAFT)" --model "$$(cache_folder)/models/$$MODEL"
+
+bench: ## Speed and memory beside PEFT and transformers
+	@source .ci/setup
+	toolchain; libtorch; demo_model
+	cargo build --release --locked
+	python_with torch==$$TORCH $(PEERS) $(PYARROW)
+	"$$PYTHON" -B bench/run.py --engraft "$(ENGRAFT)" --model "$$(cache_folder)/models/$$MODEL" $(BENCH)
+
+datasets: ## The datasets, from their programs
+	@source .ci/setup
+	python_with $(PYARROW)
+	"$$PYTHON" -B datasets/generate.py
+
+fixtures: ## The tiny Llama models and their references
+	@source .ci/setup
+	python_with torch==$$TORCH $(PEERS)
+	"$$PYTHON" -B tests/python/tiny_llama.py
+
+env: ## LIBTORCH for your shell
+	@source .ci/setup
+	libtorch
+	echo "export LIBTORCH='$$LIBTORCH'"
+
+clean: ## What was built and run
+	@rm -rf target runs

@@ -1,0 +1,497 @@
+//! What is checked in a parquet file before the decoder sees it.
+//!
+//! The decoder turns most damage into errors or panics (which are caught), but trusts some numbers so far that it
+//! would allocate without bound or overflow the stack, and neither can be caught. Those numbers are read here first:
+//! the footer's schema tree and the header of every page that will be decoded. Format: parquet.thrift of
+//! apache/parquet-format in Thrift's compact protocol.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
+
+use parquet::basic::{Compression, Type};
+
+/// Longest footer read; one row group of one column takes some 100 bytes of it.
+const FOOTER_LIMIT: u64 = 64 << 20;
+/// Deepest nesting of a schema; a list of structs of lists takes about 8.
+const SCHEMA_DEPTH: usize = 64;
+/// A page may unpack to this much whatever its packed size...
+const PAGE_LIMIT: u64 = 64 << 20;
+/// ...and to this many times its packed size beyond that. Real text stays far below.
+const PAGE_RATIO: u64 = 200;
+/// A column chunk may hold this many values whatever its size, and this many more per packed byte of the row group:
+/// run lengths can claim billions of values in a few bytes.
+const VALUES_LIMIT: u64 = 16 << 20;
+const VALUES_PER_BYTE: u64 = 4;
+/// Longest page header read; it is long where the writer put untruncated statistics into it.
+const HEADER_LIMIT: usize = 16 << 20;
+
+/// Reads the footer's schema and refuses what the decoder could not survive. `length` is the file's, its magic checked.
+pub(super) fn check_footer(file: &File, length: u64) -> Result<(), String> {
+    let mut tail = [0; 8];
+    file.read_exact_at(&mut tail, length.saturating_sub(8)).map_err(|error| error.to_string())?;
+    let footer = u64::from(u32::from_le_bytes([tail[0], tail[1], tail[2], tail[3]]));
+    if footer + 12 > length {
+        return Err(format!("the footer claims {footer} bytes, the file has {length}"));
+    }
+    if footer > FOOTER_LIMIT {
+        return Err(format!("the footer is {footer} bytes long, more than the {FOOTER_LIMIT} that are read"));
+    }
+    // Bounded by the file's own length and FOOTER_LIMIT.
+    let mut bytes = vec![0; footer as usize];
+    file.read_exact_at(&mut bytes, length - 8 - footer).map_err(|error| error.to_string())?;
+    let mut cursor = Thrift { bytes: &bytes, at: 0 };
+    let mut children: Vec<i64> = Vec::new();
+    cursor
+        .fields(0, &mut |cursor, id, kind| {
+            if (id, kind) != (2, LIST) {
+                return Ok(false);
+            }
+            let (count, element) = cursor.list()?;
+            for _ in 0..count {
+                if element != STRUCT {
+                    return Err(Damage::Wrong);
+                }
+                let mut own = 0;
+                cursor.fields(1, &mut |cursor, id, kind| {
+                    if (id, kind) == (5, I32) {
+                        own = cursor.int()?;
+                        return Ok(true);
+                    }
+                    Ok(false)
+                })?;
+                children.push(own);
+            }
+            Ok(true)
+        })
+        .map_err(|_| "the footer is damaged".to_string())?;
+    check_tree(&children)
+}
+
+/// The schema is a tree written depth first, each element with the number of its children.
+fn check_tree(children: &[i64]) -> Result<(), String> {
+    let mut open: Vec<i64> = Vec::new();
+    for (index, &own) in children.iter().enumerate() {
+        if own < 0 || own > (children.len() - index) as i64 {
+            return Err(format!("the footer's schema is damaged: an element claims {own} children"));
+        }
+        while open.last() == Some(&0) {
+            open.pop();
+        }
+        match open.last_mut() {
+            Some(left) => *left -= 1,
+            None if index > 0 => return Err("the footer's schema is damaged: it has two roots".into()),
+            None => {}
+        }
+        open.push(own);
+        if open.len() > SCHEMA_DEPTH {
+            return Err(format!("the schema is nested deeper than {SCHEMA_DEPTH} levels"));
+        }
+    }
+    if open.iter().any(|&left| left > 0) { Err("the footer's schema is cut short".into()) } else { Ok(()) }
+}
+
+/// A column chunk, as far as the checks care.
+pub(super) struct Chunk {
+    /// First byte in the file, dictionary page included.
+    pub start: u64,
+    /// Packed bytes.
+    pub length: u64,
+    /// How pages are packed.
+    pub compression: Compression,
+    /// Stored type.
+    pub kind: Type,
+}
+
+/// Walks the page headers of the column chunks that are about to be decoded together (one row group, the projected
+/// columns) and returns the bytes they unpack to. `length` is the file's.
+pub(super) fn check_pages(file: &File, length: u64, chunks: &[Chunk]) -> Result<u64, String> {
+    let packed: u64 = chunks.iter().map(|chunk| chunk.length).fold(0, u64::saturating_add);
+    if packed > length {
+        return Err(format!("the columns claim {packed} bytes, the file has {length}"));
+    }
+    let mut unpacked: u64 = 0;
+    for chunk in chunks {
+        let end = chunk.start.checked_add(chunk.length).filter(|end| *end <= length);
+        let Some(end) = end else {
+            return Err(format!(
+                "a column claims bytes {} to {}, the file has {length}",
+                chunk.start,
+                chunk.start.saturating_add(chunk.length)
+            ));
+        };
+        let mut at = chunk.start;
+        let mut values: u64 = 0;
+        while at < end {
+            let header = page_header(file, at, end)?;
+            at += header.length;
+            if header.packed > end - at {
+                return Err(format!(
+                    "a page at byte {at} claims {} bytes, its column ends {} on",
+                    header.packed,
+                    end - at
+                ));
+            }
+            if header.unpacked > PAGE_LIMIT && header.unpacked / PAGE_RATIO > header.packed {
+                return Err(format!(
+                    "a page of {} bytes would unpack to {} (a decompression bomb)",
+                    header.packed, header.unpacked
+                ));
+            }
+            match header.kind {
+                // Each value of a dictionary takes room in its page: 4 bytes of length for strings, at least a bit otherwise.
+                DICTIONARY_PAGE => {
+                    let room = if chunk.kind == Type::BYTE_ARRAY { header.unpacked / 4 } else { header.unpacked * 8 };
+                    if header.values > room {
+                        return Err(format!(
+                            "a dictionary of {} bytes claims {} values",
+                            header.unpacked, header.values
+                        ));
+                    }
+                }
+                _ => values += header.values,
+            }
+            if values > VALUES_LIMIT + VALUES_PER_BYTE * packed {
+                return Err(format!("{packed} bytes claim more than {values} values (a decompression bomb)"));
+            }
+            measure(file, at, &header, chunk.compression)?;
+            at += header.packed;
+            unpacked = unpacked.saturating_add(header.unpacked);
+        }
+    }
+    Ok(unpacked)
+}
+
+/// The decoders of these codecs unpack to the end whatever the header says, so the page is unpacked into nothing first.
+fn measure(file: &File, at: u64, header: &PageHeader, compression: Compression) -> Result<(), String> {
+    let packed = header.packed.saturating_sub(header.levels);
+    let limit = header.unpacked.saturating_sub(header.levels);
+    let page = io::BufReader::new(Section { file, at: at + header.levels, left: packed });
+    let mut unpacked: Box<dyn Read> = match compression {
+        Compression::GZIP(_) => Box::new(flate2::bufread::MultiGzDecoder::new(page)),
+        Compression::BROTLI(_) => Box::new(brotli::Decompressor::new(page, 4096)),
+        // LZ4's deprecated framed form; a frame unpacks to at most 255 times its size.
+        Compression::LZ4 if packed > PAGE_LIMIT / 255 => {
+            let mut magic = [0; 4];
+            file.read_exact_at(&mut magic, at + header.levels).map_err(|error| error.to_string())?;
+            let framed = magic == [0x04, 0x22, 0x4d, 0x18];
+            return if framed { Err("an LZ4 frame of this size is not read".into()) } else { Ok(()) };
+        }
+        _ => return Ok(()),
+    };
+    let mut buffer = vec![0; 64 << 10];
+    let mut total = 0;
+    // A damaged page is the decoder's to report: here only the bytes before the damage count.
+    while let Ok(read @ 1..) = unpacked.read(&mut buffer) {
+        total += read as u64;
+        if total > limit {
+            return Err(format!("a page that claims {limit} bytes unpacks to more (a decompression bomb)"));
+        }
+    }
+    Ok(())
+}
+
+/// A stretch of a file, read by position.
+struct Section<'a> {
+    file: &'a File,
+    at: u64,
+    left: u64,
+}
+
+impl Read for Section<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let wanted = buffer.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
+        let read = self.file.read_at(&mut buffer[..wanted], self.at)?;
+        self.at += read as u64;
+        self.left -= read as u64;
+        Ok(read)
+    }
+}
+
+/// `PageType::DICTIONARY_PAGE` of parquet.thrift.
+const DICTIONARY_PAGE: i64 = 2;
+
+#[derive(Debug, Default, PartialEq)]
+struct PageHeader {
+    kind: i64,
+    unpacked: u64,
+    packed: u64,
+    values: u64,
+    /// Bytes at the front of a data page v2 that are never packed.
+    levels: u64,
+    /// Of the header itself.
+    length: u64,
+}
+
+fn page_header(file: &File, at: u64, end: u64) -> Result<PageHeader, String> {
+    let mut size = 1 << 10;
+    loop {
+        let available = usize::try_from(end - at).unwrap_or(usize::MAX).min(size);
+        let mut bytes = vec![0; available];
+        file.read_exact_at(&mut bytes, at).map_err(|error| error.to_string())?;
+        match parse_page_header(&bytes) {
+            Ok(header) => return Ok(header),
+            Err(Damage::Short) if available == size && size < HEADER_LIMIT => size *= 16,
+            Err(_) => return Err(format!("the page header at byte {at} is damaged")),
+        }
+    }
+}
+
+fn parse_page_header(bytes: &[u8]) -> Result<PageHeader, Damage> {
+    let mut cursor = Thrift { bytes, at: 0 };
+    let mut header = PageHeader::default();
+    let mut seen = 0;
+    cursor.fields(0, &mut |cursor, id, kind| {
+        match (id, kind) {
+            (1, I32) => header.kind = cursor.int()?,
+            (2, I32) => header.unpacked = cursor.unsigned()?,
+            (3, I32) => header.packed = cursor.unsigned()?,
+            // data_page_header, dictionary_page_header, data_page_header_v2: num_values is the first field of each.
+            (5 | 7 | 8, STRUCT) => cursor.fields(1, &mut |cursor, inner, kind| {
+                match (id, inner, kind) {
+                    (_, 1, I32) => header.values = cursor.unsigned()?,
+                    // data_page_header_v2: bytes of definition and of repetition levels.
+                    (8, 5 | 6, I32) => header.levels += cursor.unsigned()?,
+                    _ => return Ok(false),
+                }
+                Ok(true)
+            })?,
+            _ => return Ok(false),
+        }
+        seen |= 1 << id;
+        Ok(true)
+    })?;
+    if seen & 0b1110 != 0b1110 || header.levels > header.packed.min(header.unpacked) {
+        return Err(Damage::Wrong);
+    }
+    header.length = cursor.at as u64;
+    Ok(header)
+}
+
+const I32: u8 = 5;
+const LIST: u8 = 9;
+const STRUCT: u8 = 12;
+
+#[derive(Debug, PartialEq)]
+enum Damage {
+    /// The bytes end too early.
+    Short,
+    /// The bytes make no sense.
+    Wrong,
+}
+
+/// A reader of Thrift's compact protocol that allocates nothing.
+struct Thrift<'a> {
+    bytes: &'a [u8],
+    at: usize,
+}
+
+/// Given (reader, field id, type), reads the field and returns true, or leaves it alone and returns false.
+type Visit<'v> = dyn FnMut(&mut Thrift, i16, u8) -> Result<bool, Damage> + 'v;
+
+impl Thrift<'_> {
+    fn byte(&mut self) -> Result<u8, Damage> {
+        let byte = *self.bytes.get(self.at).ok_or(Damage::Short)?;
+        self.at += 1;
+        Ok(byte)
+    }
+
+    fn varint(&mut self) -> Result<u64, Damage> {
+        let mut value = 0;
+        for shift in (0..64).step_by(7) {
+            let byte = self.byte()?;
+            value |= u64::from(byte & 0x7f) << shift;
+            if byte & 0x80 == 0 {
+                return Ok(value);
+            }
+        }
+        Err(Damage::Wrong)
+    }
+
+    fn int(&mut self) -> Result<i64, Damage> {
+        let value = self.varint()?;
+        Ok((value >> 1) as i64 ^ -((value & 1) as i64))
+    }
+
+    fn unsigned(&mut self) -> Result<u64, Damage> {
+        let value = self.int()?;
+        if value > i64::from(i32::MAX) { Err(Damage::Wrong) } else { u64::try_from(value).map_err(|_| Damage::Wrong) }
+    }
+
+    /// Length and element type; a list of n elements takes at least n bytes.
+    fn list(&mut self) -> Result<(usize, u8), Damage> {
+        let head = self.byte()?;
+        let count = if head >> 4 == 15 { self.varint()? } else { u64::from(head >> 4) };
+        if count > (self.bytes.len() - self.at) as u64 {
+            return Err(Damage::Short);
+        }
+        Ok((count as usize, head & 15))
+    }
+
+    fn advance(&mut self, count: u64) -> Result<(), Damage> {
+        if count > (self.bytes.len() - self.at) as u64 {
+            return Err(Damage::Short);
+        }
+        self.at += count as usize;
+        Ok(())
+    }
+
+    fn fields(&mut self, depth: usize, visit: &mut Visit) -> Result<(), Damage> {
+        let mut id: i16 = 0;
+        loop {
+            let head = self.byte()?;
+            if head == 0 {
+                return Ok(());
+            }
+            id = match head >> 4 {
+                0 => i16::try_from(self.int()?).map_err(|_| Damage::Wrong)?,
+                step => id.checked_add(i16::from(step)).ok_or(Damage::Wrong)?,
+            };
+            if !visit(self, id, head & 15)? {
+                self.skip(head & 15, depth, false)?;
+            }
+        }
+    }
+
+    /// In a list a boolean takes a byte; as a field its value is its type.
+    fn skip(&mut self, kind: u8, depth: usize, in_list: bool) -> Result<(), Damage> {
+        if depth > 32 {
+            return Err(Damage::Wrong);
+        }
+        match kind {
+            1 | 2 => self.advance(u64::from(in_list)),
+            3 => self.advance(1),
+            4..=6 => self.varint().map(|_| ()),
+            7 => self.advance(8),
+            8 => {
+                let length = self.varint()?;
+                self.advance(length)
+            }
+            LIST | 10 => {
+                let (count, element) = self.list()?;
+                (0..count).try_for_each(|_| self.skip(element, depth + 1, true))
+            }
+            11 => {
+                let count = self.varint()?;
+                if count == 0 {
+                    return Ok(());
+                }
+                let kinds = self.byte()?;
+                (0..count).try_for_each(|_| {
+                    self.skip(kinds >> 4, depth + 1, true)?;
+                    self.skip(kinds & 15, depth + 1, true)
+                })
+            }
+            STRUCT => self.fields(depth + 1, &mut |_, _, _| Ok(false)),
+            13 => self.advance(16),
+            _ => Err(Damage::Wrong),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_header_is_read() {
+        // type 0, unpacked 300, packed 20, data_page_header { num_values 7, encoding 0, ... }, end.
+        let bytes = [0x15, 0x00, 0x15, 0xd8, 0x04, 0x15, 0x28, 0x2c, 0x15, 0x0e, 0x15, 0x00, 0x00, 0x00];
+        let header = parse_page_header(&bytes).unwrap();
+        assert_eq!(header, PageHeader { kind: 0, unpacked: 300, packed: 20, values: 7, levels: 0, length: 14 });
+        for cut in 0..bytes.len() {
+            assert_eq!(parse_page_header(&bytes[..cut]), Err(Damage::Short), "cut at {cut}");
+        }
+    }
+
+    fn page(kind: i32, unpacked: i32, packed: usize, values: i32) -> Vec<u8> {
+        let varint = |value: i64| {
+            let mut value = ((value << 1) ^ (value >> 63)) as u64;
+            let mut bytes = Vec::new();
+            while value > 127 {
+                bytes.push(value as u8 | 128);
+                value >>= 7;
+            }
+            bytes.push(value as u8);
+            bytes
+        };
+        let mut bytes = Vec::new();
+        for value in [i64::from(kind), i64::from(unpacked), packed as i64] {
+            bytes.push(0x15);
+            bytes.extend(varint(value));
+        }
+        // Field 5 (data page) or 7 (dictionary page), its first field num_values.
+        bytes.push(if kind == 0 { 0x2c } else { 0x4c });
+        bytes.push(0x15);
+        bytes.extend(varint(i64::from(values)));
+        bytes.extend([0, 0]);
+        bytes
+    }
+
+    fn checked(compression: Compression, header: Vec<u8>, body: &[u8]) -> Result<u64, String> {
+        use std::io::Write;
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&header).unwrap();
+        file.write_all(body).unwrap();
+        let length = (header.len() + body.len()) as u64;
+        check_pages(&file, length, &[Chunk { start: 0, length, compression, kind: Type::BYTE_ARRAY }])
+    }
+
+    #[test]
+    fn bombs_are_found_before_they_unpack() {
+        use std::io::Write;
+        let body = vec![0; 100];
+        assert_eq!(checked(Compression::SNAPPY, page(0, 1000, 100, 10), &body), Ok(1000));
+        let bomb = |header, what: &str| {
+            let said = checked(Compression::SNAPPY, header, &body).unwrap_err();
+            assert!(said.contains(what), "{said}");
+        };
+        bomb(page(0, i32::MAX, 100, 10), "decompression bomb");
+        bomb(page(0, 1000, 100, i32::MAX), "decompression bomb");
+        bomb(page(2, 1000, 100, 251), "dictionary");
+        bomb(page(0, 1000, 101, 10), "its column ends");
+
+        let zeros = vec![0; 10 << 20];
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        gzip.write_all(&zeros).unwrap();
+        let gzip = gzip.finish().unwrap();
+        let mut packed_brotli = Vec::new();
+        brotli::CompressorWriter::new(&mut packed_brotli, 4096, 5, 22).write_all(&zeros).unwrap();
+        let codecs =
+            [(Compression::GZIP(Default::default()), gzip), (Compression::BROTLI(Default::default()), packed_brotli)];
+        for (codec, packed) in codecs {
+            let said = checked(codec, page(0, 1000, packed.len(), 10), &packed).unwrap_err();
+            assert!(said.contains("unpacks to more"), "{said}");
+            let honest = page(0, zeros.len() as i32, packed.len(), 10);
+            assert_eq!(checked(codec, honest, &packed), Ok(zeros.len() as u64));
+        }
+    }
+
+    #[test]
+    fn a_negative_page_size_is_damage() {
+        assert_eq!(parse_page_header(&[0x15, 0x00, 0x15, 0x01, 0x15, 0x28, 0x00]), Err(Damage::Wrong));
+    }
+
+    #[test]
+    fn trees_are_checked() {
+        assert_eq!(check_tree(&[2, 0, 1, 0]), Ok(()));
+        assert!(check_tree(&[2, 0]).is_err());
+        assert!(check_tree(&[1, 0, 0]).unwrap_err().contains("two roots"));
+        assert!(check_tree(&[1, i64::from(i32::MAX), 0]).unwrap_err().contains("children"));
+        assert!(check_tree(&[1; 1000]).unwrap_err().contains("deeper"));
+    }
+
+    #[test]
+    fn random_bytes_never_hang_or_panic() {
+        let mut state = 1u64;
+        for _ in 0..20_000 {
+            let bytes: Vec<u8> = (0..40)
+                .map(|_| {
+                    state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                    (state >> 56) as u8
+                })
+                .collect();
+            let _ = parse_page_header(&bytes);
+        }
+    }
+}

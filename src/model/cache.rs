@@ -1,0 +1,139 @@
+//! Keys and values of tokens already seen, so that generating one more costs one token.
+
+use tch::{Device, IndexOp, Kind, Tensor};
+
+use crate::ops::{self, Documents};
+
+/// The cache of a whole decoder for B sequences.
+#[derive(Debug)]
+pub struct Cache {
+    /// Tokens seen of each sequence.
+    pub(super) lengths: Vec<i64>,
+    pub(super) layers: Vec<LayerCache>,
+}
+
+/// One block's keys and values.
+#[derive(Debug)]
+pub(super) struct LayerCache {
+    /// (B, K, C, H); C is the capacity, grown by doubling.
+    keys: Tensor,
+    /// (B, K, C, H).
+    values: Tensor,
+    /// Tokens already in it, of each sequence.
+    lengths: Vec<i64>,
+}
+
+impl Cache {
+    /// Room for `sequences`, before any token; `shapes` are (K, H) of each block.
+    pub(super) fn new(sequences: usize, shapes: &[(i64, i64)], kind: Kind, device: Device) -> Self {
+        let layers = shapes
+            .iter()
+            .map(|(kv_heads, head)| {
+                let empty = Tensor::zeros([sequences as i64, *kv_heads, 0, *head], (kind, device));
+                LayerCache { keys: empty.shallow_clone(), values: empty, lengths: vec![0; sequences] }
+            })
+            .collect();
+        Self { lengths: vec![0; sequences], layers }
+    }
+
+    /// Tokens seen of each sequence.
+    pub fn lengths(&self) -> &[i64] {
+        &self.lengths
+    }
+
+    /// Keeps only these sequences, in this order: finished ones need not be carried along.
+    pub fn keep(&mut self, sequences: &[usize]) {
+        let index = Tensor::from_slice(&sequences.iter().map(|i| *i as i64).collect::<Vec<_>>());
+        let pick = |lengths: &[i64]| sequences.iter().map(|i| lengths[*i]).collect::<Vec<_>>();
+        for layer in &mut self.layers {
+            let index = index.to_device(layer.keys.device());
+            layer.keys = layer.keys.index_select(0, &index);
+            layer.values = layer.values.index_select(0, &index);
+            layer.lengths = pick(&layer.lengths);
+        }
+        self.lengths = pick(&self.lengths);
+    }
+}
+
+impl LayerCache {
+    /// Takes in the new tokens' k and v (T, K, H) and attends q (T, N, H) to everything seen; document i of `documents` are
+    /// the new tokens of sequence i. Gives (T, N, H).
+    pub(super) fn attend(
+        &mut self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        documents: &Documents,
+        scale: f64,
+        window: Option<i64>,
+    ) -> Tensor {
+        let before = self.lengths.clone();
+        self.append(k, v, documents);
+        if before.iter().all(|length| *length == 0) {
+            return ops::attention(q, k, v, documents, scale, window);
+        }
+        if documents.spans().all(|(_, new)| new == 1) {
+            return self.attend_one_each(q, scale, window);
+        }
+        let output = q.empty_like();
+        for (i, (start, new)) in documents.spans().enumerate().filter(|(_, (_, new))| *new > 0) {
+            let seen = before[i] + new;
+            let keys = self.keys.i(i as i64).narrow(1, 0, seen).unsqueeze(0); // (1, K, S, H)
+            let values = self.values.i(i as i64).narrow(1, 0, seen).unsqueeze(0);
+            let query = q.narrow(0, start, new).transpose(0, 1).unsqueeze(0); // (1, N, L, H)
+            let queries_at = Tensor::arange(new, (Kind::Int64, q.device())).unsqueeze(1) + before[i]; // (L, 1)
+            let keys_at = Tensor::arange(seen, (Kind::Int64, q.device())).unsqueeze(0); // (1, S)
+            let mut allowed = keys_at.le_tensor(&queries_at);
+            if let Some(window) = window {
+                allowed = allowed.logical_and(&keys_at.gt_tensor(&(queries_at - window)));
+            }
+            let attended = masked(&query, &keys, &values, &allowed, scale); // (1, N, L, H)
+            output.narrow(0, start, new).copy_(&attended.squeeze_dim(0).transpose(0, 1));
+        }
+        output
+    }
+
+    /// One new token of every sequence: one call over all of them, shorter ones masked.
+    fn attend_one_each(&self, q: &Tensor, scale: f64, window: Option<i64>) -> Tensor {
+        let longest = self.lengths.iter().copied().max().unwrap_or(0);
+        let query = q.unsqueeze(2); // (B, N, 1, H)
+        let keys = self.keys.narrow(2, 0, longest);
+        let values = self.values.narrow(2, 0, longest);
+        let lengths = Tensor::from_slice(&self.lengths).to_device(q.device()).view([-1, 1, 1, 1]);
+        let keys_at = Tensor::arange(longest, (Kind::Int64, q.device())).view([1, 1, 1, -1]);
+        let mut allowed = keys_at.lt_tensor(&lengths); // (B, 1, 1, S)
+        if let Some(window) = window {
+            allowed = allowed.logical_and(&keys_at.ge_tensor(&(lengths - window)));
+        }
+        masked(&query, &keys, &values, &allowed, scale).squeeze_dim(2) // (B, N, H)
+    }
+
+    fn append(&mut self, k: &Tensor, v: &Tensor, documents: &Documents) {
+        let needed = documents.spans().zip(&self.lengths).map(|((_, new), seen)| seen + new).max().unwrap_or(0);
+        let (sequences, kv_heads, capacity, head) = self.keys.size4().expect("(B, K, C, H) by construction");
+        if needed > capacity {
+            let grown = needed.max(2 * capacity).max(64);
+            for store in [&mut self.keys, &mut self.values] {
+                let larger = Tensor::zeros([sequences, kv_heads, grown, head], (k.kind(), k.device()));
+                larger.narrow(2, 0, capacity).copy_(store);
+                *store = larger;
+            }
+        }
+        for (i, (start, new)) in documents.spans().enumerate() {
+            for (store, part) in [(&self.keys, k), (&self.values, v)] {
+                let place = store.i(i as i64).narrow(1, self.lengths[i], new); // (K, L, H)
+                place.shallow_clone().copy_(&part.narrow(0, start, new).transpose(0, 1));
+            }
+            self.lengths[i] += new;
+        }
+    }
+}
+
+/// Attention with a mask of who may look where; K and V are shared by their group of heads.
+fn masked(query: &Tensor, keys: &Tensor, values: &Tensor, allowed: &Tensor, scale: f64) -> Tensor {
+    let (b, kv_heads, s, h) = keys.size4().expect("(B, K, S, H)");
+    let heads = query.size()[1];
+    let spread =
+        |t: &Tensor| t.unsqueeze(2).expand([b, kv_heads, heads / kv_heads, s, h], false).reshape([b, heads, s, h]);
+    Tensor::scaled_dot_product_attention(query, &spread(keys), &spread(values), Some(allowed), 0.0, false, scale, false)
+}

@@ -1,0 +1,369 @@
+//! CPU kernels of the operations that libtorch would do in many passes over memory: one pass here, fp32 inside, compiled
+//! for AVX-512, AVX2 and the baseline and chosen at run time. Their slow twins are the libtorch compositions beside each
+//! operation, which serve every other device.
+
+use half::{bf16, f16};
+use multiversion::multiversion;
+use tch::{Device, Kind, Tensor};
+
+use crate::torch_ext::{Element, elements, filled, filled_pair};
+
+/// A stored number: widened to fp32 for arithmetic, rounded to nearest even when stored.
+pub(super) trait Stored: Element {
+    fn wide(self) -> f32;
+    fn rounded(value: f32) -> Self;
+}
+
+impl Stored for f32 {
+    #[inline(always)]
+    fn wide(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn rounded(value: f32) -> Self {
+        value
+    }
+}
+
+impl Stored for bf16 {
+    #[inline(always)]
+    fn wide(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+    // Spelled out rather than `bf16::from_f32`, whose branch for NaN keeps the loop from being vectorised.
+    #[inline(always)]
+    fn rounded(value: f32) -> Self {
+        let bits = value.to_bits();
+        let nearest = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+        let quiet = (bits >> 16) | 0x40;
+        bf16::from_bits(if value.is_nan() { quiet } else { nearest } as u16)
+    }
+}
+
+impl Stored for f16 {
+    #[inline(always)]
+    fn wide(self) -> f32 {
+        self.to_f32()
+    }
+    #[inline(always)]
+    fn rounded(value: f32) -> Self {
+        f16::from_f32(value)
+    }
+}
+
+/// Whether the kernels serve these tensors: on the CPU, contiguous, one floating type that they know.
+pub(super) fn serves(tensors: &[&Tensor]) -> bool {
+    #[cfg(test)]
+    if tests::SWITCHED_OFF.get() {
+        return false;
+    }
+    let kind = tensors[0].kind();
+    matches!(kind, Kind::Float | Kind::BFloat16 | Kind::Half)
+        && tensors.iter().all(|t| t.device() == Device::Cpu && t.is_contiguous() && t.kind() == kind)
+}
+
+/// Calls a generic kernel for the number type of a tensor that [`serves`] accepted.
+macro_rules! by_kind {
+    ($kind:expr, $kernel:ident($($argument:expr),*)) => {
+        match $kind {
+            tch::Kind::BFloat16 => $kernel::<half::bf16>($($argument),*),
+            tch::Kind::Half => $kernel::<half::f16>($($argument),*),
+            _ => $kernel::<f32>($($argument),*),
+        }
+    };
+}
+
+pub(super) const LANES: usize = 16;
+
+/// Sum of `term(i)` over `0..n`, in [`LANES`] partial sums that fit vector registers.
+#[inline(always)]
+fn sum(n: usize, term: impl Fn(usize) -> f32) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let whole = n - n % LANES;
+    for start in (0..whole).step_by(LANES) {
+        for (lane, total) in lanes.iter_mut().enumerate() {
+            *total += term(start + lane);
+        }
+    }
+    lanes.iter().sum::<f32>() + (whole..n).map(term).sum::<f32>()
+}
+
+/// e^x to 2 units in the last place, without a branch: Cody and Waite's reduction, a polynomial of degree 6.
+#[inline(always)]
+pub(super) fn exp(x: f32) -> f32 {
+    let x = x.clamp(-87.336_54, 88.0);
+    let magic = 12_582_912.0; // 1.5 * 2^23: adding and taking it away rounds to a whole number
+    let n = (x * std::f32::consts::LOG2_E + magic) - magic;
+    let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
+    let p = 1.987_569_1e-4;
+    let p = p * r + 1.398_199_9e-3;
+    let p = p * r + 8.333_452e-3;
+    let p = p * r + 4.166_579_6e-2;
+    let p = p * r + 1.666_666_5e-1;
+    let p = p * r + 0.5;
+    let p = p * r * r + r + 1.0;
+    p * f32::from_bits(((n as i32 + 127) as u32) << 23)
+}
+
+#[inline(always)]
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
+/// RMSNorm: y (T, D) and 1/rms (T, 1) of x (T, D) with w (D).
+pub(super) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
+    by_kind!(x.kind(), rms_norm_of(x, weight, eps as f32))
+}
+
+fn rms_norm_of<S: Stored>(x: &Tensor, weight: &Tensor, eps: f32) -> (Tensor, Tensor) {
+    let (rows, width) = x.size2().expect("(T, D)");
+    let (x, weight, d) = (elements::<S>(x), elements::<S>(weight), width as usize);
+    let [y, rstd] = filled_pair::<S, f32>(&[rows, width], &[rows, 1], |range, y, rstd| {
+        rms_norm_rows(&x[range.start * d..range.end * d], weight, eps, y, rstd);
+    });
+    (y, rstd)
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
+fn rms_norm_rows<S: Stored>(x: &[S], weight: &[S], eps: f32, y: &mut [S], rstd: &mut [f32]) {
+    let d = weight.len();
+    for ((x, y), rstd) in x.chunks_exact(d).zip(y.chunks_exact_mut(d)).zip(rstd) {
+        let squares = sum(d, |i| x[i].wide() * x[i].wide());
+        *rstd = 1.0 / (squares / d as f32 + eps).sqrt();
+        for i in 0..d {
+            y[i] = S::rounded(x[i].wide() * *rstd * weight[i].wide());
+        }
+    }
+}
+
+/// y (T, D) of [`rms_norm`] again, from the kept 1/rms (T, 1).
+pub(super) fn rms_norm_again(x: &Tensor, weight: &Tensor, rstd: &Tensor) -> Tensor {
+    by_kind!(x.kind(), rms_norm_again_of(x, weight, rstd))
+}
+
+fn rms_norm_again_of<S: Stored>(x: &Tensor, weight: &Tensor, rstd: &Tensor) -> Tensor {
+    let d = weight.numel();
+    let (size, x, weight, rstd) = (x.size(), elements::<S>(x), elements::<S>(weight), elements::<f32>(rstd));
+    filled::<S>(&size, |range, y| {
+        rms_norm_again_rows(&x[range.start * d..range.end * d], weight, &rstd[range], y);
+    })
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
+fn rms_norm_again_rows<S: Stored>(x: &[S], weight: &[S], rstd: &[f32], y: &mut [S]) {
+    let d = weight.len();
+    for ((x, y), rstd) in x.chunks_exact(d).zip(y.chunks_exact_mut(d)).zip(rstd) {
+        for i in 0..d {
+            y[i] = S::rounded(x[i].wide() * rstd * weight[i].wide());
+        }
+    }
+}
+
+/// dx (T, D) of [`rms_norm`].
+pub(super) fn rms_norm_backward(dy: &Tensor, x: &Tensor, weight: &Tensor, rstd: &Tensor) -> Tensor {
+    by_kind!(x.kind(), rms_norm_backward_of(dy, x, weight, rstd))
+}
+
+fn rms_norm_backward_of<S: Stored>(dy: &Tensor, x: &Tensor, weight: &Tensor, rstd: &Tensor) -> Tensor {
+    let d = weight.numel();
+    let size = x.size();
+    let (dy, x, weight, rstd) = (elements::<S>(dy), elements::<S>(x), elements::<S>(weight), elements::<f32>(rstd));
+    filled::<S>(&size, |range, dx| {
+        let span = range.start * d..range.end * d;
+        rms_norm_backward_rows(&dy[span.clone()], &x[span], weight, &rstd[range], dx);
+    })
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
+fn rms_norm_backward_rows<S: Stored>(dy: &[S], x: &[S], weight: &[S], rstd: &[f32], dx: &mut [S]) {
+    let d = weight.len();
+    let rows = dy.chunks_exact(d).zip(x.chunks_exact(d)).zip(dx.chunks_exact_mut(d)).zip(rstd);
+    for (((dy, x), dx), rstd) in rows {
+        let dot = sum(d, |i| dy[i].wide() * weight[i].wide() * x[i].wide());
+        let mean = dot * rstd * rstd / d as f32;
+        for i in 0..d {
+            dx[i] = S::rounded((dy[i].wide() * weight[i].wide() - x[i].wide() * mean) * rstd);
+        }
+    }
+}
+
+/// x (T, N, H) rotated by cos and sin (T, C), C at most H/2; `direction` -1 turns back.
+pub(super) fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor, direction: f32) -> Tensor {
+    by_kind!(x.kind(), rotate_of(x, cos, sin, direction))
+}
+
+fn rotate_of<S: Stored>(x: &Tensor, cos: &Tensor, sin: &Tensor, direction: f32) -> Tensor {
+    let (_, heads, head) = x.size3().expect("(T, N, H)");
+    let half = cos.size()[1] as usize;
+    let (size, row, head) = (x.size(), (heads * head) as usize, head as usize);
+    let (x, cos, sin) = (elements::<S>(x), elements::<f32>(cos), elements::<f32>(sin));
+    filled::<S>(&size, |range, y| {
+        let angles = range.start * half..range.end * half;
+        rotate_rows(
+            &x[range.start * row..range.end * row],
+            &cos[angles.clone()],
+            &sin[angles],
+            row,
+            head,
+            direction,
+            y,
+        );
+    })
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
+fn rotate_rows<S: Stored>(x: &[S], cos: &[f32], sin: &[f32], row: usize, head: usize, direction: f32, y: &mut [S]) {
+    let half = cos.len() * row / x.len().max(1);
+    let tokens =
+        x.chunks_exact(row).zip(y.chunks_exact_mut(row)).zip(cos.chunks_exact(half).zip(sin.chunks_exact(half)));
+    for ((x, y), (cos, sin)) in tokens {
+        for (x, y) in x.chunks_exact(head).zip(y.chunks_exact_mut(head)) {
+            let ((x1, rest), (y1, rest_y)) = (x.split_at(half), y.split_at_mut(half));
+            let ((x2, still), (y2, still_y)) = (rest.split_at(half), rest_y.split_at_mut(half));
+            for i in 0..half {
+                let (c, s) = (cos[i], sin[i] * direction);
+                y1[i] = S::rounded(x1[i].wide() * c - x2[i].wide() * s);
+                y2[i] = S::rounded(x2[i].wide() * c + x1[i].wide() * s);
+            }
+            still_y.copy_from_slice(still);
+        }
+    }
+}
+
+/// `silu(g) * u`, all (T, F).
+pub(super) fn swiglu(gate: &Tensor, up: &Tensor) -> Tensor {
+    by_kind!(gate.kind(), swiglu_of(gate, up))
+}
+
+fn swiglu_of<S: Stored>(gate: &Tensor, up: &Tensor) -> Tensor {
+    let (rows, width) = gate.size2().expect("(T, F)");
+    let (g, u, f) = (elements::<S>(gate), elements::<S>(up), width as usize);
+    filled::<S>(&[rows, width], |range, y| {
+        let span = range.start * f..range.end * f;
+        swiglu_elements(&g[span.clone()], &u[span], y);
+    })
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
+fn swiglu_elements<S: Stored>(g: &[S], u: &[S], y: &mut [S]) {
+    for ((g, u), y) in g.iter().zip(u).zip(y) {
+        let g = g.wide();
+        *y = S::rounded(g * sigmoid(g) * u.wide());
+    }
+}
+
+/// dg and du (T, F) of [`swiglu`] from dy (T, F).
+pub(super) fn swiglu_backward(dy: &Tensor, gate: &Tensor, up: &Tensor) -> [Tensor; 2] {
+    by_kind!(gate.kind(), swiglu_backward_of(dy, gate, up))
+}
+
+fn swiglu_backward_of<S: Stored>(dy: &Tensor, gate: &Tensor, up: &Tensor) -> [Tensor; 2] {
+    let (size, f) = (gate.size(), gate.size()[1] as usize);
+    let (dy, g, u) = (elements::<S>(dy), elements::<S>(gate), elements::<S>(up));
+    filled_pair::<S, S>(&size, &size, |range, dg, du| {
+        let span = range.start * f..range.end * f;
+        swiglu_backward_elements(&dy[span.clone()], &g[span.clone()], &u[span], dg, du);
+    })
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
+fn swiglu_backward_elements<S: Stored>(dy: &[S], g: &[S], u: &[S], dg: &mut [S], du: &mut [S]) {
+    for ((((dy, g), u), dg), du) in dy.iter().zip(g).zip(u).zip(dg).zip(du) {
+        let (dy, g, u) = (dy.wide(), g.wide(), u.wide());
+        let s = sigmoid(g);
+        *du = S::rounded(dy * g * s);
+        *dg = S::rounded(dy * u * s * (1.0 + g * (1.0 - s)));
+    }
+}
+
+/// Cross-entropy of logits (C, V) against targets (C): each row's loss (C, 1), fp32, and `scale * (softmax - one-hot)` (C, V).
+pub(super) fn softmax_cross_entropy(logits: &Tensor, targets: &Tensor, scale: f64) -> (Tensor, Tensor) {
+    by_kind!(logits.kind(), softmax_cross_entropy_of(logits, targets, scale as f32))
+}
+
+fn softmax_cross_entropy_of<S: Stored>(logits: &Tensor, targets: &Tensor, scale: f32) -> (Tensor, Tensor) {
+    let (rows, width) = logits.size2().expect("(C, V)");
+    let (logits, targets, v) = (elements::<S>(logits), elements::<i64>(targets), width as usize);
+    let [gradient, loss] = filled_pair::<S, f32>(&[rows, width], &[rows, 1], |range, gradient, loss| {
+        softmax_cross_entropy_rows(&logits[range.start * v..range.end * v], &targets[range], scale, gradient, loss);
+    });
+    (loss, gradient)
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
+fn softmax_cross_entropy_rows<S: Stored>(
+    logits: &[S],
+    targets: &[i64],
+    scale: f32,
+    gradient: &mut [S],
+    losses: &mut [f32],
+) {
+    let v = logits.len() / targets.len().max(1);
+    let rows = logits.chunks_exact(v).zip(gradient.chunks_exact_mut(v)).zip(targets.iter().zip(losses));
+    for ((x, d), (target, loss)) in rows {
+        let target = *target as usize;
+        let mut lanes = [f32::NEG_INFINITY; LANES];
+        for chunk in x.chunks(LANES) {
+            for (lane, value) in lanes.iter_mut().zip(chunk) {
+                let value = value.wide();
+                // `max` that lets a NaN through, so that a broken model is seen in its loss.
+                *lane = if *lane >= value { *lane } else { value };
+            }
+        }
+        let largest = lanes.iter().fold(f32::NEG_INFINITY, |a, b| if a >= *b { a } else { *b });
+        // Partial sums of some hundred terms keep a vocabulary of 250,000 exact to fp32.
+        let total: f64 = x.chunks(512).map(|part| f64::from(sum(part.len(), |i| exp(part[i].wide() - largest)))).sum();
+        let logsumexp = largest + total.ln() as f32;
+        *loss = logsumexp - x[target].wide();
+        let scale = if loss.is_finite() { scale } else { f32::NAN };
+        for i in 0..v {
+            d[i] = S::rounded(exp(x[i].wide() - logsumexp) * scale);
+        }
+        d[target] = S::rounded((exp(x[target].wide() - logsumexp) - 1.0) * scale);
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    thread_local! {
+        pub(in crate::ops) static SWITCHED_OFF: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+    }
+
+    /// Runs `body` on the libtorch compositions that serve every other device.
+    pub(in crate::ops) fn without_kernels<T>(body: impl FnOnce() -> T) -> T {
+        SWITCHED_OFF.set(true);
+        let result = body();
+        SWITCHED_OFF.set(false);
+        result
+    }
+
+    #[test]
+    fn the_exponential_is_within_two_units_in_the_last_place() {
+        for i in 0..400_000 {
+            let x = -87.0 + i as f32 * (175.0 / 400_000.0);
+            let exact = f64::from(x).exp();
+            let error = ((f64::from(exp(x)) - exact) / exact).abs();
+            assert!(error < 2.4e-7, "exp({x}) is off by {error:e}");
+        }
+        assert!(exp(-1e30) < 1.3e-38 && exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn rounding_to_bf16_is_to_nearest_even_and_keeps_nan() {
+        for bits in (0..u32::MAX).step_by(65_537 / 7) {
+            let value = f32::from_bits(bits);
+            let (found, expected) = (<bf16 as Stored>::rounded(value), bf16::from_f32(value));
+            assert!(found == expected || (found.is_nan() && expected.is_nan()), "{value:e}: {found:?} {expected:?}");
+        }
+    }
+
+    #[test]
+    fn a_nan_logit_is_seen_in_the_loss_and_the_gradient() {
+        let logits = Tensor::from_slice(&[0.5f32, f32::NAN, 1.0, 2.0]).view([1, 4]);
+        let (loss, gradient) = softmax_cross_entropy(&logits, &Tensor::from_slice(&[3i64]), 1.0);
+        assert!(loss.double_value(&[0, 0]).is_nan());
+        assert!(gradient.isnan().any().int64_value(&[]) == 1);
+    }
+}

@@ -1,0 +1,138 @@
+//! Cross-entropy of supervised rows through the head, in chunks: the logits of a micro-batch never exist at once.
+//!
+//! `loss = scale * sum_s (logsumexp(h_s W^T) - h_s W^T[target_s])`, softmax statistics in fp32. The gradient of h is made
+//! while a chunk's logits are at hand, so backward only scales it (Liger Kernel, arXiv:2410.10989, does the same).
+
+use tch::{Kind, Tensor};
+
+use super::cpu;
+use super::projection::{Group, Operand, factors};
+use crate::torch_ext::custom;
+
+/// Bytes of fp32 logits that may exist at once.
+const CHUNK_BYTES: i64 = 64 << 20;
+
+/// The summed loss, times `scale`, of predicting `targets` (S) i64 from `hidden` (S, D) through `head` (V, D): an fp32 scalar.
+pub fn cross_entropy(hidden: &Tensor, head: Operand<'_>, targets: &Tensor, scale: f64) -> Tensor {
+    let rows = CHUNK_BYTES / (4 * head.weight.size()[0]);
+    in_chunks_of(rows.max(1), hidden, head, targets, scale)
+}
+
+fn in_chunks_of(chunk: i64, hidden: &Tensor, head: Operand<'_>, targets: &Tensor, scale: f64) -> Tensor {
+    let mut inputs = vec![hidden];
+    inputs.extend(factors(&[head]));
+    let wants_gradients = crate::torch_ext::records_graph(&inputs);
+    let wants_dhidden = hidden.requires_grad();
+    let group = Group::of(&[head]);
+    let rows = hidden.size()[0];
+
+    let (loss, dhidden, dfactors) = tch::no_grad(|| {
+        let mut loss = Tensor::zeros([] as [i64; 0], (Kind::Float, hidden.device()));
+        let dhidden = (wants_gradients && wants_dhidden).then(|| hidden.empty_like());
+        let mut dfactors: Vec<Tensor> = Vec::new();
+        let mut start = 0;
+        while start < rows {
+            let length = chunk.min(rows - start);
+            let h = hidden.narrow(0, start, length);
+            let target = targets.narrow(0, start, length);
+            let (logits, u) = group.forward(&h, None);
+            let (losses, dlogits) = softmax(&logits[0], &target, scale, wants_gradients);
+            loss += losses.sum(Kind::Float) * scale;
+            if let Some(dlogits) = dlogits {
+                let (dh, df) = group.backward(&h, u.as_ref(), &[dlogits], wants_dhidden);
+                if let (Some(into), Some(dh)) = (&dhidden, dh) {
+                    into.narrow(0, start, length).copy_(&dh);
+                }
+                if dfactors.is_empty() {
+                    dfactors = df;
+                } else {
+                    dfactors.iter_mut().zip(df).for_each(|(sum, part)| *sum += part);
+                }
+            }
+            start += length;
+        }
+        (loss, dhidden, dfactors)
+    });
+
+    custom(c"engraft::cross_entropy", &inputs, vec![loss], move |grads| {
+        let upstream = &grads[0];
+        let mut out = vec![dhidden.map(|d| &d * upstream.to_kind(d.kind()))];
+        out.extend(dfactors.into_iter().map(|d| Some(d * upstream)));
+        out
+    })
+    .remove(0)
+}
+
+/// Each row's loss (C, 1), fp32, and, if wanted, `scale * (softmax - one-hot)` (C, V), of logits (C, V) and targets (C).
+fn softmax(logits: &Tensor, targets: &Tensor, scale: f64, wants_gradients: bool) -> (Tensor, Option<Tensor>) {
+    if wants_gradients && cpu::serves(&[logits]) {
+        let (losses, gradient) = cpu::softmax_cross_entropy(logits, targets, scale);
+        return (losses, Some(gradient));
+    }
+    let targets = targets.unsqueeze(1); // (C, 1)
+    let wide = logits.to_kind(Kind::Float);
+    let logsumexp = wide.logsumexp([1i64].as_slice(), true); // (C, 1)
+    let losses = &logsumexp - wide.gather(1, &targets, false);
+    let gradient = wants_gradients.then(|| {
+        let mut gradient = (wide - logsumexp).exp_();
+        let _ = gradient.scatter_add_(1, &targets, &Tensor::full_like(&targets, -1).to_kind(Kind::Float));
+        (gradient * scale).to_kind(logits.kind())
+    });
+    (losses, gradient)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::LowRank;
+    use crate::ops::testing::{check, randn};
+
+    fn twin(hidden: &Tensor, weight: &Tensor, targets: &Tensor, scale: f64) -> Tensor {
+        let logits = hidden.matmul(&weight.tr()).to_kind(Kind::Float);
+        logits.cross_entropy_loss::<Tensor>(targets, None, tch::Reduction::Sum, -100, 0.0) * scale
+    }
+
+    #[test]
+    fn equals_plain_autograd_over_several_chunks() {
+        let (rows, d, v) = (70, 8, 501);
+        let weight = |kind| (randn(&[v, d], 2) * 0.3).to_kind(kind);
+        let targets = Tensor::from_slice(&(0..rows).map(|i| i * 7001 % v).collect::<Vec<i64>>());
+        check(
+            &[randn(&[rows, d], 1)],
+            |kind, x| {
+                let w = weight(kind);
+                let head = Operand { weight: &w, bias: None, low_rank: None, dropout_seed: None };
+                vec![in_chunks_of(32, &x[0], head, &targets, 0.1)]
+            },
+            |kind, x| vec![twin(&x[0], &weight(kind), &targets, 0.1)],
+        );
+    }
+
+    #[test]
+    fn an_adapter_on_the_head_is_trained_too() {
+        let (rows, d, v, r) = (9, 16, 40, 4);
+        let weight = |kind| (randn(&[v, d], 2) * 0.3).to_kind(kind);
+        let targets = Tensor::from_slice(&(0..rows).map(|i| i * 3 % v).collect::<Vec<i64>>());
+        check(
+            &[randn(&[rows, d], 1), randn(&[r, d], 3) * 0.3, randn(&[v, r], 4) * 0.3],
+            |kind, x| {
+                let w = weight(kind);
+                let l =
+                    LowRank { a: x[1].to_kind(Kind::Float), b: x[2].to_kind(Kind::Float), scale: 2.0, dropout: 0.0 };
+                let head = Operand { weight: &w, bias: None, low_rank: Some(&l), dropout_seed: None };
+                vec![cross_entropy(&x[0], head, &targets, 0.1)]
+            },
+            |kind, x| vec![twin(&x[0], &(weight(kind) + x[2].matmul(&x[1]) * 2.0), &targets, 0.1)],
+        );
+    }
+
+    #[test]
+    fn no_rows_is_a_loss_of_zero() {
+        let hidden = randn(&[0, 8], 1).set_requires_grad(true);
+        let w = randn(&[5, 8], 2);
+        let head = Operand { weight: &w, bias: None, low_rank: None, dropout_seed: None };
+        let loss = cross_entropy(&hidden, head, &Tensor::zeros([0], (Kind::Int64, tch::Device::Cpu)), 1.0);
+        assert_eq!(loss.double_value(&[]), 0.0);
+        loss.backward();
+    }
+}

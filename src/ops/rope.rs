@@ -1,0 +1,83 @@
+//! Rotary position embedding, half-split layout (arXiv:2104.09864): with x = [x1, x2] along the rotated part of a head,
+//! `y = [x1 cos - x2 sin, x2 cos + x1 sin]`. Linear in x, so backward is the rotation the other way and keeps nothing of x.
+
+use tch::{Kind, Tensor};
+
+use super::cpu;
+use crate::torch_ext::custom;
+
+/// Cosines and sines of a micro-batch's positions: (T, H/2) each, fp32; H the rotated part of a head.
+#[derive(Debug)]
+pub struct Rotation {
+    /// (T, H/2).
+    pub cos: Tensor,
+    /// (T, H/2).
+    pub sin: Tensor,
+}
+
+impl Rotation {
+    /// Another handle to the same tables.
+    pub fn shallow_clone(&self) -> Self {
+        Self { cos: self.cos.shallow_clone(), sin: self.sin.shallow_clone() }
+    }
+}
+
+/// Rotates q (T, N, H) and k (T, K, H).
+pub fn rope(q: &Tensor, k: &Tensor, rotation: &Rotation) -> (Tensor, Tensor) {
+    let outputs = tch::no_grad(|| vec![rotate(q, rotation, 1.0), rotate(k, rotation, 1.0)]);
+    let rotation = rotation.shallow_clone();
+    let mut outputs = custom(c"engraft::rope", &[q, k], outputs, move |grads| {
+        grads.iter().map(|grad| Some(rotate(grad, &rotation, -1.0))).collect()
+    });
+    let k = outputs.pop().expect("two outputs");
+    (outputs.pop().expect("two outputs"), k)
+}
+
+fn rotate(x: &Tensor, rotation: &Rotation, direction: f64) -> Tensor {
+    if cpu::serves(&[x]) {
+        return cpu::rotate(x, &rotation.cos, &rotation.sin, direction as f32);
+    }
+    let half = rotation.cos.size()[1];
+    let head = x.size()[2];
+    let (cos, sin) = (rotation.cos.unsqueeze(1), rotation.sin.unsqueeze(1) * direction); // (T, 1, H/2)
+    let wide = x.to_kind(Kind::Float);
+    let (x1, x2) = (wide.narrow(2, 0, half), wide.narrow(2, half, half)); // (T, N, H/2)
+    let mut parts = vec![&x1 * &cos - &x2 * &sin, &x2 * &cos + &x1 * &sin];
+    if 2 * half < head {
+        parts.push(wide.narrow(2, 2 * half, head - 2 * half));
+    }
+    Tensor::cat(&parts, 2).to_kind(x.kind())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{check, randn};
+
+    /// The slow twin, as the paper's code writes it: x cos + rotate_half(x) sin.
+    fn twin(x: &Tensor, rotation: &Rotation) -> Tensor {
+        let half = rotation.cos.size()[1];
+        let rotated = x.narrow(2, 0, 2 * half);
+        let (x1, x2) = (rotated.narrow(2, 0, half), rotated.narrow(2, half, half));
+        let double = |t: &Tensor| Tensor::cat(&[t, t], 1).unsqueeze(1);
+        let turned = Tensor::cat(&[-x2, x1], 2);
+        let y = &rotated * double(&rotation.cos) + turned * double(&rotation.sin);
+        Tensor::cat(&[y, x.narrow(2, 2 * half, x.size()[2] - 2 * half)], 2)
+    }
+
+    #[test]
+    fn equals_plain_autograd_also_when_only_a_part_of_the_head_rotates() {
+        for half in [6, 4] {
+            let angle = randn(&[9, half], 3);
+            let rotation = Rotation { cos: angle.cos(), sin: angle.sin() };
+            check(
+                &[randn(&[9, 4, 12], 1), randn(&[9, 2, 12], 2)],
+                |_, x| {
+                    let (q, k) = rope(&x[0], &x[1], &rotation);
+                    vec![q, k]
+                },
+                |_, x| vec![twin(&x[0], &rotation), twin(&x[1], &rotation)],
+            );
+        }
+    }
+}

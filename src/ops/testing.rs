@@ -1,0 +1,68 @@
+//! What the tests of the operations share: an operation against its slow twin, values and gradients, full tensors.
+
+use tch::{Device, Kind, Tensor};
+
+use super::cpu::tests::without_kernels;
+use crate::torch_ext::uniform;
+
+/// Roughly normal fp32 values from a seed.
+pub(crate) fn randn(shape: &[i64], seed: u64) -> Tensor {
+    let like = Tensor::zeros(shape, (Kind::Float, Device::Cpu));
+    (0..4)
+        .map(|i| uniform(&like, -1.0, 1.0, seed * 4 + i))
+        .fold(Tensor::zeros(shape, (Kind::Float, Device::Cpu)), |sum, u| sum + u)
+        * 0.9
+}
+
+/// Largest absolute difference, relative to the largest magnitude of `expected`.
+pub(crate) fn difference(found: &Tensor, expected: &Tensor) -> f64 {
+    assert_eq!(found.size(), expected.size(), "shapes");
+    if expected.numel() == 0 {
+        return 0.0;
+    }
+    let (found, expected) = (found.to_kind(Kind::Double), expected.to_kind(Kind::Double));
+    let scale = expected.abs().max().double_value(&[]).max(1e-30);
+    (found - expected).abs().max().double_value(&[]) / scale
+}
+
+/// Checks `op` against `twin` in fp32 (1e-5) and in bf16 (against the twin in fp32, 3e-2), outputs and input gradients, with
+/// the CPU kernels and with the compositions that serve other devices.
+///
+/// Both get leaves with gradient in the given number type and return tensors; the loss is a fixed weighting of them.
+pub(crate) fn check(
+    inputs: &[Tensor],
+    op: impl Fn(Kind, &[Tensor]) -> Vec<Tensor>,
+    twin: impl Fn(Kind, &[Tensor]) -> Vec<Tensor>,
+) {
+    let run = |kind: Kind, f: &dyn Fn(Kind, &[Tensor]) -> Vec<Tensor>| {
+        let leaves: Vec<Tensor> = inputs.iter().map(|x| x.to_kind(kind).copy().set_requires_grad(true)).collect();
+        let outputs = f(kind, &leaves);
+        let loss = outputs
+            .iter()
+            .enumerate()
+            .map(|(i, y)| (y.to_kind(Kind::Float) * randn(&y.size(), 100 + i as u64)).sum(Kind::Float))
+            .fold(Tensor::from(0f32), |sum, l| sum + l);
+        loss.backward();
+        let gradients: Vec<Tensor> = leaves.iter().map(Tensor::grad).collect();
+        (outputs, gradients)
+    };
+    let expected = run(Kind::Float, &twin);
+    for (kind, tolerance, kernels) in [
+        (Kind::Float, 1e-5, true),
+        (Kind::BFloat16, 3e-2, true),
+        (Kind::Float, 1e-5, false),
+        (Kind::BFloat16, 3e-2, false),
+    ] {
+        let found = if kernels { run(kind, &op) } else { without_kernels(|| run(kind, &op)) };
+        assert_eq!(found.0.len(), expected.0.len());
+        for (i, (f, e)) in found.0.iter().zip(&expected.0).enumerate() {
+            let d = difference(f, e);
+            assert!(d < tolerance, "output {i} in {kind:?} (kernels: {kernels}) is off by {d:e}");
+        }
+        for (i, (f, e)) in found.1.iter().zip(&expected.1).enumerate() {
+            assert!(f.defined(), "gradient {i} in {kind:?} is missing");
+            let d = difference(f, e);
+            assert!(d < tolerance, "gradient {i} in {kind:?} (kernels: {kernels}) is off by {d:e}");
+        }
+    }
+}

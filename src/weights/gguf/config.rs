@@ -1,0 +1,305 @@
+//! `config.json` from GGUF metadata, as transformers' own GGUF loader makes it, with the rope scaling it leaves out.
+
+use std::f64::consts::PI;
+use std::fs::File;
+use std::path::Path;
+
+use serde_json::{Map, Value as Json, json};
+use tch::Kind;
+
+use super::header::Entry;
+use super::names::{Architecture, Constant};
+use super::{Form, Metadata, Quantisation, RowOrder, Stored, read_blocks};
+use crate::weights::storage::{self, Source};
+use crate::{Error, Result};
+
+/// The tensor into which llama.cpp's converter bakes Llama 3's rope scaling: one divisor per rotary frequency.
+pub(super) const ROPE_FACTORS: &str = "rope_freqs.weight";
+
+/// Attention heads.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Heads {
+    pub query: i64,
+    pub key: i64,
+}
+
+/// The head counts, both positive.
+pub(super) fn heads(architecture: &Architecture, metadata: &Metadata) -> Result<Heads> {
+    let key = format!("{}.attention.head_count", architecture.name);
+    let query = positive(metadata, &key)?;
+    let key = format!("{key}_kv");
+    let heads = match metadata.integer(&key)? {
+        None => query,
+        Some(heads) if heads > 0 => heads,
+        Some(heads) => return Err(Error::Model(metadata.fault(&key, format_args!("must be positive, is {heads}")))),
+    };
+    Ok(Heads { query, key: heads })
+}
+
+/// Reads [`ROPE_FACTORS`].
+pub(super) fn read_factors(path: &Path, file: &File, entry: &Entry) -> Result<Vec<f64>> {
+    let source = Source { path, file, name: &entry.name, offset: entry.offset };
+    let tensor = read_blocks(source, entry.quantisation, RowOrder::Same, &entry.shape, Kind::Float)?;
+    let numbers = storage::bytes(&tensor).as_chunks().0.iter();
+    Ok(numbers.map(|bytes| f64::from(f32::from_le_bytes(*bytes))).collect())
+}
+
+/// Makes `config.json`.
+pub(super) fn make(
+    architecture: &Architecture,
+    metadata: &Metadata,
+    heads: Heads,
+    tensors: &[Stored],
+    rope_factors: Option<&[f64]>,
+) -> Result<Json> {
+    let key = |name: &str| format!("{}.{name}", architecture.name);
+    if let Some(experts) = metadata.integer(&key("expert_count"))?
+        && experts > 0
+    {
+        let fault = metadata.fault(&key("expert_count"), format_args!("{experts} experts are not supported from GGUF"));
+        return Err(Error::Model(fault.hint("use the model's safetensors")));
+    }
+    let mut config = Map::new();
+    config.insert("architectures".into(), json!([architecture.class]));
+    config.insert("model_type".into(), json!(architecture.model_type));
+    for (from, to) in architecture.settings {
+        let key = key(from);
+        let value = metadata.number(&key)?.ok_or_else(|| metadata.missing(&key))?;
+        if value <= 0.0 {
+            return Err(Error::Model(metadata.fault(&key, format_args!("must be positive, is {value}"))));
+        }
+        // Counts are integers in the metadata and must be in the config.
+        let json = metadata.integer(&key).ok().flatten().map_or_else(|| json!(value), |count| json!(count));
+        config.insert((*to).into(), json);
+    }
+    config.insert("num_key_value_heads".into(), json!(heads.key));
+    let head_size = head_size(architecture, metadata, heads)?;
+    config.insert("head_dim".into(), json!(head_size));
+
+    let theta = metadata.number(&key("rope.freq_base"))?.unwrap_or(10_000.0);
+    config.insert("rope_theta".into(), json!(theta));
+    let scaling = rope_scaling(architecture, metadata, theta, head_size, rope_factors)?;
+    config.insert("rope_scaling".into(), scaling);
+    for (name, value) in architecture.constants {
+        let value = match value {
+            Constant::Text(text) => json!(text),
+            Constant::Number(number) => json!(number),
+        };
+        config.insert((*name).into(), value);
+    }
+
+    let has = |suffix: &str| tensors.iter().any(|tensor| tensor.name.ends_with(suffix));
+    config.insert("attention_bias".into(), json!(has(".self_attn.q_proj.bias")));
+    config.insert("mlp_bias".into(), json!(has(".mlp.gate_proj.bias")));
+    config.insert("tie_word_embeddings".into(), json!(!has("lm_head.weight")));
+    let embedding = tensors.iter().find(|tensor| tensor.name == "model.embed_tokens.weight");
+    let Some(&[vocabulary, _]) = embedding.map(|tensor| tensor.shape.as_slice()) else {
+        let fault = crate::Fault::at(metadata.path, "there is no tensor token_embd.weight of 2 dimensions");
+        return Err(Error::Model(fault));
+    };
+    config.insert("vocab_size".into(), json!(vocabulary));
+    for (from, to) in
+        [("bos_token_id", "bos_token_id"), ("eos_token_id", "eos_token_id"), ("padding_token_id", "pad_token_id")]
+    {
+        if let Some(id) = metadata.integer(&format!("tokenizer.ggml.{from}"))? {
+            config.insert(to.into(), json!(id));
+        }
+    }
+    config.insert("torch_dtype".into(), json!(dtype(tensors)));
+    Ok(Json::Object(config))
+}
+
+/// The dtype most numbers are stored in; quantised weights have none of their own and are computed with in bfloat16.
+fn dtype(tensors: &[Stored]) -> &'static str {
+    let largest = tensors.iter().max_by_key(|tensor| tensor.shape.iter().product::<i64>());
+    let name = largest.map(|tensor| match tensor.form {
+        Form::Plain(dtype) => dtype.name,
+        Form::Blocks(Quantisation { name, .. }, _) => name,
+    });
+    match name {
+        Some("F32") => "float32",
+        Some("F16") => "float16",
+        _ => "bfloat16",
+    }
+}
+
+fn positive(metadata: &Metadata, key: &str) -> Result<i64> {
+    let value = metadata.integer(key)?.ok_or_else(|| metadata.missing(key))?;
+    if value <= 0 {
+        return Err(Error::Model(metadata.fault(key, format_args!("must be positive, is {value}"))));
+    }
+    Ok(value)
+}
+
+fn head_size(architecture: &Architecture, metadata: &Metadata, heads: Heads) -> Result<i64> {
+    let key = |name: &str| format!("{}.{name}", architecture.name);
+    let size = match metadata.integer(&key("attention.key_length"))? {
+        Some(size) => size,
+        None => positive(metadata, &key("embedding_length"))? / heads.query,
+    };
+    for other in ["attention.value_length", "rope.dimension_count"] {
+        if let Some(value) = metadata.integer(&key(other))?
+            && value != size
+        {
+            let what = format_args!("is {value}, but a head is {size}: not supported for {}", architecture.name);
+            return Err(Error::Model(metadata.fault(&key(other), what)));
+        }
+    }
+    if size <= 0 || size % 2 != 0 {
+        let what = format_args!("heads of size {size} cannot be rotated: it must be even and positive");
+        return Err(Error::Model(metadata.fault(&key("attention.key_length"), what)));
+    }
+    Ok(size)
+}
+
+/// transformers' `rope_scaling`: from the metadata's keys, or from the factors baked into a tensor.
+fn rope_scaling(
+    architecture: &Architecture,
+    metadata: &Metadata,
+    theta: f64,
+    head_size: i64,
+    factors: Option<&[f64]>,
+) -> Result<Json> {
+    let key = |name: &str| format!("{}.rope.{name}", architecture.name);
+    if let Some(factors) = factors
+        && factors.iter().any(|factor| *factor != 1.0)
+    {
+        return llama3(theta, head_size, factors).ok_or_else(|| {
+            let fault = metadata.fault(ROPE_FACTORS, "these frequency factors are not those of Llama 3's rope scaling");
+            Error::Model(fault.hint("use the model's safetensors"))
+        });
+    }
+    // The old spelling of a linear scaling.
+    if let Some(factor) = metadata.number(&key("scale_linear"))?
+        && factor != 1.0
+    {
+        return Ok(json!({"rope_type": "linear", "factor": factor}));
+    }
+    let kind_key = key("scaling.type");
+    let kind = metadata.optional_text(&kind_key)?.unwrap_or("none");
+    let factor = metadata.number(&key("scaling.factor"))?;
+    let needed = || factor.ok_or_else(|| metadata.missing(&key("scaling.factor")));
+    match kind {
+        "none" => Ok(Json::Null),
+        "linear" => Ok(json!({"rope_type": "linear", "factor": needed()?})),
+        "yarn" => {
+            let factor = needed()?;
+            let mut scaling = Map::new();
+            scaling.insert("rope_type".into(), json!("yarn"));
+            scaling.insert("factor".into(), json!(factor));
+            if let Some(length) = metadata.integer(&key("scaling.original_context_length"))? {
+                scaling.insert("original_max_position_embeddings".into(), json!(length));
+            }
+            for (from, to) in [("scaling.yarn_beta_fast", "beta_fast"), ("scaling.yarn_beta_slow", "beta_slow")] {
+                if let Some(value) = metadata.number(&key(from))? {
+                    scaling.insert(to.into(), json!(value));
+                }
+            }
+            if let Some(attention) = metadata.number(&key("scaling.attn_factor"))? {
+                // llama.cpp multiplies the paper's factor by this one; transformers' key replaces it.
+                scaling.insert("attention_factor".into(), json!(attention * (0.1 * factor.ln() + 1.0)));
+            }
+            Ok(Json::Object(scaling))
+        }
+        other => {
+            let fault = metadata.fault(&kind_key, format_args!("{other} is not supported"));
+            Err(Error::Model(fault.hint("supported: none, linear, yarn, and Llama 3's in rope_freqs.weight")))
+        }
+    }
+}
+
+/// The `llama3` scaling whose factors these are; `None` when there is none.
+///
+/// With x = original length / wavelength, the factor is 1 where x > high, `factor` where x < low, and between them
+/// 1 / ((1 - s) / factor + s) with s = (x - low) / (high - low) (`generate_extra_tensors` of llama.cpp's converter). So s is
+/// a line in x, which two of the factors between determine. The scaling does not change when the original length, low and high
+/// are multiplied by one number, so the original length is Llama 3's own 8192.
+fn llama3(theta: f64, head_size: i64, factors: &[f64]) -> Option<Json> {
+    const ORIGINAL: f64 = 8192.0;
+    let valid =
+        factors.len() as i64 == head_size / 2 && factors.iter().all(|factor| factor.is_finite() && *factor >= 1.0);
+    let factor = factors.iter().copied().fold(1.0, f64::max);
+    if !valid || factor == 1.0 {
+        return None;
+    }
+    let x = |i: usize| ORIGINAL / (2.0 * PI * theta.powf(2.0 * i as f64 / head_size as f64));
+    let between: Vec<(f64, f64)> = factors
+        .iter()
+        .enumerate()
+        .filter(|(_, f)| **f > 1.0 && **f < factor)
+        .map(|(i, f)| (x(i), (1.0 / f - 1.0 / factor) / (1.0 - 1.0 / factor)))
+        .collect();
+    let fitted = match (between.first(), between.last()) {
+        (Some((x0, s0)), Some((x1, s1))) if between.len() > 1 => {
+            let slope = (s1 - s0) / (x1 - x0);
+            let low = x0 - s0 / slope;
+            Some((tidy(low), tidy(low + 1.0 / slope)))
+        }
+        _ => None,
+    };
+    let agrees = |(low, high): (f64, f64)| {
+        low < high
+            && factors.iter().enumerate().all(|(i, stored)| {
+                let s = (x(i) - low) / (high - low);
+                let expected = if s > 1.0 {
+                    1.0
+                } else if s < 0.0 {
+                    factor
+                } else {
+                    1.0 / ((1.0 - s) / factor + s)
+                };
+                (expected - stored).abs() <= 1e-4 * stored
+            })
+    };
+    let (low, high) = [Some((1.0, 4.0)), fitted].into_iter().flatten().find(|bounds| agrees(*bounds))?;
+    Some(json!({
+        "rope_type": "llama3",
+        "factor": tidy(factor),
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": ORIGINAL as i64,
+    }))
+}
+
+/// Undoes the rounding of a number that was short before it went through f32.
+fn tidy(number: f64) -> f64 {
+    let short = (number * 1000.0).round() / 1000.0;
+    if (short - number).abs() < 1e-4 * number.abs() { short } else { number }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// llama.cpp's `generate_extra_tensors`, in f64 and then stored as f32.
+    fn baked(theta: f64, head_size: i64, factor: f64, low: f64, high: f64, original: f64) -> Vec<f64> {
+        let one = |i: i64| {
+            let wavelength = 2.0 * PI * theta.powf(2.0 * i as f64 / head_size as f64);
+            if wavelength < original / high {
+                1.0
+            } else if wavelength > original / low {
+                factor
+            } else {
+                let smooth = (original / wavelength - low) / (high - low);
+                1.0 / ((1.0 - smooth) / factor + smooth)
+            }
+        };
+        (0..head_size / 2).map(|i| f64::from(one(i) as f32)).collect()
+    }
+
+    #[test]
+    fn llama3_scaling_is_recovered_from_its_factors() {
+        for (factor, head_size) in [(8.0, 128), (32.0, 64)] {
+            let scaling = llama3(500_000.0, head_size, &baked(500_000.0, head_size, factor, 1.0, 4.0, 8192.0)).unwrap();
+            assert_eq!(scaling["factor"], factor);
+            assert_eq!((&scaling["low_freq_factor"], &scaling["high_freq_factor"]), (&json!(1.0), &json!(4.0)));
+            assert_eq!(scaling["original_max_position_embeddings"], 8192);
+        }
+        // Another original length: the same scaling, written with 8192 and with low and high in proportion.
+        let scaling = llama3(500_000.0, 128, &baked(500_000.0, 128, 16.0, 1.0, 4.0, 4096.0)).unwrap();
+        assert_eq!((&scaling["low_freq_factor"], &scaling["high_freq_factor"]), (&json!(2.0), &json!(8.0)));
+        let mut other = baked(500_000.0, 128, 8.0, 1.0, 4.0, 8192.0);
+        other[40] *= 1.1;
+        assert_eq!(llama3(500_000.0, 128, &other), None);
+    }
+}
