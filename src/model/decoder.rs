@@ -34,13 +34,7 @@ impl Decoder {
     ///
     /// `positions` (T), i64, restart at each document. `dropout_seed` makes the dropout masks of this
     /// micro-batch; `None` is evaluation (no dropout, no noise).
-    pub fn hidden(
-        &self,
-        _ids: &Tensor,
-        _positions: &Tensor,
-        _documents: &Documents,
-        _dropout_seed: Option<u64>,
-    ) -> Tensor {
+    pub fn hidden(&self, _ids: &Tensor, _positions: &Tensor, _documents: &Documents, _dropout_seed: Option<u64>) -> Tensor {
         todo!()
     }
 
