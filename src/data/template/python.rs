@@ -11,8 +11,8 @@ use minijinja::{Environment, Error, ErrorKind, State};
 
 use super::generation;
 
-/// Bytes of text one render may make, intermediate results included.
-const BUDGET: usize = 1 << 30;
+/// The variable that says how many bytes of text a render may make; no template can set a variable of this name.
+pub(super) const BUDGET: &str = "text budget";
 /// How deep lists and mappings may be nested (serde_json reads no deeper than 128).
 const DEEPEST_VALUE: usize = 200;
 /// Widths and precisions in format strings have at most this many digits.
@@ -114,11 +114,17 @@ pub(super) fn install(environment: &mut Environment<'static>) {
 
 /// Counts text against the render's budget.
 fn charge(state: &mut State, bytes: usize) -> Result<(), Error> {
-    struct Spent(usize);
-    let spent = state.get_or_insert_extension(Spent(0));
-    spent.0 = spent.0.saturating_add(bytes);
-    if spent.0 > BUDGET {
-        return Err(wrong(format!("the template makes more than {} MiB of text for one row", BUDGET >> 20)));
+    struct Left(usize);
+    let left = match state.get_extension_mut::<Left>() {
+        Some(left) => left,
+        None => {
+            let budget = state.lookup(BUDGET).and_then(|budget| budget.as_usize()).unwrap_or(0);
+            state.get_or_insert_extension(Left(budget))
+        }
+    };
+    match left.0.checked_sub(bytes) {
+        Some(rest) => left.0 = rest,
+        None => return Err(wrong("the template makes too much text of one row")),
     }
     Ok(())
 }
