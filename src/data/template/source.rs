@@ -447,7 +447,7 @@ impl<'t, 's> Parser<'t, 's> {
                 if !self.take_name("in") {
                     return self.fail("`for` without `in`");
                 }
-                let mut text = format!("{targets} in {}", self.items(Self::or)?);
+                let mut text = format!("{targets} in ({})|__each", self.items(Self::or)?);
                 if self.take_name("if") {
                     let _ = write!(text, " if {}", self.expression()?.text);
                 }
