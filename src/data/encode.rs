@@ -266,6 +266,16 @@ impl Encoder {
                      learn to stop; name another with dataset.chat_template"
                 )));
             };
+            let turn = &rendered.text[tokens.spans[first].start..tokens.spans[end].end];
+            if tokens.ids[first..end].iter().all(|id| chat.end_ids.contains(id)) {
+                return Err(BadRow::Malformed(format!(
+                    "message {message}: the chat template leaves out what the assistant says (its tool calls?); name another with \
+                     dataset.chat_template"
+                )));
+            }
+            if !holds_answer(turn, &messages[*message]["content"]) {
+                return Err(uncertain(*message));
+            }
             spans.push(first..end + 1);
         }
         Ok(spans)
@@ -554,12 +564,28 @@ impl Chat {
         Ok(chat)
     }
 
-    /// The special token the template writes after what the assistant says.
+    /// The special token that ends what the assistant says, where the model's configuration does not name it: the last of
+    /// those the template writes both at the end of a conversation and before a further turn.
     fn end_of_turn(&self, tokenizer: &Tokenizer) -> Option<u32> {
-        let text = self.probe(&[("user", "Hello"), ("assistant", &PROBE.to_string())], false)?;
-        let (_, after) = text.rsplit_once(PROBE)?;
-        let found = tokenizer.special_text()?.find(after)?;
-        tokenizer.id(found.as_str())
+        let answer = PROBE.to_string();
+        let messages = [("user", "One"), ("assistant", answer.as_str()), ("user", "Two")];
+        let closing = |messages: &[(&str, &str)]| -> Option<Vec<u32>> {
+            let text = self.probe(messages, false)?;
+            let mut rest = text.rsplit_once(PROBE)?.1;
+            let mut ids = Vec::new();
+            while let Some(found) = tokenizer.special_text()?.find(rest.trim_start()).filter(|found| found.start() == 0)
+            {
+                ids.push(tokenizer.id(found.as_str())?);
+                rest = &rest.trim_start()[found.end()..];
+            }
+            Some(ids)
+        };
+        let last = closing(&messages[..2])?;
+        // A template may refuse a conversation that ends with a question.
+        let within = closing(&messages).unwrap_or_else(|| last.clone());
+        let both: Vec<u32> = last.into_iter().zip(within).take_while(|(a, b)| a == b).map(|(id, _)| id).collect();
+        let configured = both.iter().any(|id| tokenizer.end_ids().contains(id));
+        both.last().copied().filter(|_| !configured)
     }
 
     /// The header of the assistant's turn, when it can be searched for: it holds a special token, and it is where turns begin in a conversation.
@@ -694,6 +720,14 @@ fn content_text(content: &Json) -> Option<String> {
         Json::Array(parts) => Some(parts.iter().filter_map(|part| part["text"].as_str()).collect()),
         _ => None,
     }
+}
+
+/// Whether a turn's text holds what the assistant says after thinking; white space does not count, templates trim it.
+fn holds_answer(turn: &str, content: &Json) -> bool {
+    let Some(content) = content_text(content) else { return true };
+    let answer = content.rsplit_once("</think>").map_or(content.as_str(), |(_, answer)| answer);
+    let dense = |text: &str| text.chars().filter(|c| !c.is_whitespace()).collect::<String>();
+    turn.contains(answer.trim()) || dense(turn).contains(&dense(answer))
 }
 
 fn uncertain(message: usize) -> BadRow {

@@ -513,3 +513,130 @@ fn digest(sidecars: &BTreeMap<String, Vec<u8>>) -> String {
 pub(super) fn hexadecimal(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use std::path::Path;
+
+    fn sidecars(name: &str) -> BTreeMap<String, Vec<u8>> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizer").join(name);
+        ["tokenizer.json", "tokenizer_config.json"]
+            .iter()
+            .map(|file| (file.to_string(), std::fs::read(folder.join(file)).unwrap()))
+            .collect()
+    }
+
+    fn with(name: &str, files: &[(&str, &[u8])]) -> Result<Tokenizer> {
+        let mut sidecars = sidecars(name);
+        sidecars.extend(files.iter().map(|(name, bytes)| (name.to_string(), bytes.to_vec())));
+        Tokenizer::new(&sidecars)
+    }
+
+    #[test]
+    fn damaged_files_are_errors_that_name_the_file() {
+        let deep = "[".repeat(200_000);
+        let deep_object = "{\"a\":".repeat(200_000);
+        let good = String::from_utf8(sidecars("bytes")["tokenizer.json"].clone()).unwrap();
+        let mut damaged: Vec<(&str, Vec<u8>)> = Vec::new();
+        for name in [
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "generation_config.json",
+            "config.json",
+        ] {
+            damaged.push((name, deep.clone().into_bytes()));
+            damaged.push((name, deep_object.clone().into_bytes()));
+            damaged.push((name, b"\xEF\xBB\xBF{}".to_vec()));
+            damaged.push((name, b"".to_vec()));
+            damaged.push((name, b"\x00\xff garbage".to_vec()));
+            damaged.push((name, b"{\"model\": ".to_vec()));
+        }
+        for text in [
+            "{}",
+            "[]",
+            "null",
+            "{\"model\": {\"type\": \"BPE\"}}",
+            &good[..good.len() / 2],
+            &good.replace("\"BPE\"", "\"Nonsense\""),
+        ] {
+            damaged.push(("tokenizer.json", text.as_bytes().to_vec()));
+        }
+        damaged.push(("chat_template.jinja", vec![0xFF, 0xFE, 0x00]));
+        for (name, bytes) in damaged {
+            let shown = String::from_utf8_lossy(&bytes[..bytes.len().min(40)]).into_owned();
+            let error = with("bytes", &[(name, &bytes)]).err().unwrap_or_else(|| panic!("{name}: {shown} was taken"));
+            assert!(error.to_string().starts_with(name), "{name}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_missing_tokenizer_says_how_to_make_one() {
+        let sentencepiece = BTreeMap::from([("tokenizer.model".to_string(), vec![1, 2])]);
+        let error = Tokenizer::new(&sentencepiece).err().unwrap().to_string();
+        assert!(error.contains("sentencepiece") && error.contains("save_pretrained"), "{error}");
+        assert!(Tokenizer::new(&BTreeMap::new()).err().unwrap().to_string().contains("no tokenizer.json"));
+    }
+
+    #[test]
+    fn a_vocabulary_smaller_than_the_tokenizer_is_an_error() {
+        let error = with("bytes", &[("config.json", br#"{"vocab_size": 300}"#)]).err().unwrap().to_string();
+        assert!(error.contains("300 rows"), "{error}");
+        assert!(with("bytes", &[("config.json", br#"{"vocab_size": 5000}"#)]).is_ok());
+    }
+
+    #[test]
+    fn ends_come_from_every_configuration() {
+        let generation = br#"{"eos_token_id": [0, 2]}"#;
+        let tokenizer = with("bytes", &[("generation_config.json", generation)]).unwrap();
+        assert_eq!(tokenizer.end_ids(), [0, 2]);
+        assert_eq!(tokenizer.eos(), Some(2));
+        // Without a tokenizer_config.json, the ids of the model's configuration name the tokens.
+        let mut bare = sidecars("pieces");
+        bare.remove("tokenizer_config.json");
+        bare.insert("config.json".into(), br#"{"bos_token_id": 1, "eos_token_id": 2, "vocab_size": 5000}"#.to_vec());
+        let tokenizer = Tokenizer::new(&bare).unwrap();
+        assert_eq!((tokenizer.bos(), tokenizer.eos(), tokenizer.adds_bos()), (Some(1), Some(2), true));
+    }
+
+    #[test]
+    fn the_template_file_wins_over_the_configuration() {
+        let named = json!({"eos_token": {"content": "<|im_end|>"}, "chat_template": [
+            {"name": "default", "template": "one"}, {"name": "tool_use", "template": "two"}]});
+        let config = named.to_string();
+        let tokenizer = with("bytes", &[("tokenizer_config.json", config.as_bytes())]).unwrap();
+        assert_eq!(tokenizer.chat_templates()["tool_use"], "two");
+        assert_eq!(tokenizer.eos(), tokenizer.id("<|im_end|>"));
+        let tokenizer =
+            with("bytes", &[("tokenizer_config.json", config.as_bytes()), ("chat_template.jinja", b"three")]).unwrap();
+        assert_eq!(tokenizer.chat_templates().values().collect::<Vec<_>>(), ["three"]);
+    }
+
+    #[test]
+    fn a_stream_gives_the_whole_text_and_no_broken_characters() {
+        for name in ["bytes", "pieces"] {
+            let tokenizer = with(name, &[]).unwrap();
+            let text = "Grüße 你好 🙂🙃 and  two spaces\n\nend é";
+            let ids = tokenizer.encode(text).unwrap().ids;
+            let mut stream = tokenizer.stream(true);
+            let pieces: Vec<String> = ids.iter().map(|id| stream.push(*id)).collect();
+            let streamed = pieces.concat() + &stream.finish();
+            assert!(!streamed.contains('\u{FFFD}'), "{streamed}");
+            assert_eq!(streamed, tokenizer.decode(&ids, true));
+            assert!(pieces.iter().filter(|piece| !piece.is_empty()).count() > 10);
+        }
+    }
+
+    #[test]
+    fn apart_means_a_boundary_and_nothing_else() {
+        for name in ["bytes", "pieces"] {
+            let tokenizer = with(name, &[]).unwrap();
+            let (tokens, at) = tokenizer.encode_apart("The quick bro", "wn <|im_end|></s> fox").unwrap();
+            assert_eq!(tokens.ids[..at], tokenizer.encode_plain("The quick bro").unwrap().ids);
+            assert_eq!(tokens.spans.last().unwrap().end, "The quick brown <|im_end|></s> fox".len());
+            assert!(tokens.ids.iter().all(|id| !tokenizer.is_special(*id)));
+        }
+    }
+}

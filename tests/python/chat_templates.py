@@ -684,6 +684,7 @@ EXPRESSIONS = r"""
 {{ 'a'.ljust(3) }}| {{ 'a'.rjust(3, '*') }} {{ 'ab'.center(5, '-') }} {{ 'abc'.center(6, '-') }} {{ '5'.zfill(3) }} {{ '-5'.zfill(4) }} {{ 'x'|center(5) }}|
 {{ '-'.join(['a', 'b']) }} {{ ''.join(messages|map(attribute='role')) }} {{ 'prefix-a'.removeprefix('prefix-') }} {{ 'a.txt'.removesuffix('.txt') }}
 {{ lines|indent }}| {{ lines|indent(2, true) }}| {{ 'a\nb'|indent(first=true) }} {{ 'a\nb'|indent('> ') }} {{ 'a\n\nb'|indent(2, blank=true) }}
+{{ ('<a>'|safe) + '<b>' + "'c'" }} {{ '<x>' ~ ('<y>'|safe) ~ 1 }} {{ ('<'|e) + '&' }} {{ ('<'|e)|e }}
 {{ 'one two three'|wordcount }} {{ markup|e }} {{ markup|escape }} {{ markup|safe }} {{ markup|string }} {{ 5|string + 'x' }} {{ none|string }} {{ 'x'|list }}
 {{ text is string }} {{ number is string }} {{ items is sequence }} {{ text is sequence }} {{ mapping is sequence }} {{ nothing is sequence }} {{ missing is sequence }} {{ number is sequence }} {{ (1,) is sequence }}
 {{ text is iterable }} {{ items is iterable }} {{ mapping is iterable }} {{ nothing is iterable }} {{ missing is iterable }} {{ number is iterable }} {{ yes is iterable }}

@@ -11,8 +11,8 @@ use minijinja::{Environment, Error, ErrorKind, State};
 
 use super::generation;
 
-/// Bytes of text one render may make, intermediate results included.
-const BUDGET: usize = 1 << 30;
+/// The variable that says how many bytes of text a render may make; no template can set a variable of this name.
+pub(super) const BUDGET: &str = "text budget";
 /// How deep lists and mappings may be nested (serde_json reads no deeper than 128).
 const DEEPEST_VALUE: usize = 200;
 /// Widths and precisions in format strings have at most this many digits.
@@ -37,6 +37,12 @@ pub(super) fn install(environment: &mut Environment<'static>) {
     environment.add_filter("__multiply", multiply);
     environment.add_filter("__modulo", modulo);
     environment.add_filter("__slice", slice);
+    environment.add_filter("__each", |value: Value| match value.kind() {
+        ValueKind::None | ValueKind::Bool | ValueKind::Number => {
+            Err(wrong(format!("cannot go through {}", describe(&value))))
+        }
+        _ => Ok(value),
+    });
     environment.add_filter("__deep", |value: Value| if deep(&value, 0) { Err(too_deep()) } else { Ok(value) });
 
     environment.add_filter("tojson", tojson);
@@ -114,11 +120,17 @@ pub(super) fn install(environment: &mut Environment<'static>) {
 
 /// Counts text against the render's budget.
 fn charge(state: &mut State, bytes: usize) -> Result<(), Error> {
-    struct Spent(usize);
-    let spent = state.get_or_insert_extension(Spent(0));
-    spent.0 = spent.0.saturating_add(bytes);
-    if spent.0 > BUDGET {
-        return Err(wrong(format!("the template makes more than {} MiB of text for one row", BUDGET >> 20)));
+    struct Left(usize);
+    let left = match state.get_extension_mut::<Left>() {
+        Some(left) => left,
+        None => {
+            let budget = state.lookup(BUDGET).and_then(|budget| budget.as_usize()).unwrap_or(0);
+            state.get_or_insert_extension(Left(budget))
+        }
+    };
+    match left.0.checked_sub(bytes) {
+        Some(rest) => left.0 = rest,
+        None => return Err(wrong("the template makes too much text of one row")),
     }
     Ok(())
 }
@@ -435,7 +447,8 @@ fn scalar(value: &Value) -> Result<String, Error> {
 /// `a + b + ...`: numbers, strings, lists, tuples.
 fn add(state: &mut State, first: Value, terms: Rest<Value>) -> Result<Value, Error> {
     // The common case, a chain of strings, is joined in one go.
-    if first.as_str().is_some() && terms.iter().all(|term| term.as_str().is_some()) {
+    let plain = |value: &Value| value.as_str().is_some() && !value.is_safe();
+    if plain(&first) && terms.iter().all(plain) {
         let mut out = String::from(first.as_str().unwrap_or_default());
         for term in terms.iter() {
             out.push_str(term.as_str().unwrap_or_default());
@@ -451,9 +464,8 @@ fn add(state: &mut State, first: Value, terms: Rest<Value>) -> Result<Value, Err
 }
 
 fn add_two(state: &mut State, a: &Value, b: &Value) -> Result<Value, Error> {
-    if let (Some(a), Some(b)) = (a.as_str(), b.as_str()) {
-        charge(state, a.len() + b.len())?;
-        return Ok(Value::from([a, b].concat()));
+    if a.as_str().is_some() && b.as_str().is_some() {
+        return concatenate(state, a, Rest(vec![b.clone()]));
     }
     if let Some((a, b)) = integers(a, b) {
         return integer(a.checked_add(b));
@@ -470,14 +482,20 @@ fn add_two(state: &mut State, a: &Value, b: &Value) -> Result<Value, Error> {
     Err(wrong(format!("cannot add {} and {}", describe(a), describe(b))))
 }
 
-/// `a ~ b ~ ...`: everything as text.
-fn concatenate(state: &mut State, first: &Value, terms: Rest<Value>) -> Result<String, Error> {
-    let mut out = text(first)?.into_owned();
-    for term in terms.iter() {
-        out.push_str(&text(term)?);
+/// `a ~ b ~ ...`: everything as text; where one is marked `safe`, the others are escaped (markupsafe).
+fn concatenate(state: &mut State, first: &Value, terms: Rest<Value>) -> Result<Value, Error> {
+    let safe = first.is_safe() || terms.iter().any(Value::is_safe);
+    let mut out = String::new();
+    for term in std::iter::once(first).chain(terms.iter()) {
+        let shown = text(term)?;
+        if safe && !term.is_safe() {
+            out.push_str(&escaped(&shown));
+        } else {
+            out.push_str(&shown);
+        }
         charge(state, out.len())?;
     }
-    Ok(out)
+    Ok(if safe { Value::from_safe_string(out) } else { Value::from(out) })
 }
 
 /// `a * b`: numbers; strings and lists repeated.
@@ -660,12 +678,19 @@ fn parse_float(value: &Value) -> Option<f64> {
     }
 }
 
-/// As markupsafe escapes HTML.
-fn escape(state: &mut State, value: &Value) -> Result<String, Error> {
+fn escape(state: &mut State, value: &Value) -> Result<Value, Error> {
+    if value.is_safe() {
+        return Ok(value.clone());
+    }
     let plain = text(value)?;
     charge(state, plain.len() * 5)?;
+    Ok(Value::from_safe_string(escaped(&plain)))
+}
+
+/// As markupsafe escapes HTML.
+fn escaped(plain: &str) -> String {
     let escaped = plain.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
-    Ok(escaped.replace('\'', "&#39;").replace('"', "&#34;"))
+    escaped.replace('\'', "&#39;").replace('"', "&#34;")
 }
 
 fn join(

@@ -307,11 +307,9 @@ fn number_length(text: &str) -> usize {
 fn unescape(text: &str) -> Result<String, String> {
     let mut out = String::with_capacity(text.len());
     let mut chars = text.chars();
-    let number = |digits: String, radix: u32| {
-        u32::from_str_radix(&digits, radix)
-            .ok()
-            .and_then(char::from_u32)
-            .ok_or_else(|| format!("`\\{digits}` is no character"))
+    let number = |digits: String, radix: u32, count: usize| {
+        let code = u32::from_str_radix(&digits, radix).ok().filter(|_| digits.len() == count);
+        code.and_then(char::from_u32).ok_or_else(|| format!("`\\{digits}` is no character"))
     };
     while let Some(c) = chars.next() {
         if c != '\\' {
@@ -329,7 +327,7 @@ fn unescape(text: &str) -> Result<String, String> {
             Some('r') => out.push('\r'),
             Some('t') => out.push('\t'),
             Some('v') => out.push('\x0b'),
-            Some('x') => out.push(number(chars.by_ref().take(2).collect(), 16)?),
+            Some('x') => out.push(number(chars.by_ref().take(2).collect(), 16, 2)?),
             Some('u') => {
                 let code = u32::from_str_radix(&chars.by_ref().take(4).collect::<String>(), 16).unwrap_or(u32::MAX);
                 // A surrogate pair is written as two escapes.
@@ -341,14 +339,15 @@ fn unescape(text: &str) -> Result<String, String> {
                 };
                 out.push(char::from_u32(code).ok_or("`\\u` is not followed by the number of a character")?);
             }
-            Some('U') => out.push(number(chars.by_ref().take(8).collect(), 16)?),
+            Some('U') => out.push(number(chars.by_ref().take(8).collect(), 16, 8)?),
             Some('N') => return Err("`\\N{...}` is not supported: write the character itself".into()),
             Some(c @ '0'..='7') => {
                 let mut digits = c.to_string();
                 while digits.len() < 3 && chars.as_str().starts_with(|c| ('0'..='7').contains(&c)) {
                     digits.extend(chars.next());
                 }
-                out.push(number(digits, 8)?);
+                let count = digits.len();
+                out.push(number(digits, 8, count)?);
             }
             Some(c) => {
                 out.push('\\');
@@ -448,7 +447,7 @@ impl<'t, 's> Parser<'t, 's> {
                 if !self.take_name("in") {
                     return self.fail("`for` without `in`");
                 }
-                let mut text = format!("{targets} in {}", self.items(Self::or)?);
+                let mut text = format!("{targets} in ({})|__each", self.items(Self::or)?);
                 if self.take_name("if") {
                     let _ = write!(text, " if {}", self.expression()?.text);
                 }
