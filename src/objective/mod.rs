@@ -1,9 +1,9 @@
 //! What is learned. An objective turns a micro-batch into a scalar to go down on; the trainer knows no more than that.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use crate::data::Batch;
-use crate::model::Decoder;
+use crate::model::{Decoder, Forward};
 
 /// What the trainer trains: some tensors and a loss over them.
 pub trait Learner {
@@ -21,12 +21,16 @@ pub trait Learner {
 pub struct Supervised<'a> {
     /// The model, its adapters attached.
     pub model: &'a Decoder,
+    /// NEFTune's alpha while training; 0 is none.
+    pub noise_alpha: f64,
+    /// How many of the first blocks run again in backward instead of keeping their activations.
+    pub recomputed_layers: usize,
 }
 
 impl Learner for Supervised<'_> {
     fn parameters(&self) -> Vec<(String, Tensor)> {
-        let adapters =
-            self.model.linears().into_iter().filter_map(|linear| Some((&linear.name, linear.adapter.as_ref()?)));
+        let linears = self.model.linears().into_iter();
+        let adapters = linears.filter_map(|linear| Some((&linear.name, linear.adapter.as_ref()?)));
         let tensors = adapters.flat_map(|(name, adapter)| {
             [(format!("{name}.a"), adapter.a.shallow_clone()), (format!("{name}.b"), adapter.b.shallow_clone())]
         });
@@ -34,18 +38,19 @@ impl Learner for Supervised<'_> {
     }
 
     fn loss(&self, batch: &Batch, dropout_seed: Option<u64>, scale: f64) -> Tensor {
-        supervised(self.model, batch, dropout_seed, scale)
+        let training =
+            Forward { seed: dropout_seed, noise_alpha: self.noise_alpha, recomputed_layers: self.recomputed_layers };
+        let forward = if dropout_seed.is_some() { training } else { Forward::default() };
+        supervised(self.model, batch, forward, scale)
     }
 }
 
 /// The sum over trained tokens of `-log softmax(logits)[target]`, times `scale`: a scalar, fp32, with its graph.
 ///
 /// Only the trained rows reach the head.
-pub fn supervised(model: &Decoder, batch: &Batch, dropout_seed: Option<u64>, scale: f64) -> Tensor {
+pub fn supervised(model: &Decoder, batch: &Batch, forward: Forward, scale: f64) -> Tensor {
     let here = |tensor: &Tensor| tensor.to_device(model.device);
-    let hidden = model.hidden(&here(&batch.ids), &here(&batch.positions), &batch.documents, dropout_seed); // (T, D)
-    let logits = model.logits(&hidden.index_select(0, &here(&batch.rows))); // (S, V)
-    let targets = here(&batch.targets).unsqueeze(-1); // (S, 1)
-    let log_probabilities = logits.log_softmax(-1, Kind::Float).gather(-1, &targets, false); // (S, 1)
-    log_probabilities.sum(Kind::Float) * -scale
+    let hidden = model.hidden(&here(&batch.ids), &here(&batch.positions), &batch.documents, forward); // (T, D)
+    let rows = hidden.index_select(0, &here(&batch.rows)); // (S, D)
+    model.cross_entropy(&rows, &here(&batch.targets), forward, scale)
 }

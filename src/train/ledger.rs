@@ -140,9 +140,10 @@ impl Identity {
     }
 }
 
-/// Walks two recipes side by side; `key` is the dotted path so far.
+/// Walks two recipes side by side, nested or with dotted keys; `key` is the dotted path so far.
 fn compare(key: &str, then: &Value, now: &Value, found: &mut Vec<String>) {
-    if FREE.contains(&key) || then == now {
+    let free = |free: &&str| key.strip_prefix(*free).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+    if FREE.iter().any(free) || then == now {
         return;
     }
     let (Value::Object(old), Value::Object(new)) = (then, now) else {
@@ -194,6 +195,9 @@ mod tests {
             json!({"output": {"dir": "b", "save": []}, "training": {"save_steps": null, "recompute": "full"}, "device": "cuda"}),
         );
         assert_eq!(now.differences(&then), Vec::<String>::new());
+        let now = identity(json!({"output.dir": "b", "training.threads": 4, "training.seed": 2}));
+        let then = identity(json!({"output.dir": "a", "training.threads": 2, "training.seed": 1}));
+        assert_eq!(now.differences(&then), ["training.seed was 1, it is 2"]);
     }
 
     #[test]

@@ -11,6 +11,7 @@ use super::disk;
 use super::progress::Progress;
 use super::tensorboard::TensorBoard;
 use crate::Result;
+use crate::torch_ext::cuda_memory;
 
 /// The file of all logged numbers: one JSON object per line.
 pub const FILE: &str = "metrics.jsonl";
@@ -38,7 +39,7 @@ pub struct StepRecord {
     pub trained_tokens_per_second: f64,
     /// Seconds since the run began, over all its parts.
     pub elapsed_seconds: f64,
-    /// Most memory in use so far: of the process on a CPU; null where the device does not tell.
+    /// Most memory in use so far: by tensors on CUDA, by the process on a CPU; null where the device does not tell.
     pub peak_memory_bytes: Option<u64>,
 }
 
@@ -184,15 +185,18 @@ impl Metrics {
     }
 }
 
-/// Most memory in use so far, as far as the device tells: on Linux's CPU the resident set's high-water mark.
+/// Most memory in use so far, as far as the device tells: tensors on CUDA, the resident set's high-water mark on Linux's CPU.
 pub fn peak_memory_bytes(device: Device) -> Option<u64> {
-    if device != Device::Cpu {
-        return None;
+    match device {
+        Device::Cpu => {
+            let status = std::fs::read_to_string("/proc/self/status").ok()?;
+            let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+            let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+            Some(kibibytes * 1024)
+        }
+        Device::Cuda(index) => u64::try_from(cuda_memory(index).ok()?.peak).ok(),
+        _ => None,
     }
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kibibytes * 1024)
 }
 
 #[cfg(test)]

@@ -10,10 +10,8 @@
 use tch::{Kind, Tensor, no_grad};
 
 use crate::recipe::TrainingRecipe;
+use crate::torch_ext::{self, fused_adamw_, global_norm};
 use crate::{Error, Fault, Result};
-
-// The one place that says which kernel runs: libtorch's fused one goes here, the slow twin below stays its test oracle.
-use slow_twin::fused_adamw_;
 
 /// The optimizer and its moments, all fp32.
 pub struct AdamW {
@@ -62,8 +60,7 @@ impl AdamW {
     pub fn update(&mut self, learning_rate: f64, loss_scale: f64, loss: &Tensor) -> Result<Verdict> {
         no_grad(|| {
             let gradients: Vec<Tensor> = self.parameters.iter().map(gradient).collect();
-            let norms: Vec<Tensor> = gradients.iter().map(Tensor::norm).collect();
-            let gradient_norm = Tensor::stack(&norms, 0).norm() / loss_scale;
+            let gradient_norm = global_norm(&gradients) / loss_scale;
 
             // Clipping is torch's clip_grad_norm_, folded into the one division the kernel makes anyway.
             let mut divisor = gradient_norm.full_like(loss_scale);
@@ -74,19 +71,21 @@ impl AdamW {
 
             self.step += 1.0 - &skip;
             let steps: Vec<Tensor> = self.parameters.iter().map(|_| self.step.shallow_clone()).collect();
+            let settings = torch_ext::AdamW {
+                learning_rate,
+                beta1: self.beta1,
+                beta2: self.beta2,
+                weight_decay: self.weight_decay,
+                epsilon: self.epsilon,
+            };
             fused_adamw_(
                 &self.parameters,
                 &gradients,
                 &self.first_moments,
                 &self.second_moments,
                 &steps,
-                learning_rate,
-                self.beta1,
-                self.beta2,
-                self.weight_decay,
-                self.epsilon,
-                Some(&divisor),
-                Some(&skip),
+                settings,
+                Some((&divisor, &skip)),
             )?;
             self.parameters.iter_mut().for_each(Tensor::zero_grad);
             Ok(Verdict { gradient_norm })
@@ -133,47 +132,6 @@ pub fn restore(live: &[(String, Tensor)], saved: &[(String, Tensor)], place: &st
 fn gradient(parameter: &Tensor) -> Tensor {
     let gradient = parameter.grad();
     if gradient.defined() { gradient } else { parameter.zeros_like() }
-}
-
-/// AdamW in plain operations: what the fused kernel must equal.
-mod slow_twin {
-    use tch::Tensor;
-
-    use crate::Result;
-
-    #[expect(clippy::too_many_arguments, reason = "the signature of libtorch's kernel")]
-    pub fn fused_adamw_(
-        parameters: &[Tensor],
-        gradients: &[Tensor],
-        first_moments: &[Tensor],
-        second_moments: &[Tensor],
-        steps: &[Tensor],
-        learning_rate: f64,
-        beta1: f64,
-        beta2: f64,
-        weight_decay: f64,
-        epsilon: f64,
-        divisor: Option<&Tensor>,
-        skip: Option<&Tensor>,
-    ) -> Result<()> {
-        if skip.is_some_and(|skip| skip.double_value(&[]) != 0.0) {
-            return Ok(());
-        }
-        for (i, parameter) in parameters.iter().enumerate() {
-            let mut parameter = parameter.detach();
-            let gradient = divisor.map_or_else(|| gradients[i].shallow_clone(), |divisor| &gradients[i] / divisor);
-            let (mut first, mut second) = (first_moments[i].shallow_clone(), second_moments[i].shallow_clone());
-            let step = steps[i].double_value(&[]);
-            parameter *= 1.0 - learning_rate * weight_decay;
-            first *= beta1;
-            first += &gradient * (1.0 - beta1);
-            second *= beta2;
-            second += gradient.square() * (1.0 - beta2);
-            let root = second.sqrt() / (1.0 - beta2.powf(step)).sqrt() + epsilon;
-            parameter -= first / root * (learning_rate / (1.0 - beta1.powf(step)));
-        }
-        Ok(())
-    }
 }
 
 #[cfg(test)]
@@ -234,6 +192,56 @@ mod tests {
         assert_eq!(state[0].1.double_value(&[]), 5.0);
         close(&state[1].1, &[0.0209546536, -0.0419093072, 0.0104773268, 0.0628639683, 2.09546561e-05, 0.0]);
         close(&state[2].1, &[0.00333174947, 0.0133269979, 0.000832937367, 0.0299857426, 3.33174954e-09, 0.0]);
+    }
+
+    /// AdamW in plain operations: what the fused kernel must equal.
+    fn slow_twin(
+        [parameters, gradients, first_moments, second_moments]: [&[Tensor]; 4],
+        step: f64,
+        settings: torch_ext::AdamW,
+        divisor: f64,
+    ) {
+        let torch_ext::AdamW { learning_rate, beta1, beta2, weight_decay, epsilon } = settings;
+        for (i, parameter) in parameters.iter().enumerate() {
+            let mut parameter = parameter.shallow_clone();
+            let gradient = &gradients[i] / divisor;
+            let (mut first, mut second) = (first_moments[i].shallow_clone(), second_moments[i].shallow_clone());
+            parameter *= 1.0 - learning_rate * weight_decay;
+            first *= beta1;
+            first += &gradient * (1.0 - beta1);
+            second *= beta2;
+            second += gradient.square() * (1.0 - beta2);
+            let root = second.sqrt() / (1.0 - beta2.powf(step)).sqrt() + epsilon;
+            parameter -= first / root * (learning_rate / (1.0 - beta1.powf(step)));
+        }
+    }
+
+    #[test]
+    fn the_fused_kernel_equals_its_slow_twin() {
+        let wave = |shape: &[i64], speed: f64| {
+            let count = shape.iter().product::<i64>();
+            (Tensor::arange(count, (Kind::Float, tch::Device::Cpu)) * speed).sin().reshape(shape)
+        };
+        // Sizes on both sides of the kernel's vector width.
+        let shapes: [&[i64]; 4] = [&[1], &[7], &[16, 33], &[128, 64]];
+        let make = |speed: f64| Vec::from(shapes.map(|shape| wave(shape, speed)));
+        let sets: [[Vec<Tensor>; 4]; 2] = [(); 2].map(|()| [make(0.7), make(1.3), make(0.0), make(0.0)]);
+        let settings =
+            torch_ext::AdamW { learning_rate: 1e-2, beta1: 0.9, beta2: 0.95, weight_decay: 0.1, epsilon: 1e-8 };
+        for step in 1..=4 {
+            let [p, g, m, v] = &sets[0];
+            slow_twin([p, g, m, v], f64::from(step), settings, 3.0);
+            let [p, _, m, v] = &sets[1];
+            let steps = shapes.map(|_| Tensor::from(step as f32));
+            let (divisor, skip) = (Tensor::from(3.0f32), Tensor::from(0.0f32));
+            // The kernel divides its gradients in place.
+            fused_adamw_(p, &make(1.3), m, v, &steps, settings, Some((&divisor, &skip))).unwrap();
+        }
+        for (slow, fused) in sets[0].iter().zip(&sets[1]) {
+            for (slow, fused) in slow.iter().zip(fused) {
+                assert!((slow - fused).abs().max().double_value(&[]) < 1e-6, "{:?}", slow.size());
+            }
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! TensorBoard events in `<run>/tensorboard`.
 //!
-//! Each part of a run (begun or resumed) writes a file of its own. A resumed part opens with a session start at
-//! its first step, which makes TensorBoard drop what the part before logged from that step on: no point shows twice.
+//! Each part of a run (begun or resumed) writes a file of its own. It opens with a session start at its first step,
+//! which makes TensorBoard drop what an earlier part logged from that step on: no point shows twice.
 //! Only the record format of `tensorboard-rs` is used: its own writer ends the process when the disk is full.
 
 use std::fs::File;
@@ -38,13 +38,11 @@ impl TensorBoard {
         let mut version = Record::new();
         version.set_file_version("brain.Event:2".into());
         tensorboard.write(version, 0)?;
-        if step > 0 {
-            let mut session = SessionLog::new();
-            session.set_status(SessionLog_SessionStatus::START);
-            let mut start = Record::new();
-            start.set_session_log(session);
-            tensorboard.write(start, step + 1)?;
-        }
+        let mut session = SessionLog::new();
+        session.set_status(SessionLog_SessionStatus::START);
+        let mut start = Record::new();
+        start.set_session_log(session);
+        tensorboard.write(start, step + 1)?;
         tensorboard.records.flush()?;
         Ok(tensorboard)
     }

@@ -1,6 +1,5 @@
 //! The training loop.
 
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::Instant;
 
 use tch::{Device, Tensor, no_grad};
@@ -9,32 +8,12 @@ use super::ledger::{Identity, Ledger};
 use super::metrics::{EvalRecord, Event, Metrics, StepRecord, peak_memory_bytes};
 use super::optimizer::{AdamW, restore};
 use super::state::{Newest, State, States};
-use super::{Interrupts, Outcome, Progress, RunFolder, Schedule, Start, report};
+use super::{BatchSource, Interrupts, Outcome, Progress, RunFolder, Schedule, Start, report};
 use crate::data::{Batch, Cursor, RowId};
 use crate::objective::Learner;
 use crate::recipe::TrainingRecipe;
+use crate::torch_ext::catching;
 use crate::{Error, Fault, Result};
-
-/// Micro-batches one after the other.
-pub type Batches<'a> = Box<dyn Iterator<Item = Result<Batch>> + 'a>;
-
-/// Where micro-batches come from. Every pass over the data is a function of its number alone.
-pub trait BatchSource {
-    /// Micro-batches of a pass, at least 1.
-    fn micro_batches(&self, epoch: u64) -> Result<u64>;
-
-    /// Micro-batches from the one at `from` on, pass after pass, for ever.
-    fn batches<'a>(&'a self, from: Cursor) -> Result<Batches<'a>>;
-
-    /// Whether there is an eval set.
-    fn has_evaluation(&self) -> bool;
-
-    /// The micro-batches of the eval set, always the same.
-    fn evaluation<'a>(&'a self) -> Result<Batches<'a>>;
-
-    /// A row as a person finds it: `train.parquet row 17`.
-    fn describe(&self, row: RowId) -> String;
-}
 
 /// Everything about a run but what is trained and on what.
 pub struct Run {
@@ -172,10 +151,10 @@ impl<'a> Trainer<'a> {
         let mut loss: Option<Tensor> = None;
         for (index, batch) in group.iter().enumerate() {
             let seed = dropout_seed(self.run.training.seed, self.ledger.step, index as u64);
-            let part = with_memory_advice(batch, || {
+            let part = catching(&place(batch), || {
                 let part = self.learner.loss(batch, Some(seed), loss_scale / trained as f64);
                 part.backward();
-                part.detach()
+                Ok(part.detach())
             })?;
             loss = Some(loss.map_or_else(|| part.shallow_clone(), |sum| sum + &part));
         }
@@ -298,8 +277,7 @@ impl<'a> Trainer<'a> {
         let (mut sum, mut tokens) = (0.0, 0u64);
         for batch in source.evaluation()? {
             let batch = batch?;
-            let loss = with_memory_advice(&batch, || no_grad(|| self.learner.loss(&batch, None, 1.0)))?;
-            sum += loss.double_value(&[]);
+            sum += catching(&place(&batch), || Ok(no_grad(|| self.learner.loss(&batch, None, 1.0)).double_value(&[])))?;
             tokens += batch.rows.size()[0] as u64;
             if self.run.interrupts.received().is_some() {
                 return Ok(());
@@ -498,18 +476,9 @@ fn mix(value: u64) -> u64 {
     value ^ (value >> 31)
 }
 
-/// Turns libtorch's panic over memory into advice; other panics go on.
-fn with_memory_advice<T>(batch: &Batch, compute: impl FnOnce() -> T) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(compute)).map_err(|panic| {
-        let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
-        if !text.is_some_and(|text| text.contains("out of memory") || text.contains("can't allocate memory")) {
-            resume_unwind(panic);
-        }
-        let what = format!("out of memory in a micro-batch of {} tokens", batch.ids.size()[0]);
-        let hint = "set training.recompute: full and continue with --resume; or begin again with a lower \
-                    training.micro_batch_size (and gradient_accumulation_steps raised by as much) or dataset.max_length";
-        Error::Device(Fault::new("", what).hint(hint))
-    })
+/// Names a micro-batch by what its memory depends on.
+fn place(batch: &Batch) -> String {
+    format!("a micro-batch of {} tokens in {} documents", batch.ids.size()[0], batch.documents.spans().count())
 }
 
 /// Names rows, the first few of many.

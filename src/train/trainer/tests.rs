@@ -11,6 +11,7 @@ use tch::Kind;
 
 use super::*;
 use crate::model::Documents;
+use crate::train::MicroBatches;
 use crate::train::disk::faults;
 use crate::train::state::Newest;
 
@@ -141,7 +142,7 @@ impl BatchSource for Toys {
         Ok(self.documents / self.per_batch)
     }
 
-    fn batches<'a>(&'a self, from: Cursor) -> Result<Batches<'a>> {
+    fn batches<'a>(&'a self, from: Cursor) -> Result<MicroBatches<'a>> {
         let in_pass = self.documents / self.per_batch;
         let first = from.epoch * in_pass + from.micro_batch;
         Ok(Box::new((first..).map(move |count| {
@@ -162,7 +163,7 @@ impl BatchSource for Toys {
         self.evaluation
     }
 
-    fn evaluation<'a>(&'a self) -> Result<Batches<'a>> {
+    fn evaluation<'a>(&'a self) -> Result<MicroBatches<'a>> {
         if let Some(interrupts) = &self.interrupts_evaluation {
             interrupts.raise(libc::SIGINT);
         }
@@ -536,7 +537,7 @@ fn a_step_without_a_trained_token_is_an_error_not_a_zero_loss() {
         fn micro_batches(&self, _epoch: u64) -> Result<u64> {
             Ok(1)
         }
-        fn batches<'a>(&'a self, _from: Cursor) -> Result<Batches<'a>> {
+        fn batches<'a>(&'a self, _from: Cursor) -> Result<MicroBatches<'a>> {
             let empty = || Tensor::zeros([0], (Kind::Int64, Device::Cpu));
             Ok(Box::new(std::iter::repeat_with(move || {
                 Ok(Batch { rows: empty(), targets: empty(), ..document_batch(vec![5]) })
@@ -545,7 +546,7 @@ fn a_step_without_a_trained_token_is_an_error_not_a_zero_loss() {
         fn has_evaluation(&self) -> bool {
             false
         }
-        fn evaluation<'a>(&'a self) -> Result<Batches<'a>> {
+        fn evaluation<'a>(&'a self) -> Result<MicroBatches<'a>> {
             Ok(Box::new(std::iter::empty()))
         }
         fn describe(&self, row: RowId) -> String {
@@ -559,15 +560,26 @@ fn a_step_without_a_trained_token_is_an_error_not_a_zero_loss() {
 }
 
 #[test]
-fn running_out_of_memory_becomes_advice() {
-    let batch = document_batch(vec![1]);
-    let panic = || {
-        panic!("called `Result::unwrap()` on an `Err` value: Torch(\"CUDA out of memory. Tried to allocate 2 GiB\")")
-    };
-    let error = with_memory_advice(&batch, || -> () { panic() }).unwrap_err();
-    assert!(matches!(&error, Error::Device(fault) if fault.hint.contains("micro_batch_size")), "{error}");
-    let other = std::panic::catch_unwind(|| with_memory_advice(&document_batch(vec![1]), || -> () { panic!("a bug") }));
-    assert!(other.is_err(), "other panics are not swallowed");
+fn running_out_of_memory_is_an_error_that_leaves_the_state_alone() {
+    struct Greedy(Toy);
+    impl Learner for Greedy {
+        fn parameters(&self) -> Vec<(String, Tensor)> {
+            self.0.parameters()
+        }
+        fn loss(&self, batch: &Batch, dropout_seed: Option<u64>, scale: f64) -> Tensor {
+            if batch.origins.iter().any(|origin| origin.row == 8) {
+                let _ = Tensor::empty([1 << 60], (Kind::Float, Device::Cpu));
+            }
+            self.0.loss(batch, dropout_seed, scale)
+        }
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let training = TrainingRecipe { save_steps: Some(1), ..training() };
+    let error = Trainer::new(run_of(folder.path(), Start::Fresh, &training), &Greedy(Toy::new()))
+        .run(&Toys::new())
+        .unwrap_err();
+    assert!(matches!(&error, Error::Device(fault) if fault.place.contains("tokens in 2 documents")), "{error}");
+    assert_eq!(States::of(folder.path()).steps().unwrap(), [1]);
 }
 
 #[test]
