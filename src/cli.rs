@@ -1,1 +1,477 @@
-//! The command line: clap structs only.
+//! The command line: clap structs only. Their doc comments are the help texts.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::recipe::{DeviceChoice, Dtype, Save};
+
+/// Graft low-rank adapters onto open language models: one recipe, one executable, exact results.
+#[derive(Debug, Clone, PartialEq, Parser)]
+#[command(name = "engraft", version, after_help = FIRST_STEPS, after_long_help = FIRST_STEPS_AND_EXIT_CODES)]
+#[command(propagate_version = true, arg_required_else_help = true, subcommand_required = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// One verb each.
+#[derive(Debug, Clone, PartialEq, Subcommand)]
+pub enum Command {
+    /// Train an adapter as a recipe says
+    Train(Train),
+    /// Measure a model or adapter on a recipe's eval set
+    Eval(Eval),
+    /// Talk to a model in the terminal
+    Chat(Chat),
+    /// Complete one prompt
+    Generate(Generate),
+    /// Fold an adapter into its base and write the whole model
+    Merge(Merge),
+    /// Write the outputs of a run's last saved state, without training on
+    Export(Export),
+    /// Show a model, an adapter, a dataset or a run in one screen
+    Inspect(Inspect),
+    /// Show rows as the model will see them: every token, and whether it is trained
+    Preview(Preview),
+    /// Check recipes without loading or training anything
+    Validate(Validate),
+    /// Print the recipe's reference: a JSON Schema for editors, or Markdown
+    Schema(Schema),
+    /// Check this machine: libtorch, CUDA, memory, disk; what is missing and how to get it
+    Doctor(Doctor),
+}
+
+/// `engraft train`
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(after_help = "Examples:
+  engraft train recipes/quickstart.yaml
+  engraft train recipe.yaml --set training.learning_rate=1e-4 --set output.dir=runs/slow
+  engraft train recipe.yaml --resume
+
+SIGINT and SIGTERM save a resumable state and exit with 75.")]
+pub struct Train {
+    /// The recipe.
+    #[arg(value_name = "RECIPE")]
+    pub recipe: PathBuf,
+    /// Changes to the recipe.
+    #[command(flatten)]
+    pub overrides: Overrides,
+    /// Continue from the newest saved state in the output folder, bit for bit
+    ///
+    /// Refused when the recipe, the data or the base changed since; the difference is named.
+    #[arg(long)]
+    pub resume: bool,
+    /// Print events as JSON, one object per line, instead of progress
+    #[arg(long, conflicts_with = "quiet")]
+    pub json: bool,
+    /// Print errors only
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+/// `engraft eval`
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(after_help = "Metrics: loss, perplexity; with --generate exact_match; with --match match.
+
+Examples:
+  engraft eval recipe.yaml                                  the run's own adapter, loss and perplexity
+  engraft eval recipe.yaml --base                           the base alone, to compare with
+  engraft eval recipe.yaml --generate --fail-under exact_match=0.8
+  engraft eval recipe.yaml --match '^\\{.*\\}$' --limit 50 --json")]
+pub struct Eval {
+    /// The recipe whose base, data and template are used.
+    #[arg(value_name = "RECIPE")]
+    pub recipe: PathBuf,
+    /// Adapter to measure [default: the one in the recipe's output folder]
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// Measure the base without any adapter
+    #[arg(long, conflicts_with = "adapter")]
+    pub base: bool,
+    /// Changes to the recipe.
+    #[command(flatten)]
+    pub overrides: Overrides,
+    /// Use at most this many rows
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub limit: Option<u64>,
+    /// Let the model answer each row and compare with the row's own answer
+    #[arg(long)]
+    pub generate: bool,
+    /// Let the model answer each row and count the answers that this regular expression finds a match in
+    #[arg(long = "match", value_name = "REGEX")]
+    pub pattern: Option<String>,
+    /// Longest answer, in tokens
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_tokens: u32,
+    /// Exit with 10 when a metric ends below this value (repeatable)
+    #[arg(long, value_name = "METRIC=VALUE")]
+    pub fail_under: Vec<Threshold>,
+    /// Exit with 10 when a metric ends above this value (repeatable)
+    #[arg(long, value_name = "METRIC=VALUE")]
+    pub fail_over: Vec<Threshold>,
+    /// Print the result as one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `engraft chat`
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(after_help = "Examples:
+  engraft chat --model HuggingFaceTB/SmolLM2-135M-Instruct
+  engraft chat --model SmolLM2-135M-Instruct.Q4_1.gguf --adapter runs/quickstart/adapter")]
+pub struct Chat {
+    /// Which model.
+    #[command(flatten)]
+    pub model: ModelChoice,
+    /// How to choose tokens.
+    #[command(flatten)]
+    pub sampling: Sampling,
+    /// System message
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+}
+
+/// `engraft generate`
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(after_help = "Examples:
+  engraft generate --model m.gguf --prompt 'The capital of France is'
+  cat question.txt | engraft generate --model m.gguf --adapter runs/a/adapter --prompt - --json")]
+pub struct Generate {
+    /// Which model.
+    #[command(flatten)]
+    pub model: ModelChoice,
+    /// The user's message; `-` reads it from standard input
+    #[arg(long, short, value_name = "TEXT", default_value = "-")]
+    pub prompt: String,
+    /// System message
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
+    pub system: Option<String>,
+    /// Use the prompt as it is, without the chat template
+    #[arg(long)]
+    pub raw: bool,
+    /// How to choose tokens.
+    #[command(flatten)]
+    pub sampling: Sampling,
+    /// Print one JSON object: text, token counts, why it stopped
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `engraft merge`
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(after_help = "Example:
+  engraft merge --model HuggingFaceTB/SmolLM2-135M-Instruct --adapter runs/a/adapter --out merged")]
+pub struct Merge {
+    /// Base model: hub id, folder of safetensors or .gguf file
+    #[arg(long, short, value_name = "MODEL")]
+    pub model: String,
+    /// Revision of a hub id: branch, tag or commit
+    #[arg(long, value_name = "REVISION")]
+    pub revision: Option<String>,
+    /// Adapter folder, as PEFT writes it
+    #[arg(long, short, value_name = "DIR")]
+    pub adapter: PathBuf,
+    /// Folder to write; it must not exist or be empty
+    #[arg(long, short, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Number type to write [default: the base's own]
+    #[arg(long, value_name = "DTYPE")]
+    pub dtype: Option<Dtype>,
+}
+
+/// `engraft export`
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(after_help = "Example: what a stopped run has learned so far
+  engraft export recipe.yaml --save adapter --save merged")]
+pub struct Export {
+    /// The recipe of the run.
+    #[arg(value_name = "RECIPE")]
+    pub recipe: PathBuf,
+    /// Changes to the recipe.
+    #[command(flatten)]
+    pub overrides: Overrides,
+    /// What to write (repeatable) [default: the recipe's output.save]
+    #[arg(long, value_name = "WHAT")]
+    pub save: Vec<Save>,
+}
+
+/// `engraft inspect`
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct Inspect {
+    /// Model folders, .gguf or .safetensors files, adapter folders, parquet files, run folders
+    #[arg(value_name = "PATH", required = true)]
+    pub paths: Vec<PathBuf>,
+    /// Print one JSON object per path
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `engraft preview`
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct Preview {
+    /// The recipe.
+    #[arg(value_name = "RECIPE")]
+    pub recipe: PathBuf,
+    /// Changes to the recipe.
+    #[command(flatten)]
+    pub overrides: Overrides,
+    /// How many rows to show; the totals are always of all rows
+    #[arg(long, short = 'n', value_name = "N", default_value_t = 3)]
+    pub rows: u64,
+    /// Print one JSON object per row, then one with the totals
+    #[arg(long)]
+    pub json: bool,
+    /// Mark trained tokens with brackets instead of colour
+    #[arg(long)]
+    pub no_color: bool,
+}
+
+/// `engraft validate`
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(after_help = "Every problem of every recipe is listed, with file, line and what to write instead.")]
+pub struct Validate {
+    /// Recipes to check.
+    #[arg(value_name = "RECIPE", required = true)]
+    pub recipes: Vec<PathBuf>,
+    /// Changes to the recipes.
+    #[command(flatten)]
+    pub overrides: Overrides,
+    /// Print one JSON object per recipe
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `engraft schema`
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(after_help = "Name the schema in a recipe's first line and editors complete and check it:
+  # yaml-language-server: $schema=recipe.schema.json")]
+pub struct Schema {
+    /// Print the reference as Markdown tables
+    #[arg(long)]
+    pub markdown: bool,
+}
+
+/// `engraft doctor`
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct Doctor {
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Changes to a recipe.
+#[derive(Debug, Clone, PartialEq, Default, Args)]
+pub struct Overrides {
+    /// Change a key of the recipe, checked as strictly as the file (repeatable)
+    ///
+    /// The value is read as in YAML: `--set adapter.r=8`, `--set 'adapter.target_modules=[q_proj, v_proj]'`; an empty one
+    /// (`--set revision=`) unsets the key. Relative paths start at the current folder.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+}
+
+/// Which model to run, and where.
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct ModelChoice {
+    /// Hub id, folder of safetensors or .gguf file
+    #[arg(long, short, value_name = "MODEL")]
+    pub model: String,
+    /// Revision of a hub id: branch, tag or commit
+    #[arg(long, value_name = "REVISION")]
+    pub revision: Option<String>,
+    /// Adapter folder, as PEFT writes it
+    #[arg(long, short, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// Number type of weights and activations
+    #[arg(long, value_name = "DTYPE", default_value = "bf16")]
+    pub dtype: Dtype,
+    /// Where to run
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub device: DeviceChoice,
+}
+
+/// How to choose tokens, and when to stop.
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct Sampling {
+    /// Longest answer, in tokens
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_tokens: u32,
+    /// 0 always takes the likeliest token; higher is more varied
+    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = temperature)]
+    pub temperature: f64,
+    /// Choose among the likeliest tokens that together have this probability
+    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = probability)]
+    pub top_p: f64,
+    /// Stop before this text (repeatable); the model's own end of turn always stops
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Seed of the choices
+    #[arg(long, value_name = "N", default_value_t = 42)]
+    pub seed: u64,
+}
+
+/// A metric and its limit, typed `exact_match=0.8`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Threshold {
+    /// Which metric.
+    pub metric: Metric,
+    /// Its limit.
+    pub value: f64,
+}
+
+/// What `engraft eval` measures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum Metric {
+    /// Mean loss per trained token.
+    Loss,
+    /// Its exponential.
+    Perplexity,
+    /// Share of generated answers equal to the row's own.
+    ExactMatch,
+    /// Share of generated answers that `--match` finds a match in.
+    Match,
+}
+
+impl std::str::FromStr for Threshold {
+    type Err = String;
+
+    fn from_str(typed: &str) -> Result<Self, String> {
+        let (metric, value) = typed.split_once('=').ok_or("write it as METRIC=VALUE, as in exact_match=0.8")?;
+        let metric = <Metric as clap::ValueEnum>::from_str(metric.trim(), false)
+            .map_err(|_| format!("there is no metric {metric}: write loss, perplexity, exact_match or match"))?;
+        Ok(Threshold { metric, value: finite(value)? })
+    }
+}
+
+fn finite(typed: &str) -> Result<f64, String> {
+    let number = typed.trim().parse::<f64>().ok().filter(|number| number.is_finite());
+    number.ok_or_else(|| format!("{typed:?} is not a number"))
+}
+
+fn temperature(typed: &str) -> Result<f64, String> {
+    finite(typed).and_then(|t| if t >= 0.0 { Ok(t) } else { Err("must be at least 0".into()) })
+}
+
+fn probability(typed: &str) -> Result<f64, String> {
+    finite(typed).and_then(|p| if p > 0.0 && p <= 1.0 { Ok(p) } else { Err("must be above 0 and at most 1".into()) })
+}
+
+const FIRST_STEPS: &str = "First steps:
+  engraft doctor                     is everything there?
+  engraft validate recipe.yaml       is the recipe sound?
+  engraft preview recipe.yaml        what will be trained, token by token?
+  engraft train recipe.yaml          train
+
+Exit codes are listed by `engraft --help`.";
+
+const FIRST_STEPS_AND_EXIT_CODES: &str = "First steps:
+  engraft doctor                     is everything there?
+  engraft validate recipe.yaml       is the recipe sound?
+  engraft preview recipe.yaml        what will be trained, token by token?
+  engraft train recipe.yaml          train
+
+Exit codes:
+   0  done
+   1  a bug or an uncaught failure
+   2  wrong usage of the command line
+   3  the recipe or a --set is wrong
+   4  the dataset or its template cannot be trained on
+   5  the model, its tokenizer or an adapter is damaged or not supported
+   6  something could not be written, or the output folder is in use
+   7  a saved state is damaged or belongs to another recipe, dataset or base
+   8  the device is missing or out of memory
+   9  the loss or a gradient stopped being finite
+  10  a limit (--fail-under, --fail-over) was missed
+  11  a hub or server could not be reached
+  75  stopped by a signal; the state is saved, --resume continues
+
+Environment:
+  ENGRAFT_CACHE   cache folder [default: $XDG_CACHE_HOME/engraft, else ~/.cache/engraft]
+  HF_TOKEN, HF_HOME   token and cache of the hub";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Error, Fault};
+    use clap::CommandFactory;
+
+    fn parse(line: &str) -> Result<Command, String> {
+        let words = std::iter::once("engraft").chain(line.split_whitespace());
+        Cli::try_parse_from(words).map(|cli| cli.command).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_definition_holds_together() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn each_verb_is_read() {
+        let Command::Train(train) = parse("train r.yaml --set a.b=1 --set c=d=e --resume --json").unwrap() else {
+            panic!()
+        };
+        assert_eq!(train.overrides.set, ["a.b=1", "c=d=e"]);
+        assert!(train.resume && train.json && !train.quiet);
+        let Command::Eval(eval) = parse("eval r.yaml --fail-under exact_match=0.8 --fail-over loss=2").unwrap() else {
+            panic!()
+        };
+        assert_eq!(eval.fail_under, [Threshold { metric: Metric::ExactMatch, value: 0.8 }]);
+        assert_eq!(eval.fail_over, [Threshold { metric: Metric::Loss, value: 2.0 }]);
+        let Command::Generate(generate) = parse("generate --model m --dtype fp32 --stop a --stop b").unwrap() else {
+            panic!()
+        };
+        assert_eq!((generate.prompt.as_str(), generate.model.dtype), ("-", Dtype::Fp32));
+        for line in [
+            "chat --model m --adapter a --temperature 0.7 --top-p 0.9",
+            "merge --model m --adapter a --out o --dtype bf16",
+            "export r.yaml --save adapter --save merged",
+            "inspect a b --json",
+            "preview r.yaml --rows 5 --no-color",
+            "validate a.yaml b.yaml",
+            "schema --markdown",
+            "doctor --json",
+        ] {
+            parse(line).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused() {
+        for (line, part) in [
+            ("eval r.yaml --fail-under accuracy=1", "there is no metric accuracy"),
+            ("eval r.yaml --fail-under loss=nan", "is not a number"),
+            ("eval r.yaml --limit 0", "0 is not in"),
+            ("generate --model m --temperature=-1", "--temperature"),
+            ("generate --model m --top-p 0", "must be above 0"),
+            ("generate --model m --dtype int8", "possible values"),
+            ("train r.yaml --json --quiet", "cannot be used with"),
+            ("trian r.yaml", "similar subcommand"),
+            ("validate", "required"),
+        ] {
+            let error = parse(line).unwrap_err();
+            assert!(error.contains(part), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_help_lists_every_exit_code() {
+        let fault = || Fault::new("", "");
+        for error in [
+            Error::Recipe(vec![]),
+            Error::Data(fault()),
+            Error::Model(fault()),
+            Error::Output(fault()),
+            Error::State(fault()),
+            Error::Device(fault()),
+            Error::Diverged(fault()),
+            Error::Gate(fault()),
+            Error::Network(fault()),
+            Error::Interrupted(fault()),
+        ] {
+            assert!(FIRST_STEPS_AND_EXIT_CODES.contains(&format!("\n{:>4}  ", error.exit_code())), "{error:?}");
+        }
+    }
+}

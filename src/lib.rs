@@ -12,6 +12,7 @@ pub mod cli;
 pub mod commands;
 pub mod data;
 pub mod error;
+pub mod evaluate;
 pub mod export;
 pub mod model;
 pub mod objective;

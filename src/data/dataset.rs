@@ -8,9 +8,9 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::cache::{self, Tokens};
+use super::files::{Examples, SourceFiles};
 use super::pack::{Epoch, Order, Span};
 use super::report::DatasetReport;
-use super::source::{Examples, SourceFiles};
 use super::tokenize::{self, Job};
 use super::{BadRow, Batches, Cursor, Document, Encode, Example, RowId};
 use crate::recipe::{DataSource, DatasetRecipe};

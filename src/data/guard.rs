@@ -437,6 +437,39 @@ mod tests {
         check_pages(&file, length, &[Chunk { start: 0, length, compression, kind: Type::BYTE_ARRAY }])
     }
 
+    /// A file that is only a footer: a schema of `children` counts, then `rest`.
+    fn footer_only(children: impl ExactSizeIterator<Item = u8>, rest: &[u8]) -> Result<(), String> {
+        use std::io::Write;
+        let mut footer = vec![0x15, 0x04, 0x19, 0xfc];
+        let mut count = children.len();
+        while count > 127 {
+            footer.push(count as u8 | 128);
+            count >>= 7;
+        }
+        footer.push(count as u8);
+        // Field 4 a name, field 5 the number of children.
+        children.for_each(|own| footer.extend([0x48, 0x01, b'g', 0x15, own << 1, 0x00]));
+        footer.extend(rest);
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"PAR1").unwrap();
+        file.write_all(&footer).unwrap();
+        file.write_all(&(footer.len() as u32).to_le_bytes()).unwrap();
+        file.write_all(b"PAR1").unwrap();
+        check_footer(&file, footer.len() as u64 + 12)
+    }
+
+    #[test]
+    fn footers_that_would_overflow_the_stack_or_memory_are_refused() {
+        assert_eq!(footer_only([1, 0].into_iter(), &[0]), Ok(()));
+        let mut deep = vec![1; 60_000];
+        deep.push(0);
+        assert!(footer_only(deep.into_iter(), &[0]).unwrap_err().contains("deeper"));
+        assert!(footer_only([60, 0].into_iter(), &[0]).unwrap_err().contains("claims 60 children"));
+        // A list of 2^28 structs in no bytes.
+        let long = [0x29, 0xfc, 0x80, 0x80, 0x80, 0x80, 0x01, 0x00];
+        assert!(footer_only([1, 0].into_iter(), &long).unwrap_err().contains("damaged"));
+    }
+
     #[test]
     fn bombs_are_found_before_they_unpack() {
         use std::io::Write;

@@ -7,20 +7,29 @@ use tch::Tensor;
 mod batch;
 mod cache;
 mod dataset;
+mod encode;
 mod example;
+mod files;
 #[cfg(test)]
 mod fixtures;
 mod guard;
 mod layout;
+mod magic;
 mod pack;
 mod report;
 mod source;
+mod template;
 mod tokenize;
+mod tokenizer;
 
 pub use batch::Batches;
 pub use dataset::{Dataset, DatasetFile};
+pub use encode::Encoder;
+pub use files::{Examples, SourceFiles};
 pub use report::{DatasetReport, Place, Tally};
-pub use source::{Examples, ParquetFile, SourceFiles};
+pub use source::ParquetFile;
+pub use template::{BUILTIN, Builtin, ChatTemplate, Conversation, KeptApart, Rendered};
+pub use tokenizer::{TextStream, Tokenizer, Tokens};
 
 /// Turns an example into documents of tokens with their mask.
 pub trait Encode: Send + Sync {

@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 use std::fs::{File, Metadata};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Once};
@@ -15,9 +15,7 @@ use parquet::arrow::arrow_reader::{
 };
 use parquet::file::metadata::ParquetMetaData;
 
-use super::layout::{self, Layout};
-use super::{BadRow, Example, RowId, example, guard};
-use crate::recipe::{DataSource, DatasetRecipe};
+use super::{guard, layout, magic};
 use crate::{Error, Fault, Result};
 
 /// Rows decoded together, at most; fewer where they are long.
@@ -68,7 +66,7 @@ impl ParquetFile {
         }
         let file = File::open(path).map_err(|error| Error::Data(Fault::at(path, error)))?;
         let identity = Identity::of(&file.metadata().map_err(|error| Error::Data(Fault::at(path, error)))?);
-        check_magic(path, &file, identity.length)?;
+        magic::check(path, &file, identity.length)?;
         let damaged = |what: String| {
             Error::Data(
                 Fault::at(path, format!("the parquet footer cannot be read: {what}"))
@@ -99,6 +97,10 @@ impl ParquetFile {
             .iter()
             .map(|field| (field.name().clone(), layout::type_name(field.data_type())))
             .collect()
+    }
+
+    pub(super) fn fields(&self) -> &Fields {
+        self.metadata.schema().fields()
     }
 
     pub(super) fn identity(&self) -> Identity {
@@ -272,183 +274,6 @@ impl RowReader<'_> {
     }
 }
 
-/// The files of a dataset, each with its format found. Rows are read on demand.
-#[derive(Debug)]
-pub struct SourceFiles {
-    pub(super) files: Vec<SourceFile>,
-    system: Option<String>,
-}
-
-#[derive(Debug)]
-pub(super) struct SourceFile {
-    pub parquet: ParquetFile,
-    pub layout: Layout,
-    pub weight: f64,
-    /// Rows used: all, or those `dataset.limit` leaves to this file.
-    pub rows: u64,
-    pub sentence: String,
-}
-
-impl SourceFiles {
-    /// Opens every file and finds its format.
-    ///
-    /// # Errors
-    /// [`Error::Data`] where a file cannot be read, its columns do not fit, or there is no row at all.
-    pub fn open(sources: &[DataSource], recipe: &DatasetRecipe) -> Result<Self> {
-        let mut left = recipe.limit.unwrap_or(u64::MAX);
-        let mut files = Vec::new();
-        for source in sources {
-            if !source.weight.is_finite() || source.weight < 0.0 {
-                return Err(Error::Data(Fault::at(
-                    &source.path,
-                    format!("weight {} is not a number from 0 up", source.weight),
-                )));
-            }
-            let parquet = ParquetFile::open(&source.path)?;
-            let (layout, sentence) = layout::find(&source.path, parquet.metadata.schema().fields(), recipe)?;
-            let rows = parquet.rows().min(left);
-            left -= rows;
-            files.push(SourceFile { parquet, layout, weight: source.weight, rows, sentence });
-        }
-        if files.iter().all(|file| file.rows == 0) {
-            let names: Vec<String> = files.iter().take(3).map(|file| file.parquet.path.display().to_string()).collect();
-            return Err(Error::Data(
-                Fault::new(names.join(", "), "there are no rows").hint("name a file with rows under `dataset`"),
-            ));
-        }
-        Ok(Self { files, system: recipe.system.clone() })
-    }
-
-    /// What was decided about the files' formats, one sentence per distinct decision.
-    pub fn sentences(&self) -> Vec<String> {
-        let mut sentences: Vec<String> = Vec::new();
-        for file in &self.files {
-            if !sentences.contains(&file.sentence) {
-                sentences.push(file.sentence.clone());
-            }
-        }
-        sentences
-    }
-
-    /// Rows in all.
-    pub fn rows(&self) -> u64 {
-        self.files.iter().map(|file| file.rows).sum()
-    }
-
-    /// The first `limit` rows as examples, in order.
-    pub fn examples(&self, limit: u64) -> Examples<'_> {
-        Examples { sources: self, file: 0, left: limit, open: None }
-    }
-
-    /// One row as an example; the inner error is what is wrong with it.
-    ///
-    /// # Errors
-    /// [`Error::Data`] where the file has changed or there is no such row.
-    pub fn example_at(&self, id: RowId) -> Result<std::result::Result<Example, BadRow>> {
-        let missing = || Error::Data(Fault::new(self.place(id), "there is no such row"));
-        let file = self.files.get(id.file as usize).filter(|file| id.row < file.rows).ok_or_else(missing)?;
-        let mut reader = file.parquet.read(file.layout.roots(), id.row)?;
-        let (_, batch) = reader.next()?.ok_or_else(missing)?;
-        Ok(example::read(&file.layout, &batch, 0, self.system.as_deref()))
-    }
-
-    /// A row's place as errors name it; rows count from 0.
-    pub fn place(&self, id: RowId) -> String {
-        match self.files.get(id.file as usize) {
-            Some(file) => format!("{}, row {}", file.parquet.path.display(), id.row),
-            None => format!("file {}, row {}", id.file, id.row),
-        }
-    }
-
-    pub(super) fn system(&self) -> Option<&str> {
-        self.system.as_deref()
-    }
-
-    /// The rows of one file, from the first.
-    pub(super) fn file_examples(&self, file: usize) -> Result<FileExamples<'_>> {
-        let source = &self.files[file];
-        Ok(FileExamples {
-            source,
-            system: self.system.as_deref(),
-            reader: source.parquet.read(source.layout.roots(), 0)?,
-            batch: None,
-        })
-    }
-}
-
-/// Examples in file order, from [`SourceFiles::examples`]. The inner error is what is wrong with a row.
-pub struct Examples<'a> {
-    sources: &'a SourceFiles,
-    file: usize,
-    left: u64,
-    open: Option<FileExamples<'a>>,
-}
-
-impl Iterator for Examples<'_> {
-    type Item = Result<(RowId, std::result::Result<Example, BadRow>)>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        while self.left > 0 && self.file < self.sources.files.len() {
-            if self.open.is_none() {
-                match self.sources.file_examples(self.file) {
-                    Ok(examples) => self.open = Some(examples),
-                    Err(error) => {
-                        self.left = 0;
-                        return Some(Err(error));
-                    }
-                }
-            }
-            match self.open.as_mut().and_then(|examples| examples.next().transpose()) {
-                Some(Ok((row, example))) => {
-                    self.left -= 1;
-                    return Some(Ok((RowId { file: self.file as u32, row }, example)));
-                }
-                Some(Err(error)) => {
-                    self.left = 0;
-                    return Some(Err(error));
-                }
-                None => {
-                    self.open = None;
-                    self.file += 1;
-                }
-            }
-        }
-        None
-    }
-}
-
-/// Examples of one file.
-pub(super) struct FileExamples<'a> {
-    source: &'a SourceFile,
-    system: Option<&'a str>,
-    reader: RowReader<'a>,
-    /// The batch being read, the row it starts at, and the next of its rows.
-    batch: Option<(u64, RecordBatch, usize)>,
-}
-
-impl FileExamples<'_> {
-    /// The next row and what it says; None after the last row that is used.
-    pub fn next(&mut self) -> Result<Option<(u64, std::result::Result<Example, BadRow>)>> {
-        loop {
-            if let Some((first, batch, index)) = &mut self.batch {
-                let row = *first + *index as u64;
-                if row >= self.source.rows {
-                    return Ok(None);
-                }
-                if *index < batch.num_rows() {
-                    let example = example::read(&self.source.layout, batch, *index, self.system);
-                    *index += 1;
-                    return Ok(Some((row, example)));
-                }
-            }
-            match self.reader.next()? {
-                Some((first, batch)) => self.batch = Some((first, batch, 0)),
-                None => return Ok(None),
-            }
-        }
-    }
-}
-
 /// Runs `work`; a panic in it becomes an error with its text, and prints nothing.
 pub(super) fn quietly<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     thread_local! {
@@ -516,68 +341,6 @@ fn check_counts(metadata: &ParquetMetaData) -> Result<(), String> {
     if rows == claimed { Ok(()) } else { Err(format!("it claims {claimed} rows, its row groups have {rows}")) }
 }
 
-/// Parquet begins and ends with `PAR1`. Anything else is named where it can be, with the way out.
-fn check_magic(path: &Path, file: &File, length: u64) -> Result<()> {
-    let mut head = [0; 512];
-    let mut read = 0;
-    while let Ok(more @ 1..) = file.read_at(&mut head[read..], read as u64) {
-        read += more;
-    }
-    let head = &head[..read];
-    let mut tail = [0; 4];
-    let ends = length >= 12 && file.read_exact_at(&mut tail, length - 4).is_ok();
-    let fault = |what: &str, hint: &str| Err(Error::Data(Fault::at(path, what).hint(hint)));
-    const AGAIN: &str = "fetch or write the file again";
-    if head.starts_with(b"PARE") || (ends && &tail == b"PARE") {
-        return fault("is encrypted parquet", "write it without encryption");
-    }
-    if head.starts_with(b"PAR1") {
-        return if ends && &tail == b"PAR1" {
-            Ok(())
-        } else {
-            fault(&format!("is a truncated parquet file: its {length} bytes do not end in PAR1"), AGAIN)
-        };
-    }
-    const CONVERT: &str = "convert it to parquet, for example with Python: \
-                           `import datasets; datasets.load_dataset(...).to_parquet(\"data.parquet\")`";
-    const PICKLE: &str =
-        "pickle files can run code when loaded and are never read; convert it to parquet where you trust it";
-    let kinds: [(&[u8], &str, &str); 13] = [
-        (b"version https://git-lfs", "is a Git LFS pointer, not the file itself", "fetch the file with `git lfs pull`"),
-        (b"ARROW1", "is an Arrow IPC file", CONVERT),
-        (b"\xff\xff\xff\xff", "is an Arrow IPC stream", CONVERT),
-        (b"\x80\x02", "is a pickle file", PICKLE),
-        (b"\x80\x03", "is a pickle file", PICKLE),
-        (b"\x80\x04", "is a pickle file", PICKLE),
-        (b"\x80\x05", "is a pickle file", PICKLE),
-        (b"PK\x03\x04", "is a zip archive (or a PyTorch pickle)", PICKLE),
-        (b"\x1f\x8b", "is gzip-compressed", "unpack it first with `gunzip`; parquet compresses inside"),
-        (b"\x28\xb5\x2f\xfd", "is zstd-compressed", "unpack it first with `unzstd`; parquet compresses inside"),
-        (b"SQLite format 3", "is an SQLite database", CONVERT),
-        (b"ORC", "is an ORC file", CONVERT),
-        (b"Obj\x01", "is an Avro file", CONVERT),
-    ];
-    if let Some((_, what, hint)) = kinds.iter().find(|(magic, ..)| head.starts_with(magic)) {
-        return fault(&format!("{what}, expected parquet"), hint);
-    }
-    if head.is_empty() {
-        return fault("is empty, expected a parquet file", AGAIN);
-    }
-    let body = head.strip_prefix(b"\xef\xbb\xbf").unwrap_or(head).trim_ascii_start();
-    let text = match std::str::from_utf8(head) {
-        Ok(_) => true,
-        // Cut inside a character.
-        Err(error) => error.error_len().is_none(),
-    };
-    let what = match body.first() {
-        _ if !text || body.contains(&0) => "is not a parquet file: it does not begin with PAR1",
-        Some(b'{' | b'[') => "looks like JSON, expected parquet",
-        Some(b'<') => "looks like an HTML or XML page, expected parquet",
-        _ => "looks like text or CSV, expected parquet",
-    };
-    fault(what, if text { CONVERT } else { AGAIN })
-}
-
 #[cfg(test)]
 mod tests {
     use std::fs;
@@ -591,6 +354,7 @@ mod tests {
     use parquet::schema::parser::parse_message_type;
 
     use super::super::fixtures::{message_lists, one, pairs, recipe, strings, write, write_with};
+    use super::super::{Example, RowId, SourceFiles};
     use super::*;
 
     fn refusal(path: &Path) -> String {
@@ -676,7 +440,7 @@ mod tests {
                 let mut bytes = whole.clone();
                 for _ in 0..1 + random(3) {
                     let at = random(bytes.len());
-                    bytes[at] ^= 1 << random(8);
+                    bytes[at] = if random(2) == 0 { bytes[at] ^ (1 << random(8)) } else { random(256) as u8 };
                 }
                 fs::write(&path, &bytes).unwrap();
                 errors += usize::from(read_all(&path).is_err());

@@ -7,7 +7,8 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::cache::{self, Summary, Tokens, Writer};
-use super::source::{SourceFiles, quietly};
+use super::files::SourceFiles;
+use super::source::quietly;
 use super::{BadRow, Encode, Encoded, Example, report::Tally};
 use crate::recipe::{DatasetRecipe, OnBadRow, Overlong};
 use crate::{Error, Fault, Result};

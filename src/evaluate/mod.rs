@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::Result;
 use crate::data::Batch;
-use crate::model::Decoder;
+use crate::model::{Decoder, Forward};
 use crate::objective::supervised;
 
 pub use answers::{Answer, Question, Score, answer_all, score};
@@ -33,7 +33,7 @@ pub fn loss(
     let (mut sum, mut trained_tokens) = (0.0, 0);
     for batch in batches {
         let batch = batch?;
-        sum += tch::no_grad(|| supervised(model, &batch, None, 1.0)).double_value(&[]);
+        sum += tch::no_grad(|| supervised(model, &batch, Forward::default(), 1.0)).double_value(&[]);
         trained_tokens += batch.targets.numel() as u64;
         if seen(trained_tokens).is_break() {
             break;

@@ -1,1 +1,56 @@
-//! What is learned.
+//! What is learned. An objective turns a micro-batch into a scalar to go down on; the trainer knows no more than that.
+
+use tch::Tensor;
+
+use crate::data::Batch;
+use crate::model::{Decoder, Forward};
+
+/// What the trainer trains: some tensors and a loss over them.
+pub trait Learner {
+    /// The trained tensors, fp32 leaves with gradient, under stable names in a stable order.
+    fn parameters(&self) -> Vec<(String, Tensor)>;
+
+    /// `scale` times the SUM of the loss over the batch's trained tokens: a scalar, fp32, with its graph.
+    ///
+    /// Everything random (dropout, noise) is a function of `dropout_seed`; `None` is evaluation: nothing is random.
+    fn loss(&self, batch: &Batch, dropout_seed: Option<u64>, scale: f64) -> Tensor;
+}
+
+/// The supervised objective: cross-entropy of the next token at the trained rows.
+#[derive(Debug)]
+pub struct Supervised<'a> {
+    /// The model, its adapters attached.
+    pub model: &'a Decoder,
+    /// NEFTune's alpha while training; 0 is none.
+    pub noise_alpha: f64,
+    /// How many of the first blocks run again in backward instead of keeping their activations.
+    pub recomputed_layers: usize,
+}
+
+impl Learner for Supervised<'_> {
+    fn parameters(&self) -> Vec<(String, Tensor)> {
+        let linears = self.model.linears().into_iter();
+        let adapters = linears.filter_map(|linear| Some((&linear.name, linear.adapter.as_ref()?)));
+        let tensors = adapters.flat_map(|(name, adapter)| {
+            [(format!("{name}.a"), adapter.a.shallow_clone()), (format!("{name}.b"), adapter.b.shallow_clone())]
+        });
+        tensors.collect()
+    }
+
+    fn loss(&self, batch: &Batch, dropout_seed: Option<u64>, scale: f64) -> Tensor {
+        let training =
+            Forward { seed: dropout_seed, noise_alpha: self.noise_alpha, recomputed_layers: self.recomputed_layers };
+        let forward = if dropout_seed.is_some() { training } else { Forward::default() };
+        supervised(self.model, batch, forward, scale)
+    }
+}
+
+/// The sum over trained tokens of `-log softmax(logits)[target]`, times `scale`: a scalar, fp32, with its graph.
+///
+/// Only the trained rows reach the head.
+pub fn supervised(model: &Decoder, batch: &Batch, forward: Forward, scale: f64) -> Tensor {
+    let here = |tensor: &Tensor| tensor.to_device(model.device);
+    let hidden = model.hidden(&here(&batch.ids), &here(&batch.positions), &batch.documents, forward); // (T, D)
+    let rows = hidden.index_select(0, &here(&batch.rows)); // (S, D)
+    model.cross_entropy(&rows, &here(&batch.targets), forward, scale)
+}

@@ -11,8 +11,10 @@ use serde::{Deserialize, Serialize};
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
     /// Hub id (`owner/name`), folder of safetensors, or `.gguf` file. A bare `.gguf` name is also looked for in the cache's `models` folder.
+    #[schemars(length(min = 1))]
     pub base_model: String,
     /// Hub revision: branch, tag or commit.
+    #[schemars(length(min = 1))]
     #[serde(default)]
     pub revision: Option<String>,
     /// Number type of the frozen base and of the activations.
@@ -21,12 +23,12 @@ pub struct Recipe {
     /// Where to train.
     #[serde(default)]
     pub device: DeviceChoice,
-    /// The adapter.
+    /// What is grafted. Names are PEFT's.
     #[serde(default)]
     pub adapter: AdapterRecipe,
-    /// The data.
+    /// What is learned from.
     pub dataset: DatasetRecipe,
-    /// How to train.
+    /// How to train. Names are TRL's and transformers'.
     #[serde(default)]
     pub training: TrainingRecipe,
     /// What to write.
@@ -34,7 +36,7 @@ pub struct Recipe {
 }
 
 /// Number type of the frozen base and of the activations; adapters, optimizer and loss are always fp32.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
     /// bfloat16.
@@ -47,7 +49,7 @@ pub enum Dtype {
 }
 
 /// Where to train. `auto` takes CUDA when there is one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum DeviceChoice {
     /// CUDA when there is one, else the CPU.
@@ -66,26 +68,33 @@ pub struct AdapterRecipe {
     /// The method.
     pub method: AdapterMethod,
     /// Rank.
+    #[schemars(range(min = 1, max = 65536))]
     pub r: u32,
     /// Scale numerator: the update is `lora_alpha / r * B A` (`lora_alpha / sqrt(r)` with `use_rslora`).
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub lora_alpha: f64,
-    /// Dropout on the adapter's input, from 0 up to but not including 1.
+    /// Dropout on the adapter's input.
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub lora_dropout: f64,
     /// `all-linear` (every linear but the head), module names (by suffix), or one regular expression over the full module path.
     pub target_modules: Targets,
     /// Modules left out, by the same rules as `target_modules`.
     pub exclude_modules: Option<Targets>,
     /// Only these layers (indices from 0).
+    #[schemars(length(min = 1))]
     pub layers_to_transform: Option<Vec<u32>>,
     /// Rank by module name or regular expression.
+    #[schemars(extend("additionalProperties" = {"type": "integer", "format": "uint32", "minimum": 1, "maximum": 65536}))]
     pub rank_pattern: BTreeMap<String, u32>,
     /// `lora_alpha` by module name or regular expression.
+    #[schemars(extend("additionalProperties" = {"type": "number", "format": "double", "exclusiveMinimum": 0}))]
     pub alpha_pattern: BTreeMap<String, f64>,
     /// Rank-stabilised scale, `lora_alpha / sqrt(r)` (arXiv:2312.03732).
     pub use_rslora: bool,
     /// How A starts; B starts at zero.
     pub init_lora_weights: InitLora,
     /// Continue from this adapter folder (PEFT layout).
+    #[schemars(length(min = 1))]
     pub adapter_name_or_path: Option<PathBuf>,
 }
 
@@ -122,9 +131,9 @@ pub enum AdapterMethod {
 #[serde(untagged)]
 pub enum Targets {
     /// `all-linear`, or a regular expression that must match the whole module path.
-    Pattern(String),
+    Pattern(#[schemars(length(min = 1))] String),
     /// Module names; a module matches when its path is a name or ends in `.name`.
-    Names(Vec<String>),
+    Names(#[schemars(length(min = 1), inner(length(min = 1)))] Vec<String>),
 }
 
 impl Default for Targets {
@@ -157,15 +166,18 @@ pub struct DatasetRecipe {
     #[serde(default)]
     pub format: Option<DataFormat>,
     /// Column names, where they differ from the format's own: `{messages: conversations}`, `{prompt: question, completion: answer}`.
+    #[schemars(extend("additionalProperties" = {"type": "string", "minLength": 1}))]
     #[serde(default)]
     pub columns: BTreeMap<String, String>,
     /// Chat template: a built-in name, a file (`.jinja`), or absent for the model's own.
+    #[schemars(length(min = 1))]
     #[serde(default)]
     pub chat_template: Option<String>,
     /// System message put before conversations that have none.
     #[serde(default)]
     pub system: Option<String>,
     /// Longest document, in tokens.
+    #[schemars(range(min = 2, max = 16777216))]
     #[serde(default = "max_length")]
     pub max_length: u32,
     /// What to do with a row longer than `max_length`.
@@ -187,6 +199,7 @@ pub struct DatasetRecipe {
     #[serde(default = "yes")]
     pub shuffle: bool,
     /// Use at most this many rows (the first ones), for trials.
+    #[schemars(range(min = 1))]
     #[serde(default)]
     pub limit: Option<u64>,
 }
@@ -196,9 +209,9 @@ pub struct DatasetRecipe {
 #[serde(untagged)]
 pub enum Sources {
     /// A file, folder or glob.
-    One(String),
+    One(#[schemars(length(min = 1))] String),
     /// Several, each with an optional weight.
-    Many(Vec<Source>),
+    Many(#[schemars(length(min = 1))] Vec<Source>),
 }
 
 /// A file, folder or glob, with an optional weight.
@@ -206,7 +219,7 @@ pub enum Sources {
 #[serde(untagged)]
 pub enum Source {
     /// Weight 1.
-    Path(String),
+    Path(#[schemars(length(min = 1))] String),
     /// `{path, weight}`.
     Weighted(WeightedSource),
 }
@@ -216,8 +229,10 @@ pub enum Source {
 #[serde(deny_unknown_fields)]
 pub struct WeightedSource {
     /// A file, folder or glob.
+    #[schemars(length(min = 1))]
     pub path: String,
     /// How often each row is seen per epoch: 2 sees every row twice, 0.5 a seeded half of them.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     #[serde(default = "one")]
     pub weight: f64,
 }
@@ -280,56 +295,76 @@ pub enum TrainOn {
 #[serde(deny_unknown_fields, default)]
 pub struct TrainingRecipe {
     /// Passes over the data; ignored when `max_steps` is given.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub epochs: f64,
     /// Optimizer steps.
+    #[schemars(range(min = 1))]
     pub max_steps: Option<u64>,
     /// Rows per forward pass (packed rows of `max_length` tokens with `packing`).
+    #[schemars(range(min = 1))]
     pub micro_batch_size: u32,
     /// Forward passes per optimizer step.
+    #[schemars(range(min = 1))]
     pub gradient_accumulation_steps: u32,
     /// Peak learning rate.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub learning_rate: f64,
     /// The optimizer.
     pub optimizer: Optimizer,
     /// AdamW's first decay.
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub adam_beta1: f64,
     /// AdamW's second decay.
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub adam_beta2: f64,
     /// AdamW's epsilon.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub adam_epsilon: f64,
     /// Decoupled weight decay on A and B.
+    #[schemars(range(min = 0))]
     pub weight_decay: f64,
     /// Shape of the learning rate after warmup.
     pub lr_scheduler: Scheduler,
     /// Steps of linear warmup.
     pub warmup_steps: Option<u64>,
     /// Warmup as a fraction of all steps; not together with `warmup_steps`.
+    #[schemars(range(min = 0, max = 1))]
     pub warmup_ratio: Option<f64>,
     /// Gradients are scaled down to this L2 norm; 0 turns clipping off.
+    #[schemars(range(min = 0))]
     pub max_grad_norm: f64,
     /// Activation recompute: which layers keep their activations.
     pub recompute: Recompute,
     /// Seed of everything random.
     pub seed: u64,
     /// Log every so many steps.
+    #[schemars(range(min = 1))]
     pub logging_steps: u64,
     /// Evaluate every so many steps; absent: once at the end of each epoch when there is an eval set.
+    #[schemars(range(min = 1))]
     pub eval_steps: Option<u64>,
     /// Save a resumable state every so many steps.
+    #[schemars(range(min = 1))]
     pub save_steps: Option<u64>,
     /// Keep this many states (the best one is kept besides).
+    #[schemars(range(min = 1))]
     pub save_total_limit: u32,
     /// Stop after this many evaluations without improvement.
+    #[schemars(range(min = 1))]
     pub early_stopping_patience: Option<u32>,
     /// An evaluation improves when its loss falls by more than this.
+    #[schemars(range(min = 0))]
     pub early_stopping_threshold: f64,
     /// At the end, take the adapter of the best evaluation instead of the last.
     pub load_best_model_at_end: bool,
     /// NEFTune noise (arXiv:2310.05914) on the embeddings; 0 or absent turns it off.
+    #[schemars(range(min = 0))]
     pub neftune_noise_alpha: Option<f64>,
     /// Stop after this many steps in a row with a non-finite loss or gradient.
+    #[schemars(range(min = 1))]
     pub max_nonfinite_steps: u32,
     /// CPU threads; absent: all the machine (or its cgroup) allows.
+    #[schemars(range(min = 1))]
     pub threads: Option<u32>,
 }
 
@@ -406,11 +441,14 @@ pub enum Recompute {
 #[serde(deny_unknown_fields)]
 pub struct OutputRecipe {
     /// The run's folder: states, metrics, report, adapter, merged model, manifest.
+    #[schemars(length(min = 1))]
     pub dir: PathBuf,
     /// What to write at the end.
+    #[schemars(length(min = 1), extend("uniqueItems" = true))]
     #[serde(default = "save_adapter")]
     pub save: Vec<Save>,
     /// What the adapter's config calls its base; absent: `base_model` as typed.
+    #[schemars(length(min = 1))]
     #[serde(default)]
     pub base_model_name_or_path: Option<String>,
     /// Write TensorBoard events into `<dir>/tensorboard`.
@@ -419,7 +457,7 @@ pub struct OutputRecipe {
 }
 
 /// What to write at the end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Save {
     /// `<dir>/adapter`, as PEFT writes it.

@@ -197,6 +197,9 @@ pub struct AdamW {
 }
 
 /// libtorch's fused AdamW over all parameters in one call; `steps` are fp32 scalars, already counting this step.
+///
+/// `guard` decides on the device, without waiting for it: `(divisor, skip)`, two fp32 scalars. Gradients are divided
+/// by the first (in place); nothing changes where the second is 1.
 pub fn fused_adamw_(
     params: &[Tensor],
     grads: &[Tensor],
@@ -204,6 +207,7 @@ pub fn fused_adamw_(
     exp_avg_sqs: &[Tensor],
     steps: &[Tensor],
     settings: AdamW,
+    guard: Option<(&Tensor, &Tensor)>,
 ) -> Result<()> {
     let n = params.len();
     assert!([grads.len(), exp_avgs.len(), exp_avg_sqs.len(), steps.len()].iter().all(|len| *len == n));
@@ -222,8 +226,8 @@ pub fn fused_adamw_(
             settings.beta2,
             settings.weight_decay,
             settings.epsilon,
-            std::ptr::null_mut(),
-            std::ptr::null_mut(),
+            guard.map_or(std::ptr::null_mut(), |(divisor, _)| raw(divisor)),
+            guard.map_or(std::ptr::null_mut(), |(_, skip)| raw(skip)),
         )
     })
 }

@@ -1,1 +1,34 @@
 //! The trainer: steps, schedule, state, metrics.
+//!
+//! [`RunFolder`] locks the output folder, [`Trainer`] steps through the data and says how it went in an [`Outcome`].
+//! A run is a function of its recipe, data, base and device: dropout is drawn from the seed and the step, so a
+//! [`State`] holds no random generator and a resumed run equals the one that was never stopped, bit for bit.
+
+mod disk;
+mod folder;
+mod ledger;
+mod metrics;
+mod optimizer;
+mod outcome;
+mod progress;
+mod report;
+mod scaler;
+mod schedule;
+mod signals;
+mod source;
+mod state;
+mod tensorboard;
+mod trainer;
+
+pub use folder::{RunFolder, Start};
+pub use ledger::{Best, Identity, Ledger};
+pub use metrics::{EvalRecord, Event, Metrics, StepRecord, peak_memory_bytes};
+pub use optimizer::AdamW;
+pub use outcome::Outcome;
+pub use progress::Progress;
+pub use scaler::Scaler;
+pub use schedule::Schedule;
+pub use signals::Interrupts;
+pub use source::{BatchSource, Datasets, MicroBatches};
+pub use state::{State, States};
+pub use trainer::{Run, Trainer};

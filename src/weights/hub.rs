@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -301,7 +302,16 @@ impl Remote<'_> {
     fn failure(&self, file: &str, error: &ApiError) -> Failure {
         let fault = self.fault(file, error);
         match (error, status(error)) {
-            (ApiError::IoError(_) | ApiError::LockAcquisition(_), _) => Failure::Final(Error::Output(fault)),
+            // Both the cache's disk and a connection that breaks off come as I/O errors.
+            (ApiError::IoError(error), _) if of_disk(error.kind()) => {
+                let what = format!("the hub's cache {} cannot be written: {error}", self.hub.cache.display());
+                let fault = Fault::new(self.place(file), what);
+                Failure::Final(Error::Output(fault.hint("free space, or set HF_HOME to another disk")))
+            }
+            (ApiError::LockAcquisition(path), _) => {
+                let fault = Fault::at(path, "another process is fetching this file");
+                Failure::Final(Error::Output(fault.hint("wait for it, or end it")))
+            }
             (_, None | Some(408 | 429 | 500..)) => Failure::Unreachable(fault),
             _ => Failure::Final(Error::Network(fault)),
         }
@@ -334,6 +344,22 @@ impl Remote<'_> {
         };
         Fault::new(self.place(file), what).hint(hint)
     }
+}
+
+/// Whether an I/O error is the disk's rather than a connection's.
+fn of_disk(kind: io::ErrorKind) -> bool {
+    use io::ErrorKind::*;
+    matches!(
+        kind,
+        StorageFull
+            | QuotaExceeded
+            | ReadOnlyFilesystem
+            | PermissionDenied
+            | NotFound
+            | AlreadyExists
+            | NotADirectory
+            | IsADirectory
+    )
 }
 
 /// The HTTP status of a failed request.
@@ -396,3 +422,6 @@ fn check_name(id: &str, revision: &str) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

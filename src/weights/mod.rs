@@ -79,14 +79,18 @@ enum Form {
 }
 
 impl Checkpoint {
-    /// Opens and validates headers, index and config. Hub sources are fetched into the hub cache first, silently; use
-    /// [`hub::Hub::fetch`] before this to show progress.
+    /// Opens and validates headers, index and config. Hub sources are fetched into the hub cache first.
     pub fn open(source: &BaseSource) -> Result<Self> {
+        Self::open_with(source, &mut |_| {})
+    }
+
+    /// [`Checkpoint::open`], telling `progress` how far a download is.
+    pub fn open_with(source: &BaseSource, progress: &mut dyn FnMut(hub::Transfer)) -> Result<Self> {
         let parts = match source {
             BaseSource::Folder(folder) => folder::open(folder)?,
             BaseSource::Gguf(path) => gguf::open(path)?,
             BaseSource::Hub { id, revision } => {
-                let fetched = hub::Hub::from_environment()?.fetch(id, revision, &mut |_| {})?;
+                let fetched = hub::Hub::from_environment()?.fetch(id, revision, progress)?;
                 let mut parts = folder::open(&fetched.folder)?;
                 parts.notices.extend(fetched.notice);
                 parts
@@ -163,7 +167,10 @@ impl Checkpoint {
             offset: stored.offset,
         };
         let tensor = match &stored.form {
-            Form::Plain(dtype) => storage::read_plain(source, dtype, &stored.shape, kind)?,
+            Form::Plain(dtype) => match gguf::Quantisation::converting(dtype, kind) {
+                Some(floats) => gguf::read_blocks(source, floats, gguf::RowOrder::Same, &stored.shape, kind)?,
+                None => storage::read_plain(source, dtype, &stored.shape, kind)?,
+            },
             Form::Blocks(quantisation, rows) => gguf::read_blocks(source, quantisation, *rows, &stored.shape, kind)?,
         };
         storage::place(tensor, device)

@@ -265,7 +265,7 @@ mod tests {
         check(one("Q32", "[2]", 0, 8), 8, &["unknown dtype \"Q32\"", "BF16"]);
         check(one("F32", "[2]", 0, 8), 6, &["end at 8", "holds 6", "truncated"]);
         check(one("F32", "[2]", 4, 12), 12, &["begin at 4", "ends at 0", "hole"]);
-        check(one("F32", "[-2]", 0, 8), 8, &["negative", "invalid"].map(|_| "not valid"));
+        check(one("F32", "[-2]", 0, 8), 8, &["not valid", "expected u64"]);
         check(one("F32", "[4294967296,4294967296]", 0, 8), 8, &["overflows"]);
         check(one("F32", "[0,9223372036854775808]", 0, 0), 0, &["overflows"]);
         check(one("F32", "[9223372036854775807]", 0, 8), 8, &["overflows"]);
@@ -293,8 +293,8 @@ mod tests {
     fn mutated_headers_are_judged_as_by_the_reference() {
         let header = r#"{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[2,1],"data_offsets":[0,8]},"b":{"dtype":"BF16","shape":[3],"data_offsets":[8,14]},"c":{"dtype":"U8","shape":[0],"data_offsets":[14,14]}}"#;
         let good = file(header, 14);
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("x.safetensors");
+        let path = Path::new("x.safetensors");
+        let file = tempfile::tempfile().unwrap();
         let mut random = 0x2545_f491_4f6c_dd1d_u64;
         let mut next = |below: usize| {
             random ^= random << 13;
@@ -303,10 +303,13 @@ mod tests {
             (random % below as u64) as usize
         };
         let (mut accepted, mut judged) = (0, 0);
-        for _ in 0..20_000 {
+        for _ in 0..5_000 {
             let mut bytes = good.clone();
             for _ in 0..=next(3) {
-                let at = next(bytes.len());
+                let at = next(bytes.len().max(1));
+                if at >= bytes.len() {
+                    break;
+                }
                 match next(4) {
                     0 => bytes[at] = b"0123456789,:[]{}\"-"[next(18)],
                     1 => bytes[at] ^= 1 << next(8),
@@ -314,8 +317,9 @@ mod tests {
                     _ => bytes.truncate(at.max(1)),
                 }
             }
-            std::fs::write(&path, &bytes).unwrap();
-            let ours = read_header(&path, &File::open(&path).unwrap(), bytes.len() as u64);
+            file.write_all_at(&bytes, 0).unwrap();
+            file.set_len(bytes.len() as u64).unwrap();
+            let ours = read_header(path, &file, bytes.len() as u64);
             let reference = ::safetensors::SafeTensors::read_metadata(&bytes);
             match (&ours, &reference) {
                 (Ok(_), Ok(_)) => accepted += 1,
@@ -328,6 +332,6 @@ mod tests {
             }
             judged += 1;
         }
-        assert!(accepted > 100 && accepted < judged, "{accepted} of {judged}");
+        assert!(accepted > 25 && accepted < judged, "{accepted} of {judged}");
     }
 }

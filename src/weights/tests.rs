@@ -81,9 +81,13 @@ fn tensors_come_back_in_every_kind() {
     for (name, tensor) in &stored {
         for kind in [tensor.kind(), Kind::Float, Kind::BFloat16, Kind::Half] {
             let read = checkpoint.tensor(name, kind, Device::Cpu);
-            if *name == "bf16" && kind == Kind::Half {
+            let lost =
+                tensor.to_kind(kind).to_kind(Kind::Float).isfinite().logical_not().sum(Kind::Int64).int64_value(&[]);
+            if lost > 0 {
                 // 209994 is more than 65504.
-                assert!(read.unwrap_err().to_string().contains("bf16: 144480 values are NaN or infinite as F16"));
+                assert_eq!((*name, kind), ("bf16", Kind::Half));
+                let expected = format!("bf16: {lost} values are NaN or infinite as F16");
+                assert!(read.unwrap_err().to_string().contains(&expected));
                 continue;
             }
             let (read, expected) = (read.unwrap(), tensor.to_kind(kind));
@@ -97,13 +101,12 @@ fn tensors_come_back_in_every_kind() {
 
 #[test]
 fn nan_and_infinite_weights_are_counted_and_named() {
-    let mut damaged = numbers(Kind::BFloat16, &[100, 100]);
+    let damaged = numbers(Kind::BFloat16, &[100, 100]);
     let _ = damaged.get(7).fill_(f64::NAN);
     let _ = damaged.get(9).get(3).fill_(f64::NEG_INFINITY);
-    let _ = &mut damaged;
     let folder = model(&[("good", numbers(Kind::Float, &[3])), ("model.norm.weight", damaged)]);
     let checkpoint = open(folder.path()).unwrap();
-    checkpoint.tensor("good", Kind::Float, Device::Cpu).unwrap();
+    assert!(checkpoint.tensor("good", Kind::Float, Device::Cpu).is_ok());
     let error = checkpoint.tensor("model.norm.weight", Kind::BFloat16, Device::Cpu).unwrap_err();
     assert_eq!(error.exit_code(), 5);
     let text = error.to_string();
@@ -116,7 +119,7 @@ fn a_file_truncated_after_opening_is_an_error_not_a_crash() {
     let checkpoint = open(folder.path()).unwrap();
     let file = fs::File::options().write(true).open(&checkpoint.files[0]).unwrap();
     file.set_len(file.metadata().unwrap().len() - 100).unwrap();
-    checkpoint.tensor("a", Kind::Float, Device::Cpu).unwrap();
+    assert!(checkpoint.tensor("a", Kind::Float, Device::Cpu).is_ok());
     let error = checkpoint.tensor("b", Kind::Float, Device::Cpu).unwrap_err().to_string();
     assert!(error.contains("model.safetensors: b") && error.contains("truncated after it was opened"), "{error}");
     assert!(fault(folder.path()).contains("truncated"));
@@ -148,7 +151,7 @@ fn shards_outside_of_the_folder_are_refused() {
     assert!(fault(folder.path()).contains("outside of the folder"));
     fs::remove_file(&link).unwrap();
     std::os::unix::fs::symlink("model-00002-of-00002.safetensors", &link).unwrap();
-    assert_eq!(open(folder.path()).unwrap().names(), ["a", "b"]);
+    assert_eq!(open(folder.path()).unwrap().names(), ["b", "a"]);
     index(folder.path(), &serde_json::json!({"a": first, "b": "b.bin"}).to_string());
     assert!(fault(folder.path()).contains("b.bin, a pickle"));
 }

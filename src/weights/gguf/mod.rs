@@ -233,3 +233,6 @@ fn pretty(value: &serde_json::Value) -> Vec<u8> {
 
 /// The small files a GGUF model is shown with.
 type Sidecars = BTreeMap<String, Vec<u8>>;
+
+#[cfg(test)]
+mod tests;

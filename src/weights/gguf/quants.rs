@@ -4,6 +4,12 @@
 //! the same order and are never fused, so the numbers equal the reference's bit for bit.
 
 use half::{bf16, f16};
+use tch::Kind;
+
+use crate::weights::storage::Dtype;
+
+/// Turns whole blocks into their numbers.
+pub(crate) type Dequantise = fn(&[u8], &mut [f32]);
 
 /// A number format of GGUF tensors.
 #[derive(Debug)]
@@ -16,8 +22,8 @@ pub(crate) struct Quantisation {
     pub values: usize,
     /// Bytes per block.
     pub bytes: usize,
-    /// Turns whole blocks into numbers; `None` for formats that are known but not supported.
-    pub dequantise: Option<fn(&[u8], &mut [f32])>,
+    /// The way to its numbers; `None` for formats that are known but not supported.
+    pub dequantise: Option<Dequantise>,
 }
 
 impl Quantisation {
@@ -59,19 +65,22 @@ impl Quantisation {
         Self::new(41, "Q1_0", 128, 18, None),
     ];
 
-    const fn new(
-        id: u32,
-        name: &'static str,
-        values: usize,
-        bytes: usize,
-        dequantise: Option<fn(&[u8], &mut [f32])>,
-    ) -> Self {
+    const fn new(id: u32, name: &'static str, values: usize, bytes: usize, dequantise: Option<Dequantise>) -> Self {
         Self { id, name, values, bytes, dequantise }
     }
 
     /// The format a file names.
     pub fn numbered(id: u32) -> Option<&'static Quantisation> {
         Self::ALL.iter().find(|quantisation| quantisation.id == id)
+    }
+
+    /// The format to read plain floating-point numbers as when they are to become another floating-point type: reading and
+    /// rounding is then one pass, without a second copy of the tensor.
+    pub fn converting(dtype: &Dtype, kind: Kind) -> Option<&'static Quantisation> {
+        let floats = [Kind::Float, Kind::Half, Kind::BFloat16];
+        let converts =
+            dtype.kind != Some(kind) && floats.contains(&kind) && floats.iter().any(|k| dtype.kind == Some(*k));
+        Self::ALL.iter().find(|quantisation| converts && quantisation.name == dtype.name)
     }
 
     /// The names of those that can be read.

@@ -1,4 +1,4 @@
-//! Quantised blocks to a tensor: read, dequantised, put into order and rounded in one parallel pass over its rows.
+//! Stored blocks to a tensor: read, dequantised, put into order and rounded in one parallel pass.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -11,7 +11,7 @@ use super::{Quantisation, RowOrder};
 use crate::weights::storage::{self, Source};
 use crate::{Error, Result};
 
-/// Numbers per parallel task, about.
+/// Numbers per parallel task, about: a multiple of every block's size.
 const TASK: usize = 1 << 17;
 /// Numbers dequantised at a time: a multiple of every block's size that fits into the nearest cache.
 const PIECE: usize = 4096;
@@ -29,41 +29,38 @@ pub(in crate::weights) fn read_blocks(
     };
     // Kinds the loop below does not write are converted from f32 afterwards.
     let written = if matches!(kind, Kind::BFloat16 | Kind::Half) { kind } else { Kind::Float };
+    let size = written.elt_size_in_bytes();
     let mut tensor = storage::allocate(shape, written)?;
-    // A bias is one number per row.
-    let row = match (order, shape) {
-        (RowOrder::Paired { .. }, [_]) => 1,
-        _ => shape.last().copied().unwrap_or(1) as usize,
-    };
-    if tensor.numel() == 0 {
-        return storage::convert(source, tensor, kind);
-    }
-    if row % quantisation.values != 0 {
+    // A bias has one number per row.
+    let row = if let [_, inner @ ..] = shape { inner.iter().product::<i64>() as usize } else { 1 };
+    if row % quantisation.values != 0 && order != RowOrder::Same {
         return Err(source.fault(format_args!("its rows of {row} are not whole blocks of {}", quantisation.name)));
     }
-    let row_bytes = row / quantisation.values * quantisation.bytes;
+    let stored_bytes = |numbers: usize| numbers / quantisation.values * quantisation.bytes;
     // A head's rows change places among themselves, so a task takes whole heads.
-    let group = match order {
-        RowOrder::Same => 1,
-        RowOrder::Paired { half } => 2 * half,
+    let task = match order {
+        RowOrder::Same => TASK,
+        RowOrder::Paired { half } => (TASK / row.max(1)).max(1).next_multiple_of(2 * half) * row.max(1),
     };
-    let task_rows = (TASK / row).max(1).next_multiple_of(group);
-    let size = written.elt_size_in_bytes();
     let damaged = AtomicUsize::new(0);
-    storage::bytes_mut(&mut tensor).par_chunks_mut(task_rows * row * size).enumerate().try_for_each_init(
+    storage::bytes_mut(&mut tensor).par_chunks_mut(task * size).enumerate().try_for_each_init(
         || (Vec::new(), vec![0f32; PIECE]),
-        |(blocks, numbers), (task, out)| {
-            let rows = out.len() / (row * size);
-            blocks.resize(rows * row_bytes, 0);
-            source.read(blocks, (task * task_rows * row_bytes) as u64)?;
-            for (number, out) in out.chunks_exact_mut(row * size).enumerate() {
-                let stored = order.stored(number);
-                let blocks = &blocks[stored * row_bytes..][..row_bytes];
-                let piece_bytes = PIECE / quantisation.values * quantisation.bytes;
-                for (blocks, out) in blocks.chunks(piece_bytes).zip(out.chunks_mut(PIECE * size)) {
+        |(blocks, numbers), (number, out)| {
+            blocks.resize(stored_bytes(out.len() / size), 0);
+            source.read(blocks, stored_bytes(number * task) as u64)?;
+            let mut round = |blocks: &[u8], out: &mut [u8]| {
+                for (blocks, out) in blocks.chunks(stored_bytes(PIECE)).zip(out.chunks_mut(PIECE * size)) {
                     let numbers = &mut numbers[..out.len() / size];
                     dequantise(blocks, numbers);
                     write(written, numbers, out);
+                }
+            };
+            match order {
+                RowOrder::Same => round(blocks, out),
+                RowOrder::Paired { .. } => {
+                    for (number, out) in out.chunks_exact_mut(row * size).enumerate() {
+                        round(&blocks[stored_bytes(order.stored(number) * row)..][..stored_bytes(row)], out);
+                    }
                 }
             }
             damaged.fetch_add(storage::non_finite(written, out), Ordering::Relaxed);

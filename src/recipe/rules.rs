@@ -1,0 +1,111 @@
+//! What a schema cannot say: keys that need or exclude each other, and patterns.
+//!
+//! The rules read the tree, not the [`Recipe`](super::Recipe), so that they speak also when another key is wrong.
+
+use regex::{Regex, RegexBuilder};
+
+use super::check::{foreign_value, nearest};
+use super::tree::{Node, Problem, Value, shorten};
+
+/// All rules that `tree` breaks.
+pub(super) fn check(tree: &Node) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    for &(key, needed, why) in NEEDS {
+        if let (Some(node), None) = (given(tree, key), given(tree, needed)) {
+            let hint = format!("give `{needed}` or leave `{key}` out");
+            problems.push(Problem::new(&node.place, format!("`{key}` needs `{needed}`: {why}"), hint));
+        }
+    }
+    for &(key, other, why) in EXCLUDES {
+        if let (Some(_), Some(node)) = (given(tree, key), given(tree, other)) {
+            let what = format!("`{other}` and `{key}` exclude each other: {why}");
+            problems.push(Problem::new(&node.place, what, "leave one of them out"));
+        }
+    }
+    if given(tree, "dataset.format").and_then(Node::text) == Some("text") {
+        for (key, choices) in NEED_TURNS {
+            let node = given(tree, key)
+                .filter(|node| choices.is_empty() || node.text().is_some_and(|text| choices.contains(&text)));
+            if let Some(node) = node {
+                let what = format!("`{key}` is {}, but `dataset.format` is `text`, which has no turns", node.found());
+                let hint = format!("leave `{key}` out or choose another `dataset.format`");
+                problems.push(Problem::new(&node.place, what, hint));
+            }
+        }
+    }
+    for key in ["adapter.target_modules", "adapter.exclude_modules"] {
+        let text = given(tree, key).and_then(|node| Some((node, node.text()?)));
+        problems.extend(text.and_then(|(node, text)| wrong_target(key, node, text)));
+    }
+    for key in ["adapter.rank_pattern", "adapter.alpha_pattern"] {
+        problems.extend(given(tree, key).into_iter().flat_map(|node| wrong_patterns(key, node)));
+    }
+    problems
+}
+
+/// A key, the key it needs, and why.
+const NEEDS: &[(&str, &str, &str)] = &[
+    ("training.eval_steps", "dataset.eval", "there is nothing to evaluate on"),
+    ("training.early_stopping_patience", "dataset.eval", "without an evaluation nothing says when to stop"),
+    ("training.load_best_model_at_end", "dataset.eval", "without an evaluation nothing says which is best"),
+];
+
+/// Two keys of which a recipe gives at most one, and why.
+const EXCLUDES: &[(&str, &str, &str)] =
+    &[("training.warmup_steps", "training.warmup_ratio", "each says how long the warmup is")];
+
+/// Keys that speak of turns, with the values that do (any, where none is named).
+const NEED_TURNS: &[(&str, &[&str])] =
+    &[("dataset.chat_template", &[]), ("dataset.system", &[]), ("dataset.train_on", &["assistant", "last-assistant"])];
+
+/// More regular expressions than this in one mapping would take long to check, and longer to match.
+const MOST_EXPRESSIONS: usize = 1000;
+
+/// The value at `path`, unless it is null or false, which say the same as leaving it out.
+fn given<'a>(tree: &'a Node, path: &str) -> Option<&'a Node> {
+    tree.at(path).filter(|node| !matches!(node.value, Value::Null | Value::Bool(false)))
+}
+
+fn wrong_target(key: &str, node: &Node, text: &str) -> Option<Problem> {
+    const ALL: &str = "all-linear";
+    let problem = |what: String, hint: String| Some(Problem::new(&node.place, what, hint));
+    if text == ALL {
+        let what = format!("`{key}` is `{ALL}`, which leaves nothing to adapt");
+        return if key.ends_with("exclude_modules") { problem(what, "name modules".into()) } else { None };
+    }
+    if foreign_value(key, text).or_else(|| nearest(text, std::iter::once(ALL))).is_some() {
+        return problem(format!("`{key}` is {text:?}, which matches no module"), format!("did you mean `{ALL}`?"));
+    }
+    if text.contains(',') && text.chars().all(|sign| sign.is_alphanumeric() || "_., ".contains(sign)) {
+        let names: Vec<&str> = text.split(',').map(str::trim).filter(|name| !name.is_empty()).collect();
+        let what = format!("`{key}` is {}, which is read as one regular expression", node.found());
+        return problem(what, format!("write a list: [{}]", names.join(", ")));
+    }
+    let error = Regex::new(&format!("^(?:{text})$")).err()?;
+    let hint = format!("write `{ALL}`, a list of names, or one regular expression over the whole module path");
+    problem(format!("`{key}` is {}, {}", node.found(), in_a_line(&error)), hint)
+}
+
+fn wrong_patterns(key: &str, node: &Node) -> Vec<Problem> {
+    // A name is always a regular expression; a model has thousands, and each may have its own rank.
+    let named = |key: &str| key.chars().all(|sign| sign.is_alphanumeric() || "_.".contains(sign));
+    let expressions: Vec<_> = node.entries().iter().filter(|entry| !named(&entry.key)).collect();
+    if expressions.len() > MOST_EXPRESSIONS {
+        let what =
+            format!("`{key}` has {} regular expressions, at most {MOST_EXPRESSIONS} are taken", expressions.len());
+        return vec![Problem::new(&node.place, what, "write fewer, wider ones")];
+    }
+    let wrong = expressions.into_iter().filter_map(|entry| {
+        let error = RegexBuilder::new(&format!(r"^(?:.*\.)?(?:{})$", entry.key)).size_limit(1 << 20).build().err()?;
+        let what = format!("`{key}` has the key {:?}, {}", shorten(&entry.key), in_a_line(&error));
+        Some(Problem::new(&entry.place, what, "write a module name or a regular expression"))
+    });
+    wrong.collect()
+}
+
+/// The regex crate draws its errors over several lines; the last one says what is wrong.
+fn in_a_line(error: &regex::Error) -> String {
+    let text = error.to_string();
+    let last = text.lines().last().unwrap_or_default().trim_start_matches("error: ");
+    format!("not a regular expression: {last}")
+}

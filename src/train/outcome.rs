@@ -1,0 +1,60 @@
+//! How a run went.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use super::Best;
+
+/// How a run went.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Outcome {
+    /// Optimizer steps done, skipped ones included.
+    pub steps: u64,
+    /// Of these, skipped for a non-finite loss or gradient.
+    pub skipped_steps: u64,
+    /// Loss of the last logged step.
+    pub loss: Option<f64>,
+    /// Loss of the last evaluation.
+    pub eval_loss: Option<f64>,
+    /// The best evaluation.
+    pub best: Option<Best>,
+    /// Step whose parameters the model now has: the last, or the best with `load_best_model_at_end`.
+    pub taken: u64,
+    /// Tokens seen.
+    pub tokens: u64,
+    /// Tokens trained on.
+    pub trained_tokens: u64,
+    /// Seconds of all parts of the run.
+    pub seconds: f64,
+    /// Whether early stopping ended it.
+    pub stopped_early: bool,
+    /// The last state.
+    pub state: PathBuf,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} steps, {} trained tokens in {:.0} s", self.steps, self.trained_tokens, self.seconds)?;
+        if let Some(loss) = self.loss {
+            write!(f, "; loss {loss:.4}")?;
+        }
+        if let Some(loss) = self.eval_loss {
+            write!(f, "; eval loss {loss:.4}")?;
+        }
+        if let Some(best) = self.best.filter(|best| best.step != self.steps) {
+            write!(f, ", best {:.4} at step {}", best.eval_loss, best.step)?;
+        }
+        if self.stopped_early {
+            write!(f, "; stopped early")?;
+        }
+        if self.skipped_steps > 0 {
+            write!(f, "; {} steps skipped as not finite", self.skipped_steps)?;
+        }
+        if self.taken != self.steps {
+            write!(f, "; the adapter is that of step {}", self.taken)?;
+        }
+        Ok(())
+    }
+}
