@@ -382,3 +382,47 @@ fn few(mut notices: Vec<String>) -> Vec<String> {
     }
     notices
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Against PEFT's own answers: `super::super::tests`. Here, the edges that ordinary models do not have.
+
+    #[test]
+    fn a_name_is_a_suffix_at_a_dot_only() {
+        assert!(is_suffix("o_proj", "model.layers.0.self_attn.o_proj") && is_suffix("lm_head", "lm_head"));
+        assert!(!is_suffix("proj", "model.layers.0.self_attn.o_proj") && !is_suffix("a.lm_head", "lm_head"));
+    }
+
+    #[test]
+    fn the_layer_is_the_first_number_pefts_expression_finds() {
+        for (name, expected) in [
+            ("model.layers.12.self_attn.q_proj", Some(12)),
+            ("model.layers.1.mlp.experts.7.up_proj", Some(1)),
+            ("transformer.h.3.attn", Some(3)),
+            // `.*?\.[^.]*\.(\d+)\.` wants two parts before the number and one behind it.
+            ("h.3.attn.c_attn", None),
+            ("model.layers.3", None),
+            ("lm_head", None),
+        ] {
+            assert_eq!(layer(name), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_pattern_matches_whole_parts_up_to_the_end_and_the_first_counts() {
+        let map: BTreeMap<String, u32> =
+            [("proj", 1), ("q_proj", 2), ("layers.0", 3), ("k_proj|v_proj", 4), ("self_attn..*", 5)]
+                .map(|(key, r)| (key.to_string(), r))
+                .into();
+        let mut faults = Vec::new();
+        let patterns = Patterns::new("adapter.rank_pattern", &map, &mut faults);
+        assert!(faults.is_empty());
+        assert_eq!(patterns.value("model.layers.0.mlp.up_proj"), None);
+        assert_eq!(patterns.value("model.layers.0.cross.q_proj"), Some(2));
+        assert_eq!(patterns.value("model.layers.0.self_attn.v_proj"), Some(4));
+        assert_eq!(patterns.value("model.layers.0.self_attn.q_proj"), Some(2));
+        assert_eq!(patterns.value("model.layers.0.self_attn.o_proj"), Some(5));
+    }
+}

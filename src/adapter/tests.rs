@@ -239,6 +239,8 @@ fn a_loaded_adapter_is_attached_with_its_own_numbers() {
     let adapters = Adapters::attach(&mut model, &recipe, 0).unwrap();
     assert_eq!(adapters.config.lora_dropout, 0.25);
     assert_eq!((adapters.config.r, adapters.config.rank_pattern.len()), (2, 2));
+    let order: Vec<&str> = model.linears().iter().filter(|l| l.adapter.is_some()).map(|l| l.name.as_str()).collect();
+    assert_eq!(order, adapters.updates().iter().map(|u| u.module.as_str()).collect::<Vec<_>>());
     let mut by_name: Vec<&Update> = adapters.updates().iter().collect();
     by_name.sort_by(|a, b| a.module.cmp(&b.module));
     for (ours, theirs) in by_name.iter().zip(&loaded.updates) {

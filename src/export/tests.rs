@@ -152,6 +152,27 @@ fn an_adapted_tied_head_is_untied() {
 }
 
 #[test]
+fn a_tied_head_that_was_stored_all_the_same_is_not_stored_again() {
+    let root = tempfile::tempdir().unwrap();
+    let from = base("tied");
+    let folder = root.path().join("base");
+    fs::create_dir(&folder).unwrap();
+    fs::copy(fixtures().join("base-tied/config.json"), folder.join("config.json")).unwrap();
+    let mut tensors: Vec<(String, Tensor)> =
+        from.names().iter().map(|n| (n.to_string(), from.tensor(n, Kind::Float, Device::Cpu).unwrap())).collect();
+    // What an untidy trainer left there is not what the model uses.
+    tensors.push(("lm_head.weight".into(), Tensor::zeros([16, 8], (Kind::Float, Device::Cpu))));
+    Tensor::write_safetensors(&tensors, folder.join("model.safetensors")).unwrap();
+    let checkpoint = Checkpoint::open(&BaseSource::Folder(folder)).unwrap();
+    let place = root.path().join("merged");
+    merged::write(&place, &checkpoint, &[], Kind::Float, &sidecars(&checkpoint, None), &|_, _| ()).unwrap();
+    let merged = Checkpoint::open(&BaseSource::Folder(place)).unwrap();
+    assert_eq!(merged.shape("lm_head.weight"), None);
+    assert_eq!(merged.names().len(), from.names().len());
+    assert_eq!(merged.config["tie_word_embeddings"], Value::Bool(true));
+}
+
+#[test]
 fn merging_to_bf16_says_so_and_keeps_the_rest_of_the_config() {
     let root = tempfile::tempdir().unwrap();
     let mut checkpoint = base("tied");
