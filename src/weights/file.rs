@@ -71,7 +71,7 @@ pub(super) fn json<T: serde::de::DeserializeOwned>(path: &Path, bytes: &[u8]) ->
 }
 
 /// Reads a JSON object of at most `limit` bytes.
-pub(super) fn json_object(path: &Path, limit: u64) -> Result<(Value, Vec<u8>)> {
+pub(crate) fn json_object(path: &Path, limit: u64) -> Result<(Value, Vec<u8>)> {
     let bytes = read(path, limit)?;
     let value: Value = json(path, &bytes)?;
     if !value.is_object() {

@@ -60,16 +60,9 @@ pub(super) fn open(folder: &Path) -> Result<Parts> {
     let mut opened = Vec::new();
     let mut tensors = Vec::new();
     for (number, path) in files.iter().enumerate() {
-        let (file, entries) = read_shard(path)?;
+        let (file, stored) = shard(path, number)?;
         opened.push(file);
-        tensors.extend(entries.into_iter().map(|entry| Stored {
-            stored_name: entry.name.clone(),
-            name: entry.name,
-            shape: entry.shape,
-            file: number,
-            offset: entry.offset,
-            form: Form::Plain(entry.dtype),
-        }));
+        tensors.extend(stored);
     }
     if let Some(index) = index {
         check_index(folder, &index, &files, &tensors)?;
@@ -91,10 +84,19 @@ fn read_config(folder: &Path) -> Result<(Value, Vec<u8>)> {
     file::json_object(&path, MAX_CONFIG)
 }
 
-fn read_shard(path: &Path) -> Result<(File, Vec<safetensors::Entry>)> {
+/// Opens one safetensors file, the `number`th of its model, and reads its header.
+pub(super) fn shard(path: &Path, number: usize) -> Result<(File, Vec<Stored>)> {
     let (file, length) = file::open(path)?;
     let entries = safetensors::read_header(path, &file, length)?;
-    Ok((file, entries))
+    let stored = entries.into_iter().map(|entry| Stored {
+        stored_name: entry.name.clone(),
+        name: entry.name,
+        shape: entry.shape,
+        file: number,
+        offset: entry.offset,
+        form: Form::Plain(entry.dtype),
+    });
+    Ok((file, stored.collect()))
 }
 
 /// The weight files, and the index where there is one. One file wins over an index, as in transformers.

@@ -13,13 +13,14 @@ pub mod writer;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
 
 use crate::recipe::BaseSource;
 use crate::{Error, Fault, Result};
 
+pub(crate) use file::json_object;
 pub use file::sha256_file;
 
 /// A base model opened: nothing but headers read yet.
@@ -107,6 +108,23 @@ impl Checkpoint {
             }
         }
         Ok(Self { source: source.clone(), config, sidecars, files, opened, tensors, by_name, notices })
+    }
+
+    /// Opens one safetensors file by itself, such as an adapter's: no config, no small files.
+    pub fn open_file(path: &Path) -> Result<Self> {
+        let (file, tensors) = folder::shard(path, 0)?;
+        // The header has been checked for names that appear twice.
+        let by_name = tensors.iter().enumerate().map(|(index, tensor)| (tensor.name.clone(), index)).collect();
+        Ok(Self {
+            source: BaseSource::Folder(path.parent().map(Path::to_path_buf).unwrap_or_default()),
+            config: serde_json::Value::Null,
+            sidecars: BTreeMap::new(),
+            files: vec![path.to_path_buf()],
+            opened: vec![file],
+            tensors,
+            by_name,
+            notices: Vec::new(),
+        })
     }
 
     /// Tensor names, in file order.

@@ -1,0 +1,245 @@
+//! Reads an adapter folder as PEFT writes it: `adapter_config.json` and `adapter_model.safetensors`.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use tch::{Device, Kind};
+
+use super::config::{AdapterConfig, CONFIG, MERGE_IT, Ranks};
+use super::{Update, overview};
+use crate::weights::Checkpoint;
+use crate::{Error, Fault, Result};
+
+/// The weights' file.
+pub const WEIGHTS: &str = "adapter_model.safetensors";
+/// What PEFT puts before a module's path.
+pub const PREFIX: &str = "base_model.model.";
+
+/// An adapter read from its folder, checked in itself but not yet against a base.
+#[derive(Debug)]
+pub struct LoadedAdapter {
+    /// The folder.
+    pub folder: PathBuf,
+    /// What its config says.
+    pub config: AdapterConfig,
+    /// A and B by module, in the order of the module's paths.
+    pub updates: Vec<Update>,
+    /// What the user should know, in plain sentences.
+    pub notices: Vec<String>,
+    /// Base weights stored along with a targeted head, which are passed over: module and shape.
+    base_layers: BaseLayers,
+}
+
+/// Modules and shapes.
+type BaseLayers = Vec<(String, Vec<i64>)>;
+
+impl LoadedAdapter {
+    /// Reads the adapter in `folder`: A and B as fp32 on the CPU.
+    ///
+    /// Errors name the file and what is wrong with it: not an adapter's folder, pickled weights, a damaged file, a feature beside
+    /// plain LoRA on linears, A without B, shapes that contradict each other or the config, numbers that are not finite.
+    pub fn read(folder: &Path) -> Result<Self> {
+        check_files(folder)?;
+        let (config, mut notices) = AdapterConfig::read(folder)?;
+        let path = folder.join(WEIGHTS);
+        let weights = Checkpoint::open_file(&path)?;
+        let (pairs, base_layers) = sort(&path, &weights)?;
+        let ranks = config.ranks(&folder.join(CONFIG))?;
+        if config.lora_alpha == 0.0 {
+            notices.push(format!("{CONFIG}: lora_alpha is 0, so the adapter changes nothing"));
+        }
+        let updates = pairs
+            .into_iter()
+            .map(|(module, pair)| read_pair(&path, &weights, &ranks, module, &pair))
+            .collect::<Result<_>>()?;
+        Ok(Self { folder: folder.to_path_buf(), config, updates, notices, base_layers })
+    }
+
+    /// Checks that the adapter fits a base whose linears are `linears` (module path and (out, in)); returns, for each update, the
+    /// index of its linear.
+    ///
+    /// The error of an adapter for another base names both and what differs.
+    pub fn fit(&self, linears: &[(&str, (i64, i64))]) -> Result<Vec<usize>> {
+        let by_name: BTreeMap<&str, usize> =
+            linears.iter().enumerate().map(|(index, (name, _))| (*name, index)).collect();
+        let mut absent = Vec::new();
+        let mut differing = Vec::new();
+        let mut found = Vec::new();
+        for update in &self.updates {
+            let Some(&index) = by_name.get(update.module.as_str()) else {
+                absent.push(update.module.as_str());
+                continue;
+            };
+            let ((rows, columns), own) = (linears[index].1, update.shape());
+            if own != (rows, columns) {
+                differing.push(format!("{} ([{}, {}] there, [{rows}, {columns}] here)", update.module, own.0, own.1));
+            }
+            found.push(index);
+        }
+        for (module, shape) in &self.base_layers {
+            let here = by_name.get(module.as_str()).map(|&index| linears[index].1);
+            if let Some((rows, columns)) = here.filter(|(rows, columns)| shape != &[*rows, *columns]) {
+                differing.push(format!("{module} ({shape:?} there, [{rows}, {columns}] here)"));
+            }
+        }
+        if absent.is_empty() && differing.is_empty() {
+            return Ok(found);
+        }
+        let mut what = Vec::new();
+        if !absent.is_empty() {
+            let all = if absent.len() == self.updates.len() { "all".to_string() } else { absent.len().to_string() };
+            what.push(format!("{all} of its modules are not linears of this base, {} among them", absent[0]));
+        }
+        if let Some(first) = differing.first() {
+            what.push(match differing.len() {
+                1 => format!("this shape differs: {first}"),
+                count => format!("{count} shapes differ, among them {first}"),
+            });
+        }
+        let base = match &self.config.base_model_name_or_path {
+            Some(name) => format!("it was trained on {name}"),
+            None => "it does not say which base it was trained on".to_string(),
+        };
+        let names: Vec<&str> = linears.iter().map(|(name, _)| *name).collect();
+        let what = format!("this adapter is for another base: {}", what.join("; "));
+        let hint = format!("{base}; the linears here are: {}", overview(&names));
+        Err(Error::Model(Fault::at(&self.folder, what).hint(hint)))
+    }
+}
+
+/// The keys of one module's A and B.
+#[derive(Default)]
+struct Pair {
+    a: Option<String>,
+    b: Option<String>,
+}
+
+/// What PEFT makes of a module: how its key ends, and the feature's name.
+const FEATURES: &[(&str, &str)] = &[
+    (".lora_magnitude_vector", "DoRA"),
+    (".lora_embedding_A", "an adapter on an embedding"),
+    (".lora_embedding_B", "an adapter on an embedding"),
+    (".lora_B.bias", "a bias on lora_B"),
+    (".trainable_tokens_delta", "trained tokens (trainable_token_indices)"),
+];
+
+fn check_files(folder: &Path) -> Result<()> {
+    let fault = |what: &str, hint: String| Err(Error::Model(Fault::at(folder, what).hint(hint)));
+    let has = |name: &str| folder.join(name).symlink_metadata().is_ok();
+    if folder.is_file() {
+        return fault("is a file", format!("name the adapter's folder, which holds {CONFIG} and {WEIGHTS}"));
+    }
+    if !folder.is_dir() {
+        return fault(
+            "there is no such folder",
+            format!("name an adapter's folder, which holds {CONFIG} and {WEIGHTS}"),
+        );
+    }
+    if !has(CONFIG) {
+        return fault(
+            &format!("holds no {CONFIG}"),
+            match () {
+                () if folder.join("adapter").join(CONFIG).is_file() => {
+                    format!("the adapter is one folder down: {}", folder.join("adapter").display())
+                }
+                () if has("config.json") => "this is a whole model: name it as base_model".to_string(),
+                () => "name the folder that PEFT or engraft wrote".to_string(),
+            },
+        );
+    }
+    if !has(WEIGHTS) {
+        if has("adapter_model.bin") {
+            return fault(
+                "its weights are adapter_model.bin, a Python pickle, which can run code when opened",
+                "convert it where you trust it: load it in PEFT and save_pretrained(..., safe_serialization=True)"
+                    .into(),
+            );
+        }
+        return fault(&format!("holds no {WEIGHTS}"), "copy the whole folder, or fetch it again".into());
+    }
+    Ok(())
+}
+
+/// Sorts the file's keys into pairs; base weights stored along (of a targeted head) are set aside.
+fn sort(path: &Path, weights: &Checkpoint) -> Result<(BTreeMap<String, Pair>, BaseLayers)> {
+    let mut pairs: BTreeMap<String, Pair> = BTreeMap::new();
+    let mut base_layers = Vec::new();
+    let mut features = Vec::new();
+    let mut unknown = Vec::new();
+    for key in weights.names() {
+        let module = key.strip_prefix(PREFIX).unwrap_or(key);
+        // Some tools leave the adapter's name in.
+        let plain = module.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.");
+        let slot = if let Some(module) = plain.strip_suffix(".lora_A.weight") {
+            &mut pairs.entry(module.to_string()).or_default().a
+        } else if let Some(module) = plain.strip_suffix(".lora_B.weight") {
+            &mut pairs.entry(module.to_string()).or_default().b
+        } else if let Some(module) = plain.strip_suffix(".base_layer.weight") {
+            base_layers.push((module.to_string(), weights.shape(key).unwrap_or_default()));
+            continue;
+        } else {
+            let known = FEATURES.iter().find(|(end, _)| plain.trim_end_matches(".weight").ends_with(end));
+            match known.or_else(|| FEATURES.iter().find(|(end, _)| plain.ends_with(end))) {
+                Some((_, feature)) if !features.contains(feature) => features.push(*feature),
+                Some(_) => {}
+                None => unknown.push(key),
+            }
+            continue;
+        };
+        if let Some(other) = slot.replace(key.to_string()) {
+            let what = format!("{key} and {other} are the same matrix");
+            return Err(Error::Model(Fault::at(path, what).hint("keep one of them")));
+        }
+    }
+    if !features.is_empty() {
+        let what = format!("holds {}; engraft reads plain LoRA on linears", features.join(" and "));
+        return Err(Error::Model(Fault::at(path, what).hint(MERGE_IT)));
+    }
+    if !unknown.is_empty() {
+        let shown = unknown.iter().take(5).copied().collect::<Vec<_>>().join(", ");
+        let more = if unknown.len() > 5 { format!(" and {} more", unknown.len() - 5) } else { String::new() };
+        let what = format!("holds tensors that are no part of a LoRA adapter on linears: {shown}{more}");
+        return Err(Error::Model(Fault::at(path, what).hint(MERGE_IT)));
+    }
+    if pairs.is_empty() {
+        return Err(Error::Model(Fault::at(
+            path,
+            "holds no lora_A and lora_B: nothing was trained, or nothing was saved",
+        )));
+    }
+    Ok((pairs, base_layers))
+}
+
+fn read_pair(path: &Path, weights: &Checkpoint, ranks: &Ranks, module: String, pair: &Pair) -> Result<Update> {
+    let fault = |what: String| Error::Model(Fault::new(format!("{}: {module}", path.display()), what));
+    let (Some(a), Some(b)) = (&pair.a, &pair.b) else {
+        let (has, lacks) = if pair.a.is_some() { ("lora_A", "lora_B") } else { ("lora_B", "lora_A") };
+        return Err(fault(format!("has {has} but no {lacks}")));
+    };
+    let shape = |key: &str| weights.shape(key).unwrap_or_default();
+    let (&[r, columns], &[rows, other]) = (shape(a).as_slice(), shape(b).as_slice()) else {
+        return Err(fault(format!("lora_A is {:?} and lora_B {:?}; both must be matrices", shape(a), shape(b))));
+    };
+    if r == 0 || rows == 0 || columns == 0 {
+        return Err(fault(format!("lora_A is ({r} x {columns}) and lora_B ({rows} x {other}): empty")));
+    }
+    if r != other {
+        return Err(fault(format!("lora_A has rank {r} ({r} x {columns}) but lora_B {other} ({rows} x {other})")));
+    }
+    let stated = ranks.rank(&module);
+    if i64::from(stated) != r {
+        return Err(fault(format!("its matrices have rank {r}, but {CONFIG} says {stated} (r, rank_pattern)")));
+    }
+    for key in [a, b] {
+        let stored = weights.stored_as(key).unwrap_or_default();
+        if !["F32", "F16", "BF16", "F64"].contains(&stored) {
+            return Err(fault(format!("is stored as {stored}; F32, F16, BF16 or F64 was expected")));
+        }
+    }
+    let scale = ranks.scale(&module);
+    if !scale.is_finite() {
+        return Err(fault(format!("its scale (lora_alpha over rank {r}) is {scale}")));
+    }
+    let read = |key: &str| weights.tensor(key, Kind::Float, Device::Cpu);
+    Ok(Update { a: read(a)?, b: read(b)?, scale, module })
+}

@@ -1,0 +1,204 @@
+//! `manifest.json`: what went into a run and what came out, with the SHA-256 of every file, so that a result can be traced and
+//! made again.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::weights::{Checkpoint, sha256_file, writer};
+use crate::{Error, Fault, Result};
+
+/// The file's name, in the run's folder.
+pub const MANIFEST: &str = "manifest.json";
+
+/// What went into a run and what came out.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Version of engraft.
+    pub engraft_version: String,
+    /// Version of libtorch.
+    pub libtorch_version: String,
+    /// When it was written, RFC 3339, UTC.
+    pub created: String,
+    /// What it ran on: `cpu`, or the name of the GPU.
+    pub device: String,
+    /// Number type of the base and the activations.
+    pub dtype: String,
+    /// The base model.
+    pub base: Base,
+    /// Training files.
+    pub train: Vec<FileDigest>,
+    /// Evaluation files.
+    pub eval: Vec<FileDigest>,
+    /// SHA-256 of each of the tokenizer's files, by name.
+    pub tokenizer: BTreeMap<String, String>,
+    /// SHA-256 of the chat template that was trained with; absent where rows are not rendered.
+    pub chat_template: Option<String>,
+    /// The recipe's file.
+    pub recipe: FileDigest,
+    /// The recipe as it was run: with overrides applied and defaults filled in.
+    pub resolved_recipe: serde_json::Value,
+    /// Seeds, by what they seed.
+    pub seeds: BTreeMap<String, u64>,
+    /// How the run went: the last loss, evaluations, tokens, seconds.
+    pub metrics: serde_json::Value,
+    /// What was written, with paths relative to the run's folder.
+    pub outputs: Vec<FileDigest>,
+}
+
+/// The base model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Base {
+    /// As the recipe names it.
+    pub name: String,
+    /// Revision, for a hub repository.
+    pub revision: Option<String>,
+    /// Its weight files, config and tokenizer apart.
+    pub files: Vec<FileDigest>,
+    /// SHA-256 of its `config.json` (of the one made from its metadata, for a GGUF).
+    pub config: Option<String>,
+}
+
+/// A file and what it held.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileDigest {
+    /// Where it was.
+    pub path: PathBuf,
+    /// Its length.
+    pub bytes: u64,
+    /// Its SHA-256, in 64 hexadecimal digits.
+    pub sha256: String,
+}
+
+impl Manifest {
+    /// Writes it into the run's folder, whole or not at all. Errors with [`Error::Output`].
+    pub fn write(&self, folder: &Path) -> Result<()> {
+        let path = folder.join(MANIFEST);
+        let text = serde_json::to_string_pretty(self)
+            .map_err(|error| Error::Output(Fault::at(&path, format_args!("cannot be put into JSON: {error}"))))?;
+        writer::write_file(&path, format!("{text}\n").as_bytes())
+    }
+
+    /// Reads it back.
+    pub fn read(folder: &Path) -> Result<Self> {
+        let path = folder.join(MANIFEST);
+        let (value, _) = crate::weights::json_object(&path, 64 << 20)?;
+        serde_json::from_value(value).map_err(|error| Error::State(Fault::at(&path, error)))
+    }
+}
+
+/// SHA-256 of files, several at a time; `progress` is called with bytes hashed so far and in all, from several threads, as files
+/// are finished.
+///
+/// Errors name the file that cannot be read.
+pub fn digests(paths: &[PathBuf], progress: &(dyn Fn(u64, u64) + Sync)) -> Result<Vec<FileDigest>> {
+    let length = |path: &Path| {
+        let metadata = fs::metadata(path).map_err(|error| Error::Model(Fault::at(path, error)))?;
+        Ok(metadata.len())
+    };
+    let lengths = paths.iter().map(|path| length(path)).collect::<Result<Vec<u64>>>()?;
+    let total = lengths.iter().sum();
+    let done = AtomicU64::new(0);
+    let digest = |(path, bytes): (&PathBuf, &u64)| {
+        let sha256 = sha256_file(path)?;
+        progress(done.fetch_add(*bytes, Ordering::Relaxed) + bytes, total);
+        Ok(FileDigest { path: path.clone(), bytes: *bytes, sha256 })
+    };
+    paths.par_iter().zip(&lengths).map(digest).collect()
+}
+
+/// SHA-256 of every file under `folders` (sorted), with paths relative to `root`, under which they lie.
+pub fn outputs(root: &Path, folders: &[PathBuf], progress: &(dyn Fn(u64, u64) + Sync)) -> Result<Vec<FileDigest>> {
+    let mut files = Vec::new();
+    for folder in folders {
+        let entries = fs::read_dir(folder).map_err(|error| Error::Output(Fault::at(folder, error)))?;
+        for entry in entries {
+            files.push(entry.map_err(|error| Error::Output(Fault::at(folder, error)))?.path());
+        }
+    }
+    files.retain(|path| path.is_file());
+    files.sort();
+    let mut digests = digests(&files, progress)?;
+    for digest in &mut digests {
+        if let Ok(relative) = digest.path.strip_prefix(root) {
+            digest.path = relative.to_path_buf();
+        }
+    }
+    Ok(digests)
+}
+
+/// SHA-256 of bytes, in 64 hexadecimal digits.
+pub fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// SHA-256 of a checkpoint's tokenizer files, by name.
+pub fn tokenizer(checkpoint: &Checkpoint) -> BTreeMap<String, String> {
+    let files = checkpoint.sidecars.iter().filter(|(name, _)| super::peft::tokenizer_file(name));
+    files.map(|(name, bytes)| (name.clone(), sha256(bytes))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    #[test]
+    fn digests_are_sha256_and_progress_ends_at_the_total() {
+        let folder = tempfile::tempdir().unwrap();
+        let paths: Vec<PathBuf> = ["abc", "", "a longer one"]
+            .map(|text| {
+                let path = folder.path().join(format!("{}.txt", text.len()));
+                fs::write(&path, text).unwrap();
+                path
+            })
+            .to_vec();
+        let calls = Mutex::new(Vec::new());
+        let found = digests(&paths, &|done, total| calls.lock().unwrap().push((done, total))).unwrap();
+        // FIPS 180-2, appendix B.1, and the hash of nothing.
+        assert_eq!(found[0].sha256, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+        assert_eq!(found[1].sha256, "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+        assert_eq!((found[2].bytes, found[2].sha256.clone()), (12, sha256(b"a longer one")));
+        let mut calls = calls.into_inner().unwrap();
+        calls.sort();
+        assert_eq!(calls.last(), Some(&(15, 15)));
+
+        let missing = folder.path().join("gone");
+        assert!(digests(&[missing], &|_, _| ()).unwrap_err().to_string().contains("gone"));
+        let listed = outputs(folder.path(), &[folder.path().to_path_buf()], &|_, _| ()).unwrap();
+        let names: Vec<_> = listed.iter().map(|digest| digest.path.to_str().unwrap()).collect();
+        assert_eq!(names, ["0.txt", "12.txt", "3.txt"]);
+    }
+
+    #[test]
+    fn a_manifest_reads_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = FileDigest { path: "a".into(), bytes: 1, sha256: sha256(b"a") };
+        let manifest = Manifest {
+            engraft_version: "0".into(),
+            libtorch_version: "2.11.0".into(),
+            created: "2026-01-01T00:00:00Z".into(),
+            device: "cpu".into(),
+            dtype: "bf16".into(),
+            base: Base { name: "owner/name".into(), revision: None, files: vec![file.clone()], config: None },
+            train: vec![file.clone()],
+            eval: vec![],
+            tokenizer: BTreeMap::from([("tokenizer.json".into(), sha256(b"t"))]),
+            chat_template: None,
+            recipe: file.clone(),
+            resolved_recipe: serde_json::json!({"base_model": "owner/name"}),
+            seeds: BTreeMap::from([("training".into(), u64::MAX)]),
+            metrics: serde_json::json!({"loss": 0.5}),
+            outputs: vec![file],
+        };
+        manifest.write(folder.path()).unwrap();
+        assert_eq!(Manifest::read(folder.path()).unwrap(), manifest);
+        fs::write(folder.path().join(MANIFEST), "{\"base\": 3}").unwrap();
+        assert_eq!(Manifest::read(folder.path()).unwrap_err().exit_code(), 7);
+    }
+}
