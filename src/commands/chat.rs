@@ -21,7 +21,8 @@ pub fn run(arguments: &Chat, out: &mut dyn Write) -> Result<()> {
     let tokenizer = Arc::new(Tokenizer::new(&loaded.checkpoint.sidecars)?);
     let encoder = Encoder::new(tokenizer.clone(), &dataset_defaults())?;
     if encoder.template().is_none() {
-        let fault = Fault::new(&arguments.model.model, "the model has no chat template, so it cannot be talked to in turns");
+        let fault =
+            Fault::new(&arguments.model.model, "the model has no chat template, so it cannot be talked to in turns");
         return Err(Error::Model(fault.hint("`engraft generate --raw` continues plain text")));
     }
     let mut speaker = Speaker::new(&tokenizer, encoder.end_ids(), &arguments.sampling);
@@ -50,11 +51,12 @@ pub fn run(arguments: &Chat, out: &mut dyn Write) -> Result<()> {
         }
         let ids = encoder.prompt_ids(&messages, None);
         let ids = ids.map_err(|bad| Error::Data(Fault::new("the conversation", bad)))?;
-        let spoken = speaker.speak(&loaded.model, &ids, &mut |piece| {
-            match out.write_all(piece.as_bytes()).and_then(|()| out.flush()) {
-                Ok(()) => ControlFlow::Continue(()),
-                Err(_) => ControlFlow::Break(()),
-            }
+        let spoken = speaker.speak(&loaded.model, &ids, &mut |piece| match out
+            .write_all(piece.as_bytes())
+            .and_then(|()| out.flush())
+        {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(_) => ControlFlow::Break(()),
         })?;
         if writeln!(out).is_err() {
             break;

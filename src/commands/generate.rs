@@ -73,7 +73,9 @@ fn prompt(typed: &str) -> Result<String> {
         return Err(fault(format!("longer than {} MiB", LONGEST_PROMPT >> 20)));
     }
     if text.trim().is_empty() {
-        return Err(Error::Data(Fault::new("standard input", "no prompt").hint("write it there, or give --prompt TEXT")));
+        return Err(Error::Data(
+            Fault::new("standard input", "no prompt").hint("write it there, or give --prompt TEXT"),
+        ));
     }
     Ok(text)
 }

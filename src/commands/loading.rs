@@ -59,10 +59,8 @@ pub(super) struct Loaded {
 /// Opens what `--model`, `--adapter`, `--dtype` and `--device` name.
 pub(super) fn chosen(choice: &ModelChoice, console: &Console) -> Result<Loaded> {
     let base = |fault: Fault| Error::Model(Fault { place: "--model".into(), ..fault });
-    let source =
-        BaseSource::find(&choice.model, choice.revision.as_deref(), Path::new("")).map_err(base)?;
-    let device =
-        choice.device.find().map_err(|fault| Error::Device(Fault { place: "--device".into(), ..fault }))?;
+    let source = BaseSource::find(&choice.model, choice.revision.as_deref(), Path::new("")).map_err(base)?;
+    let device = choice.device.find().map_err(|fault| Error::Device(Fault { place: "--device".into(), ..fault }))?;
     let checkpoint = checkpoint(&source, console)?;
     let mut model = decoder(&checkpoint, choice.dtype.kind(), device, console)?;
     if let Some(folder) = &choice.adapter {
