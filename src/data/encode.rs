@@ -51,6 +51,8 @@ struct Chat {
     template: ChatTemplate,
     /// What the template writes before an assistant's turn, when it holds a special token: then no message can contain it.
     header: Option<String>,
+    /// What the template writes before an assistant's turn though it does not write it as a prompt for one.
+    unprompted_header: Option<String>,
     /// Tokens that end an assistant's turn.
     end_ids: BTreeSet<u32>,
     /// Special-token text kept apart in the assistant's messages: all but what the template itself looks for there.
@@ -128,7 +130,8 @@ impl Encoder {
         let chat = self.chat(tools)?;
         let messages = self.with_system(messages);
         self.check_messages(chat, &messages)?;
-        let rendered = self.render(chat, &messages, tools, true)?;
+        let mut rendered = self.render(chat, &messages, tools, true)?;
+        rendered.text.push_str(chat.unprompted_header.as_deref().unwrap_or_default());
         let tokens = self.tokenizer.encode_rendered(&rendered).map_err(BadRow::Malformed)?;
         self.check_bos(&tokens.ids)?;
         Ok(tokens.ids)
@@ -317,12 +320,12 @@ impl Encoder {
         rendered: &Rendered,
     ) -> Row<Begin> {
         // The template keeps what came before, as a rule: then the prompt is a prefix.
-        if at > 0 {
-            if let Ok(prompt) = self.render(chat, &messages[..at], tools, is_assistant(&messages[at])) {
-                if rendered.text.starts_with(&prompt.text) {
-                    return Ok(prompt.text.len());
-                }
-            }
+        let prompt =
+            (at > 0).then(|| self.render(chat, &messages[..at], tools, is_assistant(&messages[at])).ok()).flatten();
+        if let Some(rest) = prompt.as_ref().and_then(|prompt| rendered.text.strip_prefix(&prompt.text)) {
+            let header =
+                chat.unprompted_header.as_deref().filter(|header| rest.starts_with(header)).unwrap_or_default();
+            return Ok(rendered.text.len() - rest.len() + header.len());
         }
         // It may also move the system message, or shorten earlier turns: look where the content comes out.
         let Some(content) = messages[at]["content"].as_str() else { return Err(uncertain(at)) };
@@ -334,19 +337,17 @@ impl Encoder {
         let blank = content.len() - content.trim_start().len();
         for place in [0, blank] {
             let Some(marked) = with(format!("{}{PROBE}{}", &content[..place], &content[place..])) else { continue };
-            if let Some((before, after)) = marked.split_once(PROBE) {
-                if rendered.text.strip_prefix(before) == Some(after) {
-                    return Ok(before.len());
-                }
+            let Some((before, after)) = marked.split_once(PROBE) else { continue };
+            if rendered.text.strip_prefix(before) == Some(after) {
+                return Ok(before.len());
             }
         }
-        if let Some(replaced) = with(PROBE.to_string()) {
-            if let Some((before, after)) = replaced.split_once(PROBE) {
-                let inside = rendered.text.strip_prefix(before).is_some_and(|rest| rest.ends_with(after));
-                if inside && !after.contains(PROBE) {
-                    return Ok(before.len());
-                }
-            }
+        let replaced = with(PROBE.to_string()).unwrap_or_default();
+        let place = replaced.split_once(PROBE).filter(|(before, after)| {
+            !after.contains(PROBE) && rendered.text.strip_prefix(before).is_some_and(|rest| rest.ends_with(after))
+        });
+        if let Some((before, _)) = place {
+            return Ok(before.len());
         }
         Err(uncertain(at))
     }
@@ -558,9 +559,16 @@ impl Chat {
             Regex::new(&uses).is_ok_and(|uses| uses.is_match(template.source()))
         };
         let kept = tokenizer.special_tokens().iter().map(|(text, _)| text.as_str()).filter(|text| !looked_for(text));
-        let mut chat = Chat { assistant_special: pattern(kept), header: None, end_ids: BTreeSet::new(), template };
+        let mut chat = Chat {
+            assistant_special: pattern(kept),
+            header: None,
+            unprompted_header: None,
+            end_ids: BTreeSet::new(),
+            template,
+        };
         chat.end_ids = tokenizer.end_ids().iter().copied().chain(chat.end_of_turn(tokenizer)).collect();
         chat.header = chat.find_header(tokenizer);
+        chat.unprompted_header = chat.find_unprompted_header();
         Ok(chat)
     }
 
@@ -600,6 +608,18 @@ impl Chat {
         let agree = ends.len() == 2
             && ends.iter().zip(&prompts).all(|(end, prompt)| whole.starts_with(prompt) && *end == prompt.len());
         agree.then_some(header)
+    }
+
+    /// Templates that ignore `add_generation_prompt` write `<|im_start|>assistant` only together with the answer.
+    fn find_unprompted_header(&self) -> Option<String> {
+        let answer = PROBE.to_string();
+        let messages = [("user", "One"), ("assistant", answer.as_str())];
+        let before = self.probe(&messages[..1], false)?;
+        let text = self.probe(&messages, false)?;
+        let header = text.split_once(PROBE)?.0.strip_prefix(&before)?.to_string();
+        // White space alone is the model's to write, as in `[/INST] answer`.
+        let prompted = self.probe(&messages[..1], true)? != before;
+        Some(header).filter(|header| !prompted && !header.trim().is_empty())
     }
 
     fn probe(&self, messages: &[(&str, &str)], add_generation_prompt: bool) -> Option<String> {
@@ -992,6 +1012,31 @@ mod tests {
         assert_eq!(spans.len(), 2, "{spans:?}");
         assert!(spans[0].ends_with("Because.</s>") && !spans[0].contains("Assistant"), "{spans:?}");
         assert!(spans[1].ends_with("That is <b>all</b>.</s>") && !spans[1].contains("Assistant"), "{spans:?}");
+    }
+
+    #[test]
+    fn a_template_without_a_generation_prompt_does_not_train_its_headers() {
+        let silent =
+            "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}";
+        let encoder = encoder("bytes", Some(silent), json!({}));
+        assert_eq!(trained(&encoder, &two_turns()), ["Two.<|im_end|>", "Four.<|im_end|>"]);
+        let whole = encoder.encode(&two_turns()).unwrap().documents.remove(0).ids;
+        let (prompt, _) = encoder.prompt(&two_turns()).unwrap();
+        assert!(
+            whole.starts_with(&prompt) && encoder.tokenizer.decode(&prompt, false).ends_with("<|im_start|>assistant\n")
+        );
+    }
+
+    #[test]
+    fn a_template_that_leaves_out_the_answer_is_an_error() {
+        let forgetful = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'user' %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}\
+                         {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+        let forgets = encoder("bytes", Some(forgetful), json!({}));
+        assert!(matches!(forgets.encode(&two_turns()), Err(BadRow::Malformed(what)) if what.contains("leaves out")));
+        let early =
+            forgetful.replace("{% if m.role == 'user' %}{{ m.content }}{% endif %}", "x<|im_end|>{{ m.content }}");
+        let early = encoder("bytes", Some(&early), json!({}));
+        assert!(matches!(early.encode(&two_turns()), Err(BadRow::Malformed(_))));
     }
 
     #[test]

@@ -464,8 +464,15 @@ fn add(state: &mut State, first: Value, terms: Rest<Value>) -> Result<Value, Err
 }
 
 fn add_two(state: &mut State, a: &Value, b: &Value) -> Result<Value, Error> {
-    if a.as_str().is_some() && b.as_str().is_some() {
-        return concatenate(state, a, Rest(vec![b.clone()]));
+    if let (Some(left), Some(right)) = (a.as_str(), b.as_str()) {
+        charge(state, 5 * (left.len() + right.len()))?;
+        // Where one is marked `safe`, the other is escaped (markupsafe).
+        return Ok(match (a.is_safe(), b.is_safe()) {
+            (false, false) => Value::from([left, right].concat()),
+            (true, false) => Value::from_safe_string(format!("{left}{}", escaped(right))),
+            (false, true) => Value::from_safe_string(format!("{}{right}", escaped(left))),
+            (true, true) => Value::from_safe_string([left, right].concat()),
+        });
     }
     if let Some((a, b)) = integers(a, b) {
         return integer(a.checked_add(b));
@@ -482,20 +489,14 @@ fn add_two(state: &mut State, a: &Value, b: &Value) -> Result<Value, Error> {
     Err(wrong(format!("cannot add {} and {}", describe(a), describe(b))))
 }
 
-/// `a ~ b ~ ...`: everything as text; where one is marked `safe`, the others are escaped (markupsafe).
-fn concatenate(state: &mut State, first: &Value, terms: Rest<Value>) -> Result<Value, Error> {
-    let safe = first.is_safe() || terms.iter().any(Value::is_safe);
-    let mut out = String::new();
-    for term in std::iter::once(first).chain(terms.iter()) {
-        let shown = text(term)?;
-        if safe && !term.is_safe() {
-            out.push_str(&escaped(&shown));
-        } else {
-            out.push_str(&shown);
-        }
+/// `a ~ b ~ ...`: everything as text.
+fn concatenate(state: &mut State, first: &Value, terms: Rest<Value>) -> Result<String, Error> {
+    let mut out = text(first)?.into_owned();
+    for term in terms.iter() {
+        out.push_str(&text(term)?);
         charge(state, out.len())?;
     }
-    Ok(if safe { Value::from_safe_string(out) } else { Value::from(out) })
+    Ok(out)
 }
 
 /// `a * b`: numbers; strings and lists repeated.
