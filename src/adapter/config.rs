@@ -47,6 +47,9 @@ pub struct AdapterConfig {
     /// Which layers.
     #[serde(default, deserialize_with = "one_or_many")]
     pub layers_to_transform: Option<Vec<u32>>,
+    /// What those layers are called in module paths, where the file says so; a string or a list.
+    #[serde(default)]
+    pub layers_pattern: Option<Value>,
     /// Rank by expression, in the file's order, which decides between several that match.
     #[serde(default, deserialize_with = "in_order")]
     pub rank_pattern: Vec<(String, u32)>,
@@ -66,7 +69,6 @@ const MORE_THAN_LORA: &[(&str, &str)] = &[
     ("trainable_token_indices", "trained tokens (trainable_token_indices)"),
     ("target_parameters", "adapters on bare parameters (target_parameters)"),
     ("layer_replication", "replicated layers"),
-    ("layers_pattern", "a layers_pattern"),
     ("fan_in_fan_out", "transposed weights (fan_in_fan_out)"),
     ("alora_invocation_tokens", "aLoRA"),
     ("use_qalora", "QALoRA"),
@@ -102,6 +104,7 @@ const HARMLESS: &[&str] = &[
     "target_modules",
     "exclude_modules",
     "layers_to_transform",
+    "layers_pattern",
     "rank_pattern",
     "alpha_pattern",
     "init_lora_weights",
@@ -122,6 +125,7 @@ impl AdapterConfig {
             target_modules: Some(selection.target_modules.clone()),
             exclude_modules: recipe.exclude_modules.clone(),
             layers_to_transform: selection.layers_to_transform.clone(),
+            layers_pattern: None,
             rank_pattern: recipe.rank_pattern.iter().map(|(key, r)| (key.clone(), *r)).collect(),
             alpha_pattern: recipe.alpha_pattern.iter().map(|(key, alpha)| (key.clone(), *alpha)).collect(),
             init_lora_weights: recipe.init_lora_weights,
@@ -176,7 +180,7 @@ impl AdapterConfig {
             },
             "kasa_config": null,
             "layer_replication": null,
-            "layers_pattern": null,
+            "layers_pattern": self.layers_pattern,
             "layers_to_transform": self.layers_to_transform,
             "loftq_config": {},
             "lora_alpha": number(self.lora_alpha),

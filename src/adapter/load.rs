@@ -15,6 +15,8 @@ pub const WEIGHTS: &str = "adapter_model.safetensors";
 /// What PEFT puts before a module's path.
 pub const PREFIX: &str = "base_model.model.";
 
+const MAX_TEMPLATE: u64 = 1 << 20;
+
 /// An adapter read from its folder, checked in itself but not yet against a base.
 #[derive(Debug)]
 pub struct LoadedAdapter {
@@ -48,11 +50,30 @@ impl LoadedAdapter {
         if config.lora_alpha == 0.0 {
             notices.push(format!("{CONFIG}: lora_alpha is 0, so the adapter changes nothing"));
         }
+        if let Some((module, _)) = base_layers.first() {
+            notices.push(format!("{WEIGHTS} also holds the base's own weight of {module}: the base's is used"));
+        }
         let updates = pairs
             .into_iter()
             .map(|(module, pair)| read_pair(&path, &weights, &ranks, module, &pair))
             .collect::<Result<_>>()?;
         Ok(Self { folder: folder.to_path_buf(), config, updates, notices, base_layers })
+    }
+
+    /// The chat template that lies beside the adapter: the one it was trained with.
+    pub fn chat_template(&self) -> Result<Option<String>> {
+        let path = self.folder.join("chat_template.jinja");
+        let fault = |what: String| Error::Model(Fault::at(&path, what));
+        match path.metadata() {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(fault(format!("cannot be read: {error}"))),
+            Ok(metadata) if !metadata.is_file() => return Err(fault("is not a regular file".into())),
+            Ok(metadata) if metadata.len() > MAX_TEMPLATE => {
+                return Err(fault(format!("is {} bytes; at most {MAX_TEMPLATE} are read", metadata.len())));
+            }
+            Ok(_) => {}
+        }
+        std::fs::read_to_string(&path).map(Some).map_err(|error| fault(format!("cannot be read: {error}")))
     }
 
     /// Checks that the adapter fits a base whose linears are `linears` (module path and (out, in)); returns, for each update, the

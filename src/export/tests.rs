@@ -48,13 +48,20 @@ fn an_adapter_read_and_written_again_is_pefts_file() {
     }
 }
 
+const TOKENIZER_CONFIG: &str = r#"{
+  "about": "\"chat_template\": 1", "deeper": {"chat_template": "kept"},
+  "model_max_length": 1000000000000000019884624838656,
+  "chat_template" : "{{ \"old\" }}" , "b": 1e-05
+}
+"#;
+
 #[test]
 fn an_adapters_folder_carries_the_tokenizer_and_the_template_it_was_trained_with() {
     let root = tempfile::tempdir().unwrap();
     let mut checkpoint = base("tied");
     for (name, text) in [
         ("tokenizer.json", "{}"),
-        ("tokenizer_config.json", r#"{"a": 1, "chat_template": "old", "b": 2}"#),
+        ("tokenizer_config.json", TOKENIZER_CONFIG),
         ("generation_config.json", "{}"),
         ("chat_template.jinja", "old"),
     ] {
@@ -75,7 +82,9 @@ fn an_adapters_folder_carries_the_tokenizer_and_the_template_it_was_trained_with
         ]
     );
     assert_eq!(fs::read_to_string(place.join("chat_template.jinja")).unwrap(), "new");
-    assert_eq!(json(&place.join("tokenizer_config.json")), serde_json::json!({"a": 1, "chat_template": "new", "b": 2}));
+    // Nothing else of it changes, not even where the same words occur.
+    let expected = TOKENIZER_CONFIG.replace(r#""{{ \"old\" }}""#, r#""new""#);
+    assert_eq!(fs::read_to_string(place.join("tokenizer_config.json")).unwrap(), expected);
     assert_eq!(sidecars(&checkpoint, None), checkpoint.sidecars);
     // Again over itself.
     peft::write(&place, &loaded.config, &loaded.updates, &files).unwrap();
