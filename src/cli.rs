@@ -39,6 +39,9 @@ pub enum Command {
     Validate(Validate),
     /// Print the recipe's reference: a JSON Schema for editors, or Markdown
     Schema(Schema),
+    /// Write the logits of token ids to a file, for comparing with other programs
+    #[command(hide = true)]
+    Logits(Logits),
     /// Check this machine: libtorch, CUDA, memory, disk; what is missing and how to get it
     Doctor(Doctor),
 }
@@ -61,8 +64,11 @@ pub struct Train {
     /// Continue from the newest saved state in the output folder, bit for bit
     ///
     /// Refused when the recipe, the data or the base changed since; the difference is named.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "overwrite")]
     pub resume: bool,
+    /// Begin again in an output folder that holds a run: its states and metrics are removed
+    #[arg(long)]
+    pub overwrite: bool,
     /// Print events as JSON, one object per line, instead of progress
     #[arg(long, conflicts_with = "quiet")]
     pub json: bool,
@@ -251,6 +257,20 @@ pub struct Schema {
     /// Print the reference as Markdown tables
     #[arg(long)]
     pub markdown: bool,
+}
+
+/// `engraft logits`
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct Logits {
+    /// Which model.
+    #[command(flatten)]
+    pub model: ModelChoice,
+    /// Token ids of one document
+    #[arg(long, value_name = "ID,ID,...", value_delimiter = ',', required = true)]
+    pub ids: Vec<u32>,
+    /// Safetensors file to write: `logits` (T, V), fp32
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
 }
 
 /// `engraft doctor`

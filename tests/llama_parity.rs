@@ -163,9 +163,7 @@ fn a_sequence_continued_in_pieces_gives_the_hidden_states_of_one_pass() {
     let mut cache = model.cache(1);
     let pieces: Vec<Tensor> = [&ids[..13], &ids[13..14], &ids[14..31], &ids[31..]]
         .iter()
-        .map(|piece| {
-            model.hidden_cached(&Tensor::from_slice(piece), &Documents::one(piece.len() as i64), &mut cache)
-        })
+        .map(|piece| model.hidden_cached(&Tensor::from_slice(piece), &Documents::one(piece.len() as i64), &mut cache))
         .collect();
     assert_close("hidden states", &Tensor::cat(&pieces, 0), &whole, TOLERANCE);
 }

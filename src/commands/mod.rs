@@ -1,4 +1,41 @@
 //! One verb per file: straight lines, no logic of their own.
 
+pub mod chat;
+pub mod doctor;
+pub mod eval;
+pub mod export;
+pub mod generate;
+pub mod inspect;
+pub mod logits;
+pub mod merge;
+pub mod preview;
 pub mod schema;
+pub mod train;
 pub mod validate;
+
+mod console;
+mod loading;
+mod speech;
+
+use std::io::Write;
+
+use crate::Result;
+use crate::cli::{Cli, Command};
+
+/// Runs the verb that was typed; what it prints for the user or a program goes to `out`, progress to standard error.
+pub fn run(cli: &Cli, out: &mut dyn Write) -> Result<()> {
+    match &cli.command {
+        Command::Train(arguments) => train::run(arguments),
+        Command::Eval(arguments) => eval::run(arguments, out),
+        Command::Chat(arguments) => chat::run(arguments, out),
+        Command::Generate(arguments) => generate::run(arguments, out),
+        Command::Merge(arguments) => merge::run(arguments),
+        Command::Export(arguments) => export::run(arguments),
+        Command::Inspect(arguments) => inspect::run(arguments, out),
+        Command::Preview(arguments) => preview::run(arguments, out),
+        Command::Validate(arguments) => validate::run(arguments, out),
+        Command::Schema(arguments) => schema::run(arguments, out),
+        Command::Logits(arguments) => logits::run(arguments),
+        Command::Doctor(arguments) => doctor::run(arguments, out),
+    }
+}

@@ -99,11 +99,7 @@ pub fn score(answers: &[Answer]) -> Score {
         let told: Vec<bool> = answers.iter().filter_map(of).collect();
         (!told.is_empty()).then(|| told.iter().filter(|yes| **yes).count() as f64 / told.len() as f64)
     };
-    Score {
-        answers: answers.len(),
-        exact_match: share(|answer| answer.exact),
-        matches: share(|answer| answer.matches),
-    }
+    Score { answers: answers.len(), exact_match: share(|answer| answer.exact), matches: share(|answer| answer.matches) }
 }
 
 #[cfg(test)]

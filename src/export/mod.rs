@@ -1,10 +1,12 @@
-//! What is written: PEFT adapters ([`peft`]), merged models ([`merged`]), the manifest ([`manifest`]). Each folder appears whole
+//! What is written: PEFT adapters ([`peft`]), merged models ([`merged`]), the manifest ([`manifest`]), all of a run
+//! together ([`run`]). Each folder appears whole
 //! or not at all ([`folder`]).
 
 pub mod folder;
 pub mod manifest;
 pub mod merged;
 pub mod peft;
+pub mod run;
 
 #[cfg(test)]
 mod tests;

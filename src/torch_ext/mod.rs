@@ -109,6 +109,7 @@ unsafe extern "C" {
         c: *mut f32,
     ) -> *mut c_char;
     fn engraft_bf16_gemm_done();
+    fn engraft_cpu_capability() -> *const c_char;
     fn engraft_torch_version() -> *const c_char;
 }
 
@@ -555,6 +556,12 @@ pub fn bf16_gemm_serves() -> bool {
         message(error).is_none() && c == [9.0, 3.0, 25.0, 15.0]
     });
     *SERVES
+}
+
+/// The instruction set libtorch chose for its CPU kernels, as in `AVX512`.
+pub fn cpu_capability() -> &'static str {
+    // SAFETY: a NUL-terminated string that lives as long as the program.
+    unsafe { CStr::from_ptr(engraft_cpu_capability()) }.to_str().unwrap_or("unknown")
 }
 
 /// libtorch's version, as in `2.11.0`.

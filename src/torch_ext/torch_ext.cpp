@@ -5,6 +5,7 @@
 #include <ATen/Context.h>
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
+#include <ATen/Version.h>
 #include <ATen/native/CPUBlas.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -208,6 +209,11 @@ char* engraft_bf16_gemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ld
 }
 
 void engraft_bf16_gemm_done() { at::native::cpublas::brgemm_release(/*is_vnni=*/true); }
+
+const char* engraft_cpu_capability() {
+  static const std::string capability = at::get_cpu_capability();
+  return capability.c_str();
+}
 
 const char* engraft_torch_version() { return TORCH_VERSION; }
 }

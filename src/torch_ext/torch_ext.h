@@ -64,6 +64,8 @@ char* engraft_bf16_gemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ld
 // Gives back the processor state that a run of engraft_bf16_gemm calls on this thread may hold (AMX tiles).
 void engraft_bf16_gemm_done();
 
+// Instruction set libtorch chose for its CPU kernels: "AVX512". Lives as long as the program.
+const char* engraft_cpu_capability();
 // Version as torch::version says it: "2.11.0".
 const char* engraft_torch_version();
 }

@@ -9,6 +9,7 @@ use super::state::States;
 use crate::{Error, Fault, Result};
 
 const LOCK: &str = ".lock";
+const DAY: &str = ".day";
 
 /// What to do with what the folder already holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,6 +52,24 @@ impl RunFolder {
         }
         states.clean()?;
         Ok(Self { path: path.to_owned(), start, _lock: lock })
+    }
+}
+
+impl RunFolder {
+    /// The day the run began: templates that print a date print this one, also when the run goes on another day.
+    ///
+    /// # Errors
+    /// [`Error::Output`] when it cannot be noted, [`Error::State`] when the note is not a date.
+    pub fn day(&self) -> Result<jiff::civil::Date> {
+        let path = self.path.join(DAY);
+        if self.start == Start::Resume
+            && let Ok(noted) = std::fs::read_to_string(&path)
+        {
+            return noted.trim().parse().map_err(|error| Error::State(Fault::at(&path, error)));
+        }
+        let today = jiff::Zoned::now().date();
+        disk::replace_file(&path, format!("{today}\n").as_bytes())?;
+        Ok(today)
     }
 }
 

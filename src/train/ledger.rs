@@ -128,14 +128,20 @@ impl Ledger {
 impl Identity {
     /// What differs between this run and the one a state belongs to, one line each; empty when the state may continue it.
     pub fn differences(&self, state: &Identity) -> Vec<String> {
-        let mut found = Vec::new();
-        compare("", &state.recipe, &self.recipe, &mut found);
+        let mut found = state.recipe_differences(&self.recipe);
         for (what, then, now) in [("the dataset", &state.data, &self.data), ("the base model", &state.base, &self.base)]
         {
             if then != now {
                 found.push(format!("{what} has changed: its fingerprint was {then}, it is {now}"));
             }
         }
+        found
+    }
+
+    /// How `recipe` differs from the one of this state, in keys that change a number of the training.
+    pub fn recipe_differences(&self, recipe: &Value) -> Vec<String> {
+        let mut found = Vec::new();
+        compare("", &self.recipe, recipe, &mut found);
         found
     }
 }

@@ -4,9 +4,11 @@
 //! A run is a function of its recipe, data, base and device: dropout is drawn from the seed and the step, so a
 //! [`State`] holds no random generator and a resumed run equals the one that was never stopped, bit for bit.
 
+mod device;
 mod disk;
 mod folder;
 mod ledger;
+mod memory;
 mod metrics;
 mod optimizer;
 mod outcome;
@@ -20,10 +22,12 @@ mod state;
 mod tensorboard;
 mod trainer;
 
+pub use device::device_name;
 pub use folder::{RunFolder, Start};
 pub use ledger::{Best, Identity, Ledger};
+pub use memory::recomputed_layers;
 pub use metrics::{EvalRecord, Event, Metrics, StepRecord, peak_memory_bytes};
-pub use optimizer::AdamW;
+pub use optimizer::{AdamW, restore};
 pub use outcome::Outcome;
 pub use progress::Progress;
 pub use scaler::Scaler;

@@ -469,7 +469,7 @@ mod tests {
             format!("{{{{ {}1{} }}}}", "(".repeat(38), ")".repeat(38)),
             format!("{{{{ {}1{} }}}}", "[".repeat(38), "]".repeat(38)),
             format!("{{{{ {}1 }}}}", "- ".repeat(38)),
-            format!("{{{{ {}messages{} }}}}", "(".repeat(38), "|length)".repeat(1) + &")".repeat(37)),
+            format!("{{{{ {}messages{} }}}}", "(".repeat(38), "|length)".to_string() + &")".repeat(37)),
             format!("{}x{}", "{% if 1 %}".repeat(60), "{% endif %}".repeat(60)),
             format!("{}x{}", "{% for a in [1] %}".repeat(60), "{% endfor %}".repeat(60)),
             format!("{{% if 0 %}}{}{{% else %}}x{{% endif %}}", "{% elif 0 %}".repeat(58)),

@@ -21,7 +21,12 @@ const FAMILIES: &[Family] = &[Family { model_types: llama::MODEL_TYPES, spec: ll
 /// Errors: a `model_type` that no family answers to (the answer lists those supported), a field that is missing, out of
 /// range or asks for something not supported.
 pub fn spec(checkpoint: &Checkpoint) -> Result<ModelSpec> {
-    let config = Config::new(&checkpoint.config);
+    from_config(&checkpoint.config)
+}
+
+/// [`spec`] of a `config.json` alone.
+pub fn from_config(config: &serde_json::Value) -> Result<ModelSpec> {
+    let config = Config::new(config);
     let model_type = config.text("model_type")?;
     let family = FAMILIES.iter().find(|f| f.model_types.contains(&model_type)).ok_or_else(|| {
         let known: Vec<&str> = FAMILIES.iter().flat_map(|f| f.model_types).copied().collect();

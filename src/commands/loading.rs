@@ -1,0 +1,85 @@
+//! What several verbs begin with: the base opened and read, its tokenizer, a recipe's datasets, an adapter put on.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use tch::{Device, Kind};
+
+use super::console::{Console, Unit};
+use crate::adapter::{Adapters, LoadedAdapter};
+use crate::cli::ModelChoice;
+use crate::data::{Dataset, Encoder, Tokenizer};
+use crate::model::Decoder;
+use crate::recipe::{BaseSource, DataSource, DatasetRecipe, Plan, cache_dir};
+use crate::torch_ext::catching;
+use crate::weights::Checkpoint;
+use crate::{Error, Fault, Result};
+
+/// Opens a base; hub files are fetched with progress, and what the reader noticed is said.
+pub(super) fn checkpoint(source: &BaseSource, console: &Console) -> Result<Checkpoint> {
+    let stage = console.stage("fetching the base", Unit::Bytes);
+    let checkpoint = Checkpoint::open_with(source, &mut |transfer| stage.at(transfer.done, transfer.total))?;
+    drop(stage);
+    for notice in checkpoint.notices() {
+        console.say(format_args!("note: {notice}"));
+    }
+    Ok(checkpoint)
+}
+
+/// Reads the weights.
+pub(super) fn decoder(checkpoint: &Checkpoint, kind: Kind, device: Device, console: &Console) -> Result<Decoder> {
+    let stage = console.stage("loading the base", Unit::Bytes);
+    catching("loading the base", || Decoder::load(checkpoint, kind, device, &|done, total| stage.at(done, total)))
+}
+
+/// The tokenizer and encoder of a recipe's dataset, for this base.
+pub(super) fn encoder(checkpoint: &Checkpoint, recipe: &DatasetRecipe) -> Result<Encoder> {
+    Encoder::new(Arc::new(Tokenizer::new(&checkpoint.sidecars)?), recipe)
+}
+
+/// Tokenises a dataset, or finds it in the cache.
+pub(super) fn dataset(
+    what: &str,
+    sources: &[DataSource],
+    plan: &Plan,
+    encoder: &Encoder,
+    console: &Console,
+) -> Result<Dataset> {
+    let stage = console.stage(&format!("tokenising the {what} set"), Unit::Things("rows"));
+    let (recipe, seed) = (&plan.dataset, plan.training.seed);
+    Dataset::open(sources, recipe, encoder, &cache_dir(), seed, &|done, total| stage.at(done, total))
+}
+
+/// A model to talk to: the base, with an adapter on it if one is named.
+pub(super) struct Loaded {
+    pub(super) model: Decoder,
+    pub(super) checkpoint: Checkpoint,
+}
+
+/// Opens what `--model`, `--adapter`, `--dtype` and `--device` name.
+pub(super) fn chosen(choice: &ModelChoice, console: &Console) -> Result<Loaded> {
+    let base = |fault: Fault| Error::Model(Fault { place: "--model".into(), ..fault });
+    let source = BaseSource::find(&choice.model, choice.revision.as_deref(), Path::new("")).map_err(base)?;
+    let device = choice.device.find().map_err(|fault| Error::Device(Fault { place: "--device".into(), ..fault }))?;
+    let checkpoint = checkpoint(&source, console)?;
+    let mut model = decoder(&checkpoint, choice.dtype.kind(), device, console)?;
+    if let Some(folder) = &choice.adapter {
+        adapter(&mut model, folder, console)?;
+    }
+    Ok(Loaded { model, checkpoint })
+}
+
+/// Puts the adapter of a folder on the model.
+pub(super) fn adapter(model: &mut Decoder, folder: &Path, console: &Console) -> Result<Adapters> {
+    let loaded = LoadedAdapter::read(folder)?;
+    for notice in &loaded.notices {
+        console.say(format_args!("note: {notice}"));
+    }
+    Adapters::attach_loaded(model, &loaded, 0.0)
+}
+
+/// As many CPU threads as asked for, else as many as this process may use (its cgroup's share, too).
+pub(super) fn use_threads(asked: Option<u32>) {
+    let allowed = || std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+    tch::set_num_threads(asked.unwrap_or_else(allowed) as i32);
+}

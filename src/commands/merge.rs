@@ -1,0 +1,44 @@
+//! `engraft merge`: an adapter folded into its base.
+
+use std::path::Path;
+
+use super::console::{Console, Unit};
+use super::loading;
+use crate::adapter::LoadedAdapter;
+use crate::cli::Merge;
+use crate::export::{merged, sidecars};
+use crate::recipe::{BaseSource, Dtype};
+use crate::{Error, Fault, Result};
+
+/// Runs the verb: tensor by tensor from the base's files, never the whole model in memory.
+pub fn run(arguments: &Merge) -> Result<()> {
+    loading::use_threads(None);
+    let console = Console::new(false);
+    let base = |fault: Fault| Error::Model(Fault { place: "--model".into(), ..fault });
+    let source = BaseSource::find(&arguments.model, arguments.revision.as_deref(), Path::new("")).map_err(base)?;
+    let adapter = LoadedAdapter::read(&arguments.adapter)?;
+    let checkpoint = loading::checkpoint(&source, &console)?;
+    for notice in &adapter.notices {
+        console.say(format_args!("note: {notice}"));
+    }
+    // The template it was trained with travels with an adapter.
+    let template = std::fs::read_to_string(arguments.adapter.join("chat_template.jinja")).ok();
+    let sidecars = sidecars(&checkpoint, template.as_deref());
+    let kind = arguments.dtype.unwrap_or_else(|| own_dtype(&checkpoint.config)).kind();
+    let stage = console.stage("merging", Unit::Bytes);
+    merged::write(&arguments.out, &checkpoint, &adapter.updates, kind, &sidecars, &|done, total| {
+        stage.at(done, total);
+    })?;
+    drop(stage);
+    console.say(format_args!("wrote {}", arguments.out.display()));
+    Ok(())
+}
+
+/// What the base's config says its weights are.
+fn own_dtype(config: &serde_json::Value) -> Dtype {
+    match config.get("dtype").or_else(|| config.get("torch_dtype")).and_then(|dtype| dtype.as_str()) {
+        Some("float32") => Dtype::Fp32,
+        Some("float16") => Dtype::Fp16,
+        _ => Dtype::Bf16,
+    }
+}

@@ -1,0 +1,235 @@
+//! A conversation to tokens and mask: which turns are trained, where each begins and where it ends.
+
+use std::ops::Range;
+
+use serde_json::Value as Json;
+
+use super::chat::{Chat, PROBE};
+use super::{Begin, Encoder, Row};
+use crate::data::template::Rendered;
+use crate::data::tokenizer::Tokens;
+use crate::data::{BadRow, Document};
+use crate::recipe::TrainOn;
+
+impl Encoder {
+    pub(super) fn conversation(&self, messages: &[Json], tools: Option<&Json>, trained_from: usize) -> Row<Document> {
+        let chat = self.chat(tools)?;
+        let with_system = self.with_system(messages);
+        let trained_from = trained_from + with_system.len() - messages.len();
+        let messages = with_system;
+        self.check_messages(chat, &messages)?;
+        let selected = self.selected(&messages, trained_from)?;
+
+        let rendered = self.render(chat, &messages, tools, false)?;
+        let tokens = self.tokenizer.encode_rendered(&rendered).map_err(BadRow::Malformed)?;
+        self.check_bos(&tokens.ids)?;
+        let mut trained = vec![false; tokens.ids.len()];
+        if self.recipe.train_on == TrainOn::All {
+            let from = if trained_from == 0 { 0 } else { self.begin(chat, &messages, tools, trained_from, &rendered)? };
+            for (flag, span) in trained.iter_mut().zip(&tokens.spans) {
+                *flag = span.end > from;
+            }
+        } else {
+            for span in self.trained_tokens(chat, &messages, tools, &selected, &rendered, &tokens)? {
+                trained[span].fill(true);
+            }
+        }
+        let ends = tokens.ids.iter().zip(&trained).any(|(id, trained)| *trained && chat.end_ids.contains(id));
+        if !ends {
+            return Err(BadRow::Malformed(
+                "no end-of-turn token is trained, so the model would not learn to stop: the chat template writes none \
+                 after the assistant's turn; name another with dataset.chat_template"
+                    .into(),
+            ));
+        }
+        Ok(Document { ids: tokens.ids, trained })
+    }
+
+    /// The messages whose turns are trained: all of the assistant's from `from` on, or the last one.
+    fn selected(&self, messages: &[Json], from: usize) -> Row<Vec<usize>> {
+        let mut selected: Vec<usize> = (from..messages.len()).filter(|at| is_assistant(&messages[*at])).collect();
+        if self.recipe.train_on == TrainOn::LastAssistant {
+            selected = selected.split_off(selected.len().saturating_sub(1));
+        }
+        if selected.is_empty() && self.recipe.train_on != TrainOn::All {
+            return Err(BadRow::NothingTrained("the conversation has no assistant turn to train on".into()));
+        }
+        for at in &selected {
+            let message = &messages[*at];
+            let says = |field: &str| match &message[field] {
+                Json::Null => false,
+                Json::String(text) => !text.trim().is_empty(),
+                Json::Array(items) => !items.is_empty(),
+                _ => true,
+            };
+            let content = content_text(&message["content"]).is_some_and(|text| !text.trim().is_empty());
+            if !content
+                && !["tool_calls", "function_call", "reasoning_content", "thinking", "reasoning"]
+                    .iter()
+                    .any(|field| says(field))
+            {
+                return Err(BadRow::NothingTrained(format!("message {at}: the assistant's turn is empty")));
+            }
+        }
+        Ok(selected)
+    }
+
+    /// The tokens of the selected turns, each with its end-of-turn token.
+    fn trained_tokens(
+        &self,
+        chat: &Chat,
+        messages: &[Json],
+        tools: Option<&Json>,
+        selected: &[usize],
+        rendered: &Rendered,
+        tokens: &Tokens,
+    ) -> Row<Vec<Range<usize>>> {
+        if chat.template.marks_generation() {
+            let spans = self.generated(chat, messages, tools, selected, rendered)?;
+            return Ok(spans.into_iter().map(|span| tokens_of(tokens, &span, rendered, chat)).collect());
+        }
+        let assistants: Vec<usize> = (0..messages.len()).filter(|at| is_assistant(&messages[*at])).collect();
+        let begins: Vec<(usize, Begin)> = match chat.headers(rendered).filter(|ends| ends.len() == assistants.len()) {
+            Some(ends) => assistants.into_iter().zip(ends).filter(|(at, _)| selected.contains(at)).collect(),
+            None => {
+                let begin = |at: &usize| Ok((*at, self.begin(chat, messages, tools, *at, rendered)?));
+                selected.iter().map(begin).collect::<Row<_>>()?
+            }
+        };
+        let mut spans = Vec::with_capacity(begins.len());
+        for (turn, (message, begin)) in begins.iter().enumerate() {
+            let first = tokens.spans.partition_point(|span| span.end <= *begin);
+            let limit = begins.get(turn + 1).map_or(usize::MAX, |(_, next)| *next);
+            let end = (first..tokens.ids.len())
+                .take_while(|at| tokens.spans[*at].start < limit)
+                .find(|at| chat.end_ids.contains(&tokens.ids[*at]));
+            let Some(end) = end else {
+                return Err(BadRow::Malformed(format!(
+                    "message {message}: the chat template ends the assistant's turn with no end-of-turn token, so the model would not \
+                     learn to stop; name another with dataset.chat_template"
+                )));
+            };
+            let turn = &rendered.text[tokens.spans[first].start..tokens.spans[end].end];
+            if tokens.ids[first..end].iter().all(|id| chat.end_ids.contains(id)) {
+                return Err(BadRow::Malformed(format!(
+                    "message {message}: the chat template leaves out what the assistant says (its tool calls?); name another with \
+                     dataset.chat_template"
+                )));
+            }
+            if !holds_answer(turn, &messages[*message]["content"]) {
+                return Err(uncertain(*message));
+            }
+            spans.push(first..end + 1);
+        }
+        Ok(spans)
+    }
+
+    /// The spans a template marks with `{% generation %}` for the selected messages.
+    fn generated(
+        &self,
+        chat: &Chat,
+        messages: &[Json],
+        tools: Option<&Json>,
+        selected: &[usize],
+        rendered: &Rendered,
+    ) -> Row<Vec<Range<usize>>> {
+        let assistants: Vec<usize> = (0..messages.len()).filter(|at| is_assistant(&messages[*at])).collect();
+        let spans = &rendered.generation;
+        if selected.len() == assistants.len() {
+            return Ok(spans.clone());
+        }
+        if spans.len() == assistants.len() {
+            let chosen = assistants.iter().zip(spans).filter(|(at, _)| selected.contains(at));
+            return Ok(chosen.map(|(_, span)| span.clone()).collect());
+        }
+        // Several spans per turn: those of the turns before the first selected one are left out.
+        let before = self.render(chat, &messages[..selected[0]], tools, false)?;
+        if before.generation.len() > spans.len() || spans[..before.generation.len()] != before.generation {
+            return Err(uncertain(selected[0]));
+        }
+        Ok(spans[before.generation.len()..].to_vec())
+    }
+
+    /// Where the turn of a message begins in the rendered conversation: where the prompt for it ends.
+    fn begin(
+        &self,
+        chat: &Chat,
+        messages: &[Json],
+        tools: Option<&Json>,
+        at: usize,
+        rendered: &Rendered,
+    ) -> Row<Begin> {
+        // The template keeps what came before, as a rule: then the prompt is a prefix.
+        let prompt =
+            (at > 0).then(|| self.render(chat, &messages[..at], tools, is_assistant(&messages[at])).ok()).flatten();
+        if let Some(rest) = prompt.as_ref().and_then(|prompt| rendered.text.strip_prefix(&prompt.text)) {
+            let header =
+                chat.unprompted_header.as_deref().filter(|header| rest.starts_with(header)).unwrap_or_default();
+            return Ok(rendered.text.len() - rest.len() + header.len());
+        }
+        // It may also move the system message, or shorten earlier turns: look where the content comes out.
+        let Some(content) = messages[at]["content"].as_str() else { return Err(uncertain(at)) };
+        let with = |content: String| {
+            let mut messages = messages.to_vec();
+            messages[at]["content"] = Json::String(content);
+            self.render(chat, &messages, tools, false).ok().map(|rendered| rendered.text)
+        };
+        let blank = content.len() - content.trim_start().len();
+        for place in [0, blank] {
+            let Some(marked) = with(format!("{}{PROBE}{}", &content[..place], &content[place..])) else { continue };
+            let Some((before, after)) = marked.split_once(PROBE) else { continue };
+            if rendered.text.strip_prefix(before) == Some(after) {
+                return Ok(before.len());
+            }
+        }
+        let replaced = with(PROBE.to_string()).unwrap_or_default();
+        let place = replaced.split_once(PROBE).filter(|(before, after)| {
+            !after.contains(PROBE) && rendered.text.strip_prefix(before).is_some_and(|rest| rest.ends_with(after))
+        });
+        if let Some((before, _)) = place {
+            return Ok(before.len());
+        }
+        Err(uncertain(at))
+    }
+}
+
+/// The tokens of a marked span, and the end-of-turn token after it where the template left it outside.
+fn tokens_of(tokens: &Tokens, span: &Range<usize>, rendered: &Rendered, chat: &Chat) -> Range<usize> {
+    let first = tokens.spans.partition_point(|token| token.end <= span.start);
+    let mut end = tokens.spans.partition_point(|token| token.start < span.end);
+    let ends = |at: usize| tokens.ids.get(at).is_some_and(|id| chat.end_ids.contains(id));
+    if end > first && !(first..end).any(ends) {
+        let blank = (end..tokens.ids.len()).find(|at| !rendered.text[tokens.spans[*at].clone()].trim().is_empty());
+        if let Some(next) = blank.filter(|at| ends(*at)) {
+            end = next + 1;
+        }
+    }
+    first..end.max(first)
+}
+
+pub(super) fn is_assistant(message: &Json) -> bool {
+    message["role"] == "assistant"
+}
+
+pub(super) fn content_text(content: &Json) -> Option<String> {
+    match content {
+        Json::String(text) => Some(text.clone()),
+        Json::Array(parts) => Some(parts.iter().filter_map(|part| part["text"].as_str()).collect()),
+        _ => None,
+    }
+}
+
+/// Whether a turn's text holds what the assistant says after thinking; white space does not count, templates trim it.
+fn holds_answer(turn: &str, content: &Json) -> bool {
+    let Some(content) = content_text(content) else { return true };
+    let answer = content.rsplit_once("</think>").map_or(content.as_str(), |(_, answer)| answer);
+    let dense = |text: &str| text.chars().filter(|c| !c.is_whitespace()).collect::<String>();
+    turn.contains(answer.trim()) || dense(turn).contains(&dense(answer))
+}
+
+fn uncertain(message: usize) -> BadRow {
+    BadRow::Malformed(format!(
+        "message {message}: the chat template rewrites this conversation so that where the assistant's turn begins cannot be told; \
+         name a template with generation blocks (a built-in one) with dataset.chat_template, or train on the last turn only"
+    ))
+}

@@ -1,0 +1,104 @@
+//! The memory plan: which blocks keep their activations, and which run again in backward because all would not fit.
+//!
+//! What a block keeps per token, in elements of the activations' type, is what the operations of [`crate::ops`] keep: the
+//! stream twice (before each norm), q, k, v, the attention's output, gate and up; and in fp32 one logsumexp per head and two
+//! norm statistics. Recomputed, it keeps the stream once. The most that is alive beside that is one block's worth of
+//! gradients and the head's chunk of logits.
+
+use tch::{Device, Kind};
+
+use crate::model::ModelSpec;
+use crate::model::spec::{Attention, FeedForward};
+use crate::recipe::Recompute;
+use crate::torch_ext::cuda_memory;
+
+/// Share of the memory that is free which activations may take: the rest is for what the allocator cannot reuse.
+const SHARE: f64 = 0.85;
+
+/// How many of the first blocks run again in backward, for micro-batches of at most `tokens` tokens.
+///
+/// Call it when the model and its adapters are loaded: it looks at what is free then.
+pub fn recomputed_layers(choice: Recompute, spec: &ModelSpec, kind: Kind, device: Device, tokens: u64) -> usize {
+    match choice {
+        Recompute::None => 0,
+        Recompute::Full => spec.layers.len(),
+        Recompute::Auto => match free_bytes(device) {
+            Some(free) => fewest(spec, kind, tokens, (free as f64 * SHARE) as u64),
+            None => 0,
+        },
+    }
+}
+
+/// The fewest recomputed blocks with which a micro-batch fits into `budget` bytes; all of them where nothing does.
+fn fewest(spec: &ModelSpec, kind: Kind, tokens: u64, budget: u64) -> usize {
+    let element = kind.elt_size_in_bytes() as u64;
+    let kept: Vec<u64> = spec.layers.iter().map(|layer| kept_bytes(layer, spec.hidden_size as u64, element)).collect();
+    let recomputed = spec.hidden_size as u64 * element;
+    // While a block runs backward: its activations, and as much again of gradients.
+    let working = 2 * kept.iter().max().copied().unwrap_or(0) * tokens + 3 * (64 << 20);
+    let need = |n: usize| {
+        let saved: u64 = kept[n..].iter().sum();
+        (saved + n as u64 * recomputed) * tokens + working
+    };
+    (0..=kept.len()).find(|n| need(*n) <= budget).unwrap_or(kept.len())
+}
+
+fn kept_bytes(layer: &crate::model::spec::LayerSpec, hidden: u64, element: u64) -> u64 {
+    let Attention::Grouped { heads, kv_heads, head_size, .. } = &layer.attention;
+    let FeedForward::Gated { gate, up, .. } = &layer.feed_forward;
+    let attention = (2 * heads + 2 * kv_heads) * head_size;
+    (2 * hidden + attention as u64 + (gate.output + up.output) as u64) * element + (*heads as u64 + 2) * 4
+}
+
+/// Bytes free on the device; what the kernel says is available, within the cgroup's limit, for the CPU.
+fn free_bytes(device: Device) -> Option<u64> {
+    match device {
+        Device::Cuda(index) => u64::try_from(cuda_memory(index).ok()?.free).ok(),
+        Device::Cpu => {
+            let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+            let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+            let available = line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024;
+            Some(cgroup_free().map_or(available, |free| free.min(available)))
+        }
+        _ => None,
+    }
+}
+
+fn cgroup_free() -> Option<u64> {
+    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+    let limit = number("/sys/fs/cgroup/memory.max")?;
+    Some(limit.saturating_sub(number("/sys/fs/cgroup/memory.current")?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::families;
+    use serde_json::json;
+
+    fn eight_billion() -> ModelSpec {
+        let config = json!({
+            "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": false,
+        });
+        families::from_config(&config).unwrap()
+    }
+
+    #[test]
+    fn an_8b_model_keeps_three_megabytes_per_token_as_the_formula_says() {
+        let spec = eight_billion();
+        let per_token: u64 = spec.layers.iter().map(|layer| kept_bytes(layer, 4096, 2)).sum();
+        assert!((3_000_000..3_050_000).contains(&per_token), "{per_token}");
+    }
+
+    #[test]
+    fn blocks_are_recomputed_only_as_far_as_memory_asks() {
+        let spec = eight_billion();
+        let layers = |budget| fewest(&spec, Kind::BFloat16, 16_384, budget);
+        assert_eq!(layers(100 << 30), 0);
+        let some = layers(30 << 30);
+        assert!((1..32).contains(&some), "{some}");
+        assert!(layers(20 << 30) > some);
+        assert_eq!(layers(1 << 30), 32);
+    }
+}
