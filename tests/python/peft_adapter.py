@@ -6,8 +6,9 @@ base-tied/, base-untied/    tiny random Llamas: `config.json`, `model.safetensor
 <case>/                     `adapter_config.json`, `adapter_model.safetensors` as PEFT saves them, `recipe.json` (the same
                             wishes as engraft's recipe has them), `merged.safetensors` (fp32, by PEFT) for some
 refused/<case>/             adapters that use more than plain LoRA on linears
-targets.json                {models: {name: {linears: [[name, out, in]], head}}, cases: [{model, recipe, expected}]}
-                            with `expected` {module: [r, alpha, scale]} and `saved`, the target_modules PEFT writes
+targets.json                {models: {name: {linears: [[name, out, in]], head}}, cases: [{model, recipe, expected, saved}]}
+                            with `expected` [[index of the linear, r, alpha, scale]] and `saved`, the target_modules
+                            PEFT writes
 
 The hash seed fixes the order in which PEFT, which keeps target_modules in a set, writes them.
 """
@@ -196,7 +197,10 @@ def main():
             peft = get_peft_model(build(name, generator), peft_config(recipe))
             saved = peft.peft_config["default"].target_modules
             saved = saved if isinstance(saved, str) else sorted(saved)
-            cases.append({"model": name, "recipe": recipe, "expected": adapted(peft), "saved": saved})
+            found = adapted(peft)
+            expected = [[i, *found.pop(n)] for i, (n, _, _) in enumerate(linears) if n in found]
+            assert not found, f"PEFT adapted what is not a linear: {found}"
+            cases.append({"model": name, "recipe": recipe, "expected": expected, "saved": saved})
     (FIXTURES / "targets.json").write_text(compact({"models": models, "cases": cases}))
 
 
