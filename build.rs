@@ -11,15 +11,25 @@ fn main() {
     );
     let include = lib.parent().expect("libtorch's lib folder has a parent").join("include");
 
-    cc::Build::new()
+    let mut build = cc::Build::new();
+    build
         .cpp(true)
         .std("c++17")
         .warnings(false)
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
         .define("_GLIBCXX_USE_CXX11_ABI", "1")
-        .file("src/torch_ext/torch_ext.cpp")
-        .compile("engraft_torch_ext");
+        .file("src/torch_ext/torch_ext.cpp");
+    // libtorch's parallel_for lives in its headers and is serial unless compiled with OpenMP. It must be libtorch's own OpenMP
+    // runtime: a second one would mean a second pool of threads on the same cores.
+    let openmp = openmp_runtime(&lib).filter(|_| build.get_compiler().is_like_gnu());
+    match &openmp {
+        Some(_) => drop(build.flag("-fopenmp")),
+        None => {
+            println!("cargo:warning=no libgomp beside libtorch, or not a GNU compiler: CPU kernels run on one thread")
+        }
+    }
+    build.compile("engraft_torch_ext");
 
     // The binary finds libtorch without LD_LIBRARY_PATH.
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
@@ -29,4 +39,18 @@ fn main() {
     if Path::new(&lib).join("libtorch_cuda.so").exists() {
         println!("cargo:rustc-link-arg=-ltorch_cuda");
     }
+    if let Some(runtime) = openmp {
+        println!("cargo:rustc-link-arg={}", runtime.display());
+    }
+}
+
+/// libgomp as libtorch ships it: `libgomp.so.1`, or with a hash in its name.
+fn openmp_runtime(lib: &Path) -> Option<PathBuf> {
+    let mut found: Vec<PathBuf> = lib.read_dir().ok()?.flatten().map(|entry| entry.path()).collect();
+    found.retain(|path| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        name.starts_with("libgomp") && name.contains(".so")
+    });
+    found.sort();
+    found.pop()
 }

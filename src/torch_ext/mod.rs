@@ -784,4 +784,14 @@ mod tests {
         });
         assert!(seen.iter().all(|n| n.load(std::sync::atomic::Ordering::Relaxed) == 1));
     }
+
+    #[test]
+    fn parallel_for_uses_libtorchs_threads() {
+        tch::set_num_threads(2);
+        let threads = std::sync::Mutex::new(std::collections::HashSet::new());
+        parallel_for(2, 1, |_| {
+            threads.lock().unwrap().insert(std::thread::current().id());
+        });
+        assert_eq!(threads.lock().unwrap().len(), 2, "compiled without OpenMP it would be one");
+    }
 }
