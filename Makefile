@@ -41,7 +41,7 @@ demo: ## The main job, and a look at its result
 	say "Training an adapter that turns a customer's message into a JSON ticket ($(QUICKSTART))"
 	$(ENGRAFT) train $(QUICKSTART)
 	say "Held-out messages, before training: what the base model answers"
-	$(ENGRAFT) eval $(QUICKSTART) --generate --limit 5
+	$(ENGRAFT) eval $(QUICKSTART) --base --generate --limit 5 --max-tokens 60
 	say "Held-out messages, after training: the same model with runs/quickstart/adapter"
 	$(ENGRAFT) eval $(QUICKSTART) --adapter runs/quickstart/adapter --generate --limit $(DEMO_ROWS) --fail-under exact_match=0.8
 	say "The adapter is runs/quickstart/adapter; the curves are runs/quickstart/report.html. Talk to it:"

@@ -22,7 +22,7 @@ pub fn run(arguments: &Merge) -> Result<()> {
         console.say(format_args!("note: {notice}"));
     }
     // The template it was trained with travels with an adapter.
-    let template = std::fs::read_to_string(arguments.adapter.join("chat_template.jinja")).ok();
+    let template = adapter.chat_template()?;
     let sidecars = sidecars(&checkpoint, template.as_deref());
     let kind = arguments.dtype.unwrap_or_else(|| own_dtype(&checkpoint.config)).kind();
     let stage = console.stage("merging", Unit::Bytes);

@@ -144,7 +144,7 @@ impl Decoder {
     fn embed(&self, ids: &Tensor, documents: &Documents, forward: Forward) -> Tensor {
         let h = self.embedding.index_select(0, ids); // (T, D)
         let Some(seed) = forward.seed.filter(|_| forward.noise_alpha > 0.0) else { return h };
-        let noise = uniform(&h, -1.0, 1.0, seed ^ 0x6e6f_6973_65);
+        let noise = uniform(&h, -1.0, 1.0, seed ^ 0x006e_6f69_7365);
         for (start, length) in documents.spans() {
             let magnitude = forward.noise_alpha / ((length * self.spec.hidden_size) as f64).sqrt();
             let _ = noise.narrow(0, start, length).g_mul_scalar_(magnitude);

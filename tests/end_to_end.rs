@@ -1,0 +1,289 @@
+//! The binary, from a recipe to an adapter, on a tiny random model: what a user's terminal and a team's CI rely on.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::Arc;
+use std::time::Duration;
+
+use arrow::array::{ArrayRef, RecordBatch, StringArray};
+use engraft::weights::writer::{self, TensorSpec};
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+
+const VOCABULARY: i64 = 704;
+const HIDDEN: i64 = 32;
+const FEED_FORWARD: i64 = 48;
+
+/// A folder with a base model, a dataset and a recipe.
+struct Bench {
+    folder: tempfile::TempDir,
+}
+
+impl Bench {
+    fn new(training: &str) -> Self {
+        let bench = Self { folder: tempfile::tempdir().unwrap() };
+        write_base(&bench.path("base"));
+        let rows: Vec<(String, String)> =
+            (0..40).map(|i| (format!("add {i} and {}", i * 3 % 7), format!(" gives {}", i + i * 3 % 7))).collect();
+        write_rows(&bench.path("train.parquet"), &rows);
+        write_rows(&bench.path("eval.parquet"), &rows[..6]);
+        let recipe = format!(
+            "base_model: base\ndtype: fp32\ndevice: cpu\n\
+             adapter: {{r: 4, lora_alpha: 8, lora_dropout: 0.1}}\n\
+             dataset: {{train: train.parquet, eval: eval.parquet, max_length: 64, packing: true}}\n\
+             training: {{micro_batch_size: 1, gradient_accumulation_steps: 2, learning_rate: 1.0e-2, {training}}}\n\
+             output: {{dir: run, save: [adapter, merged], base_model_name_or_path: tiny/base}}\n"
+        );
+        std::fs::write(bench.path("recipe.yaml"), recipe).unwrap();
+        bench
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_engraft"));
+        command.current_dir(self.folder.path()).env("ENGRAFT_CACHE", self.path("cache")).args(arguments);
+        command
+    }
+
+    fn engraft(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    /// Runs a command that must succeed; gives what it printed.
+    #[track_caller]
+    fn succeed(&self, arguments: &[&str]) -> String {
+        let output = self.engraft(arguments);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{arguments:?} ended with {:?}:\n{errors}", output.status.code());
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Runs a command that must fail with `code` and say `parts`, without a panic.
+    #[track_caller]
+    fn fail(&self, arguments: &[&str], code: i32, parts: &[&str]) {
+        let output = self.engraft(arguments);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}:\n{errors}");
+        assert!(errors.starts_with("error: ") || errors.contains("\nerror: "), "{errors}");
+        assert!(!errors.contains("panicked"), "{errors}");
+        for part in parts {
+            assert!(errors.contains(part), "{part:?} is not in:\n{errors}");
+        }
+    }
+
+    /// What two equal runs have in common to the last bit: the losses and the adapter.
+    fn result(&self, run: &str) -> (Vec<Value>, Vec<u8>) {
+        let metrics = std::fs::read_to_string(self.path(run).join("metrics.jsonl")).unwrap();
+        let numbers = metrics.lines().map(|line| {
+            let line: Value = serde_json::from_str(line).unwrap();
+            json!([line["step"], line["loss"], line["grad_norm"], line["eval_loss"], line["trained_tokens"]])
+        });
+        let adapter = std::fs::read(self.path(run).join("adapter/adapter_model.safetensors")).unwrap();
+        (numbers.collect(), adapter)
+    }
+}
+
+fn write_base(folder: &Path) {
+    std::fs::create_dir_all(folder).unwrap();
+    let config = json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "vocab_size": VOCABULARY,
+        "intermediate_size": FEED_FORWARD, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true,
+        "torch_dtype": "float32", "bos_token_id": 1, "eos_token_id": 2,
+    });
+    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    let tokenizer = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizer/bytes");
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(tokenizer.join(name), folder.join(name)).unwrap();
+    }
+    let mut tensors = vec![("model.embed_tokens.weight".to_string(), vec![VOCABULARY, HIDDEN])];
+    for i in 0..2 {
+        let name = |part: &str| format!("model.layers.{i}.{part}.weight");
+        tensors.extend([
+            (name("self_attn.q_proj"), vec![HIDDEN, HIDDEN]),
+            (name("self_attn.k_proj"), vec![HIDDEN / 2, HIDDEN]),
+            (name("self_attn.v_proj"), vec![HIDDEN / 2, HIDDEN]),
+            (name("self_attn.o_proj"), vec![HIDDEN, HIDDEN]),
+            (name("mlp.gate_proj"), vec![FEED_FORWARD, HIDDEN]),
+            (name("mlp.up_proj"), vec![FEED_FORWARD, HIDDEN]),
+            (name("mlp.down_proj"), vec![HIDDEN, FEED_FORWARD]),
+            (name("input_layernorm"), vec![HIDDEN]),
+            (name("post_attention_layernorm"), vec![HIDDEN]),
+        ]);
+    }
+    tensors.push(("model.norm.weight".into(), vec![HIDDEN]));
+    let values: Vec<(String, Tensor)> = tensors
+        .into_iter()
+        .enumerate()
+        .map(|(seed, (name, shape))| {
+            let like = Tensor::zeros(shape.as_slice(), (Kind::Float, Device::Cpu));
+            let random = engraft::torch_ext::uniform(&like, -0.3, 0.3, seed as u64);
+            (name, if shape.len() == 1 { random + 1.0 } else { random })
+        })
+        .collect();
+    let specs: Vec<TensorSpec> = values.iter().map(|(name, tensor)| TensorSpec::of(name, tensor)).collect();
+    let path = folder.join("model.safetensors");
+    writer::write(&path, &specs, &BTreeMap::new(), |i| Ok(values[i].1.shallow_clone())).unwrap();
+}
+
+fn write_rows(path: &Path, rows: &[(String, String)]) {
+    let column = |pick: fn(&(String, String)) -> &String| -> ArrayRef {
+        Arc::new(StringArray::from_iter_values(rows.iter().map(pick)))
+    };
+    let batch = RecordBatch::try_from_iter([("prompt", column(|r| &r.0)), ("completion", column(|r| &r.1))]).unwrap();
+    let file = std::fs::File::create(path).unwrap();
+    let mut writer = parquet::arrow::ArrowWriter::try_new(file, batch.schema(), None).unwrap();
+    writer.write(&batch).unwrap();
+    writer.close().unwrap();
+}
+
+#[test]
+fn a_recipe_becomes_an_adapter_a_merged_model_and_a_manifest() {
+    let bench = Bench::new("max_steps: 12, eval_steps: 6");
+    bench.succeed(&["train", "recipe.yaml"]);
+    let run = bench.path("run");
+    for file in ["adapter/adapter_config.json", "merged/model.safetensors", "merged/tokenizer.json", "report.html"] {
+        assert!(run.join(file).exists(), "{file}");
+    }
+    let metrics = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let losses: Vec<f64> =
+        metrics.lines().filter_map(|line| serde_json::from_str::<Value>(line).unwrap()["loss"].as_f64()).collect();
+    assert_eq!(losses.len(), 12);
+    assert!(losses[11] < losses[0] * 0.9, "the loss falls: {losses:?}");
+    let manifest: Value = serde_json::from_slice(&std::fs::read(run.join("manifest.json")).unwrap()).unwrap();
+    assert_eq!(manifest["base"]["files"].as_array().unwrap().len(), 1);
+    assert_eq!(manifest["seeds"]["training"], 42);
+
+    // The adapter on its base, and the model they were merged into, are one and the same.
+    let logits = |name: &str, model: &[&str]| {
+        let out = bench.path(name);
+        let ids = ["--ids", "5,80,33,7", "--dtype", "fp32", "--out", out.to_str().unwrap()];
+        bench.succeed(&[&["logits"], model, &ids[..]].concat());
+        let bytes = std::fs::read(&out).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let view = file.tensor("logits").unwrap();
+        assert_eq!(view.shape(), [4, VOCABULARY as usize]);
+        Tensor::from_data_size(view.data(), &[4, VOCABULARY], Kind::Float)
+    };
+    let adapted = logits("adapted", &["--model", "base", "--adapter", "run/adapter"]);
+    let merged = logits("merged", &["--model", "run/merged"]);
+    let base = logits("base.out", &["--model", "base"]);
+    assert!(adapted.allclose(&merged, 1e-5, 1e-5, false));
+    assert!(!adapted.allclose(&base, 1e-2, 1e-2, false));
+
+    // The verb merges to the same bytes.
+    bench.succeed(&["merge", "--model", "base", "--adapter", "run/adapter", "--out", "again"]);
+    let read = |path: PathBuf| std::fs::read(path).unwrap();
+    assert_eq!(read(bench.path("again/model.safetensors")), read(run.join("merged/model.safetensors")));
+
+    let result: Value = serde_json::from_str(&bench.succeed(&["eval", "recipe.yaml", "--generate", "--json"])).unwrap();
+    assert!(result["loss"].as_f64().unwrap() < losses[0] && result["answers"] == 6, "{result}");
+    bench.fail(&["eval", "recipe.yaml", "--fail-over", "loss=0.001"], 10, &["loss is", "at most 0.001"]);
+    bench.fail(&["eval", "recipe.yaml", "--fail-under", "exact_match=0.8"], 3, &["--generate"]);
+    let said: Value = serde_json::from_str(&bench.succeed(&[
+        "generate",
+        "--model",
+        "base",
+        "--adapter",
+        "run/adapter",
+        "--raw",
+        "--prompt",
+        "add 1",
+        "--max-tokens",
+        "5",
+        "--json",
+    ]))
+    .unwrap();
+    assert!(said["tokens"].as_u64().unwrap() <= 5, "{said}");
+    for path in ["base", "run", "run/adapter", "train.parquet", "run/merged/model.safetensors"] {
+        bench.succeed(&["inspect", path]);
+    }
+    assert!(bench.succeed(&["preview", "recipe.yaml", "--rows", "1"]).contains("trained"));
+    bench.succeed(&["doctor"]);
+}
+
+#[test]
+fn a_run_killed_at_random_moments_ends_bit_identical() {
+    let bench = Bench::new("max_steps: 30, save_steps: 2, eval_steps: 10, threads: 1");
+    bench.succeed(&["train", "recipe.yaml", "--set", "output.dir=whole"]);
+    let expected = bench.result("whole");
+    let arguments = ["train", "recipe.yaml", "--resume", "--quiet"];
+    // Kills later and later into the run, in saves as likely as in steps; the last one is left to finish.
+    for pause in [150, 220, 260, 310, 370, 430] {
+        let mut child = bench.command(&arguments).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(pause));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    bench.succeed(&arguments);
+    let found = bench.result("run");
+    assert_eq!(found.0, expected.0, "the loss series");
+    assert!(found.1 == expected.1, "the adapter's bytes");
+    bench.fail(&["train", "recipe.yaml", "--resume", "--set", "training.learning_rate=1e-3"], 7, &["learning_rate"]);
+    bench.fail(&["train", "recipe.yaml"], 6, &["--resume", "--overwrite"]);
+}
+
+#[test]
+fn sigterm_saves_a_state_and_says_how_to_go_on() {
+    let bench = Bench::new("max_steps: 100000, logging_steps: 1000");
+    let child =
+        bench.command(&["train", "recipe.yaml", "--quiet"]).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let begun = bench.path("run/metrics.jsonl");
+    while !begun.exists() {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    // SAFETY of the number: the child has not been waited for, so its id is still its own.
+    rustix::process::kill_process(rustix::process::Pid::from_child(&child), rustix::process::Signal::TERM).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(75), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("--resume"));
+    bench.succeed(&["export", "recipe.yaml", "--save", "adapter"]);
+    assert!(bench.path("run/adapter/adapter_model.safetensors").exists());
+}
+
+#[test]
+fn what_is_wrong_ends_with_its_code_and_leaves_nothing_behind() {
+    let bench = Bench::new("max_steps: 2");
+    let base_config = std::fs::read_to_string(bench.path("base/config.json")).unwrap();
+    let set = |value: &str| format!("--set={value}");
+    let train = |value: &str| ["train".to_string(), "recipe.yaml".into(), set(value)];
+    let cases: [(&str, i32, &[&str]); 9] = [
+        ("training.learning_rat=1", 3, &["learning_rate"]),
+        ("adapter.r=0", 3, &["adapter.r"]),
+        ("adapter.target_modules=[q_prj]", 3, &["q_prj"]),
+        ("dataset.train=nothing.parquet", 3, &["nothing.parquet"]),
+        ("dataset.columns={prompt: quest}", 4, &["quest"]),
+        ("dataset.format=messages", 4, &["messages"]),
+        ("base_model=missing-model", 3, &["missing-model"]),
+        ("base_model=weights.bin", 3, &["weights.bin"]),
+        ("device=cuda", 8, &[]),
+    ];
+    for (value, code, parts) in cases {
+        if value == "device=cuda" && tch::Cuda::is_available() {
+            continue;
+        }
+        let arguments = train(value);
+        bench.fail(&arguments.each_ref().map(String::as_str), code, parts);
+    }
+    std::fs::write(bench.path("base/config.json"), base_config.replace("\"llama\"", "\"mamba\"")).unwrap();
+    bench.fail(&["train", "recipe.yaml"], 5, &["mamba", "llama"]);
+    std::fs::write(bench.path("base/config.json"), base_config.replace("\"hidden_size\":32", "\"hidden_size\":40"))
+        .unwrap();
+    bench.fail(&["train", "recipe.yaml"], 5, &["40"]);
+    std::fs::write(bench.path("base/config.json"), &base_config).unwrap();
+    let weights = std::fs::read(bench.path("base/model.safetensors")).unwrap();
+    std::fs::write(bench.path("base/model.safetensors"), &weights[..weights.len() - 2]).unwrap();
+    bench.fail(&["train", "recipe.yaml"], 5, &["model.safetensors"]);
+    std::fs::write(bench.path("base/model.safetensors"), &weights).unwrap();
+    let rows = std::fs::read(bench.path("train.parquet")).unwrap();
+    std::fs::write(bench.path("train.parquet"), &rows[..rows.len() / 2]).unwrap();
+    bench.fail(&["train", "recipe.yaml"], 4, &["train.parquet"]);
+    for left in ["run/adapter", "run/merged", "run/state"] {
+        assert!(!bench.path(left).exists(), "{left} was left behind");
+    }
+}
