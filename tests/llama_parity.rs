@@ -3,8 +3,11 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+use engraft::data::{Batch, Cursor, RowId};
 use engraft::model::{Decoder, Documents, Forward, LowRank, Sampling};
-use engraft::recipe::BaseSource;
+use engraft::objective::Supervised;
+use engraft::recipe::{BaseSource, Scheduler, TrainingRecipe};
+use engraft::train::{BatchSource, Identity, Interrupts, Progress, Run, RunFolder, Start, Trainer};
 use engraft::weights::Checkpoint;
 use tch::{Device, Kind, Tensor};
 
@@ -166,4 +169,73 @@ fn a_sequence_continued_in_pieces_gives_the_hidden_states_of_one_pass() {
         .map(|piece| model.hidden_cached(&Tensor::from_slice(piece), &Documents::one(piece.len() as i64), &mut cache))
         .collect();
     assert_close("hidden states", &Tensor::cat(&pieces, 0), &whole, TOLERANCE);
+}
+
+/// The recorded batches in turn, step after step.
+struct Recorded(HashMap<String, Tensor>);
+
+impl BatchSource for Recorded {
+    fn micro_batches(&self, _: u64) -> engraft::Result<u64> {
+        Ok(1_000)
+    }
+
+    fn batches<'a>(&'a self, from: Cursor) -> engraft::Result<Box<dyn Iterator<Item = engraft::Result<Batch>> + 'a>> {
+        Ok(Box::new((from.micro_batch..).map(|step| {
+            let Documented { ids, positions, documents, rows, targets } =
+                documented(&self.0, &format!("batch.{}.", step % 4));
+            Ok(Batch { ids, positions, documents, rows, targets, origins: Vec::new() })
+        })))
+    }
+
+    fn has_evaluation(&self) -> bool {
+        false
+    }
+
+    fn evaluation<'a>(&'a self) -> engraft::Result<Box<dyn Iterator<Item = engraft::Result<Batch>> + 'a>> {
+        Ok(Box::new(std::iter::empty()))
+    }
+
+    fn describe(&self, _: RowId) -> String {
+        "a recorded batch".into()
+    }
+}
+
+#[test]
+fn twenty_steps_are_those_of_peft_and_torchs_adamw() {
+    for name in ["grouped-tied", "llama3-wide-heads"] {
+        let recorded = Recorded(tensors(&folder(name).join("reference.safetensors")));
+        let mut model = load(name);
+        let leaves = graft(&mut model, name);
+        let place = tempfile::tempdir().unwrap();
+        let run = Run {
+            folder: RunFolder::open(place.path(), Start::Fresh).unwrap(),
+            identity: Identity { recipe: Default::default(), data: "".into(), base: "".into(), device: "cpu".into() },
+            training: TrainingRecipe {
+                max_steps: Some(20),
+                learning_rate: 1e-2,
+                lr_scheduler: Scheduler::Constant,
+                weight_decay: 0.01,
+                max_grad_norm: 1.0,
+                ..Default::default()
+            },
+            half: false,
+            tensorboard: false,
+            json: false,
+            progress: Progress::silent(),
+            interrupts: Interrupts::listen().unwrap(),
+            facts: Vec::new(),
+        };
+        let learner = Supervised { model: &model, noise_alpha: 0.0, recomputed_layers: 1 };
+        Trainer::new(run, &learner).run(&recorded).unwrap();
+        let metrics = std::fs::read_to_string(place.path().join("metrics.jsonl")).unwrap();
+        let series = |key: &str| {
+            let of = |line| serde_json::from_str::<serde_json::Value>(line).unwrap()[key].as_f64().unwrap();
+            Tensor::from_slice(&metrics.lines().map(of).collect::<Vec<f64>>()).to_kind(Kind::Float)
+        };
+        assert_close(&format!("{name}: losses"), &series("loss"), &recorded.0["train.losses"], 1e-4);
+        assert_close(&format!("{name}: norms"), &series("grad_norm"), &recorded.0["train.gradient_norms"], 1e-4);
+        for (key, leaf) in leaves {
+            assert_close(&format!("{name}: {key}"), &leaf.detach(), &recorded.0[&format!("final.{key}")], 1e-4);
+        }
+    }
 }

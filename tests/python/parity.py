@@ -34,6 +34,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 LOGITS = 1e-4  # of the largest logit
 LOSS = 1e-4  # of the loss
 WEIGHTS = 2e-3  # of the largest weight: AdamW divides by the root of squares, which magnifies rounding
+# AdamW's first steps move an element by the sign of its gradient, also where that is nothing but rounding. An epsilon of the
+# gradients' own size makes the step a smooth function of them, so that the adapters can be compared at all.
+EPSILON = 1e-3
 STEPS, MICRO_BATCH, ACCUMULATION, RATE = 4, 2, 2, 1e-3
 
 failures = []
@@ -221,9 +224,9 @@ def main():
             if name == "plain":
                 started = peft
 
-        steps = engraft.train(work / "continued", f"adapter.adapter_name_or_path={work / 'plain'}", "adapter.r=6", "adapter.lora_alpha=12")
+        steps = engraft.train(work / "continued", f"adapter.adapter_name_or_path={work / 'plain'}", "adapter.r=6", "adapter.lora_alpha=12", f"training.adam_epsilon={EPSILON}")
         parameters = [p for p in started.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(parameters, lr=RATE, eps=EPSILON, weight_decay=0.0)
         for step, logged in zip(range(STEPS), steps, strict=True):
             optimizer.zero_grad()
             batch = documents[step * MICRO_BATCH * ACCUMULATION :][: MICRO_BATCH * ACCUMULATION]
