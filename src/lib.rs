@@ -17,7 +17,6 @@ pub mod export;
 pub mod model;
 pub mod objective;
 pub mod ops;
-pub mod quant;
 pub mod recipe;
 pub mod torch_ext;
 pub mod train;

@@ -137,6 +137,13 @@ mod tests {
         assert!(committed == json_schema(), "run: engraft schema > recipes/recipe.schema.json");
     }
 
+    /// Put it there anew with `engraft schema --markdown`.
+    #[test]
+    fn the_readme_holds_the_reference() {
+        let readme = include_str!("../../README.md");
+        assert!(readme.contains(markdown().trim()), "put the output of `engraft schema --markdown` into the README");
+    }
+
     #[test]
     fn the_schema_refers_to_nothing_and_describes_every_key() {
         let schema = json_schema();

@@ -1,12 +1,13 @@
 //! Causal attention of documents laid end to end, grouped heads included (arXiv:2205.14135, arXiv:2305.13245).
 //!
 //! A document never sees another. On CUDA one FlashAttention call serves all documents. On the CPU bf16 goes through our own
-//! blocks; everything else through libtorch's flash kernel document by document, K and V shared by their group of heads
-//! through a stride of zero instead of a copy.
+//! blocks, the rest through libtorch's flash kernel document by document, K and V shared by their group of heads through a
+//! stride of zero instead of a copy. What no flash kernel takes (fp32 on CUDA, odd head sizes) is computed in plain
+//! products, document by document.
 
 mod blocks;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::{Documents, cpu};
 use crate::torch_ext::{self, custom};
@@ -15,10 +16,12 @@ use crate::torch_ext::{self, custom};
 ///
 /// The mask is causal within each document; with `window`, a token sees itself and the `window - 1` tokens before it.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, documents: &Documents, scale: f64, window: Option<i64>) -> Tensor {
-    if q.device().is_cuda() && q.kind() != Kind::Float {
+    // What FlashAttention-2 takes: half precision, heads of up to 256 elements in steps of 8.
+    let head = q.size()[2];
+    if q.device().is_cuda() && q.kind() != Kind::Float && head % 8 == 0 && head <= 256 {
         return cuda(q, k, v, documents, scale, window);
     }
-    if cpu::serves(&[q, k, v]) && blocks::serves(q, k, v) {
+    if cpu::serves(&[q, k, v]) && !is_plain(q) && blocks::serves(q, k, v) {
         let shape = blocks::Shape::new(q, k, documents, scale, window);
         let (output, logsumexp) = tch::no_grad(|| blocks::forward(q, k, v, &shape));
         let saved = [q.detach(), k.detach(), v.detach(), output.shallow_clone()];
@@ -85,7 +88,26 @@ struct Span {
     mask: Option<Tensor>,
 }
 
+/// Whether no flash kernel takes this and it is computed in plain products.
+fn is_plain(q: &Tensor) -> bool {
+    #[cfg(test)]
+    if tests::PLAIN.get() {
+        return true;
+    }
+    q.device() != Device::Cpu
+}
+
 impl Span {
+    fn is_plain(&self) -> bool {
+        is_plain(&self.q)
+    }
+
+    /// Scaled and masked scores (K, G, L, L), fp32.
+    fn scores(&self, scale: f64) -> Tensor {
+        let scores = self.q.matmul(&self.k.transpose(-1, -2)).to_kind(Kind::Float) * scale;
+        self.mask.as_ref().map_or_else(|| scores.shallow_clone(), |mask| &scores + mask)
+    }
+
     fn new(q: &Tensor, k: &Tensor, v: &Tensor, span: (i64, i64), window: Option<i64>) -> Self {
         let heads = k.size()[1];
         let shared = |t: &Tensor| {
@@ -93,12 +115,20 @@ impl Span {
             let (k, _, l, h) = t.size4().expect("four dimensions by construction");
             t.expand([k, q.size()[1] / heads, l, h], false)
         };
-        // A window that reaches over the whole document is no window.
-        let mask = window.filter(|w| *w < span.1).map(|w| band(span.1, w, q));
+        // A window that reaches over the whole document is no window, and causality needs no mask where the kernel knows it.
+        let window = window.filter(|w| *w < span.1).or_else(|| is_plain(q).then_some(span.1));
+        let mask = window.map(|w| band(span.1, w, q));
         Self { q: grouped(q, span, heads), k: shared(k), v: shared(v), mask }
     }
 
+    /// The output (K, G, L, H) and the logsumexp of the scaled scores.
     fn forward(&self, scale: f64) -> (Tensor, Tensor) {
+        if self.is_plain() {
+            let scores = self.scores(scale);
+            let logsumexp = scores.logsumexp([-1i64].as_slice(), true); // (K, G, L, 1)
+            let weights = (scores - &logsumexp).exp().to_kind(self.q.kind());
+            return (weights.matmul(&self.v), logsumexp);
+        }
         Tensor::internal_scaled_dot_product_flash_attention_for_cpu(
             &self.q,
             &self.k,
@@ -110,7 +140,16 @@ impl Span {
         )
     }
 
+    /// dq, dk and dv, all (K, G, L, H).
     fn backward(&self, grad: &Tensor, output: &Tensor, logsumexp: &Tensor, scale: f64) -> [Tensor; 3] {
+        if self.is_plain() {
+            let weights = (self.scores(scale) - logsumexp).exp(); // (K, G, L, L)
+            let delta = (grad * output).sum_dim_intlist([-1i64].as_slice(), true, Kind::Float); // (K, G, L, 1)
+            let dweights = grad.matmul(&self.v.transpose(-1, -2)).to_kind(Kind::Float);
+            let dscores = ((dweights - delta) * &weights * scale).to_kind(self.q.kind());
+            let dv = weights.to_kind(self.q.kind()).transpose(-1, -2).matmul(grad);
+            return [dscores.matmul(&self.k), dscores.transpose(-1, -2).matmul(&self.q), dv];
+        }
         Tensor::internal_scaled_dot_product_flash_attention_for_cpu_backward(
             grad,
             &self.q,
@@ -159,6 +198,10 @@ fn band(length: i64, window: i64, like: &Tensor) -> Tensor {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    thread_local! {
+        pub(super) static PLAIN: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+    }
     use crate::ops::testing::{check, randn};
 
     /// The slow twin: one softmax over all T keys with a mask that says who may look where.
@@ -190,11 +233,15 @@ mod tests {
             let t = offsets[offsets.len() - 1];
             for window in *windows {
                 let inputs = [randn(&[t, *heads, 16], 1), randn(&[t, *kv_heads, 16], 2), randn(&[t, *kv_heads, 16], 3)];
-                check(
-                    &inputs,
-                    |_, x| vec![attention(&x[0], &x[1], &x[2], &documents, 0.25, window)],
-                    |_, x| vec![twin(&x[0], &x[1], &x[2], &documents, 0.25, window)],
-                );
+                for plain in [false, true] {
+                    PLAIN.set(plain);
+                    check(
+                        &inputs,
+                        |_, x| vec![attention(&x[0], &x[1], &x[2], &documents, 0.25, window)],
+                        |_, x| vec![twin(&x[0], &x[1], &x[2], &documents, 0.25, window)],
+                    );
+                    PLAIN.set(false);
+                }
             }
         }
     }

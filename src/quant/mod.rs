@@ -1,1 +1,0 @@
-//! Stored forms of quantised weights.
