@@ -74,7 +74,7 @@ def encoded_rows(name, model, count):
             answer = encode(row["messages"][-1]["content"] + "<|im_end|>")
             tail = encode("\n")
         else:
-            prompt, answer, tail = encode(row["question"]), encode(row["answer"]) + [tokenizer.eos_token_id], []
+            prompt, answer, tail = encode(row["question"]), encode(row["answer"] + "<|im_end|>"), []  # the loader's own eos_token is wrong for this GGUF
         ids = prompt + answer + tail
         if len(ids) <= limit:
             rows.append((ids, len(prompt), len(prompt) + len(answer)))
