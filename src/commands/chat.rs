@@ -15,7 +15,7 @@ use crate::{Error, Fault, Result};
 
 /// Runs the verb: a line in, an answer out, until the end of input or `/quit`; `/reset` forgets what was said.
 pub fn run(arguments: &Chat, out: &mut dyn Write) -> Result<()> {
-    loading::use_threads(None);
+    loading::use_cpu(None);
     let console = Console::new(false);
     let loaded = loading::chosen(&arguments.model, &console)?;
     let tokenizer = Arc::new(Tokenizer::new(&loaded.checkpoint.sidecars)?);

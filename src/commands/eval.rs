@@ -31,7 +31,7 @@ pub fn run(arguments: &Eval, out: &mut dyn Write) -> Result<()> {
         return Err(Error::Recipe(vec![fault.hint("name one: dataset.eval, or --set dataset.eval=rows.parquet")]));
     }
     plan.dataset.limit = arguments.limit.or(plan.dataset.limit);
-    loading::use_threads(plan.training.threads);
+    loading::use_cpu(plan.training.threads);
     let console = Console::new(arguments.json);
 
     let checkpoint = loading::checkpoint(&plan.base, &console)?;

@@ -18,7 +18,7 @@ use crate::{Error, Fault, Result};
 pub fn run(arguments: &Export) -> Result<()> {
     let plan = Recipe::read(&arguments.recipe, &arguments.overrides.set)?.plan()?;
     let console = Console::new(false);
-    loading::use_threads(plan.training.threads);
+    loading::use_cpu(plan.training.threads);
     let folder = RunFolder::open(&plan.output.dir, Start::Resume)?;
     let states = States::of(&plan.output.dir);
     let newest = states.newest()?.ok_or_else(|| {

@@ -18,7 +18,7 @@ const LONGEST_PROMPT: u64 = 16 << 20;
 
 /// Runs the verb; the answer goes to `out` as it is made.
 pub fn run(arguments: &Generate, out: &mut dyn Write) -> Result<()> {
-    loading::use_threads(None);
+    loading::use_cpu(None);
     let console = Console::new(arguments.json);
     let prompt = prompt(&arguments.prompt)?;
     let loaded = loading::chosen(&arguments.model, &console)?;

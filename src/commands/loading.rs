@@ -11,7 +11,7 @@ use crate::cli::ModelChoice;
 use crate::data::{Dataset, Encoder, Tokenizer};
 use crate::model::Decoder;
 use crate::recipe::{BaseSource, DataSource, DatasetRecipe, Plan, cache_dir};
-use crate::torch_ext::catching;
+use crate::torch_ext::{catching, keep_freed_memory};
 use crate::weights::Checkpoint;
 use crate::{Error, Fault, Result};
 
@@ -78,8 +78,9 @@ pub(super) fn adapter(model: &mut Decoder, folder: &Path, console: &Console) -> 
     Adapters::attach_loaded(model, &loaded, 0.0)
 }
 
-/// As many CPU threads as asked for, else as many as this process may use (its cgroup's share, too).
-pub(super) fn use_threads(asked: Option<u32>) {
+/// As many CPU threads as asked for, else as many as this process may use (its cgroup's share, too), and memory kept for reuse.
+pub(super) fn use_cpu(asked: Option<u32>) {
     let allowed = || std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
     tch::set_num_threads(asked.unwrap_or_else(allowed) as i32);
+    keep_freed_memory();
 }

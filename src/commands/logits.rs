@@ -13,7 +13,7 @@ use crate::{Error, Fault, Result};
 
 /// Runs the verb: one document, every position's logits (T, V) in fp32, as the tensor `logits` of a safetensors file.
 pub fn run(arguments: &Logits) -> Result<()> {
-    loading::use_threads(None);
+    loading::use_cpu(None);
     let loaded = loading::chosen(&arguments.model, &Console::new(false))?;
     let vocabulary = loaded.model.spec.vocab_size;
     if let Some(id) = arguments.ids.iter().find(|id| i64::from(**id) >= vocabulary) {

@@ -12,7 +12,7 @@ use crate::{Error, Fault, Result};
 
 /// Runs the verb: tensor by tensor from the base's files, never the whole model in memory.
 pub fn run(arguments: &Merge) -> Result<()> {
-    loading::use_threads(None);
+    loading::use_cpu(None);
     let console = Console::new(false);
     let base = |fault: Fault| Error::Model(Fault { place: "--model".into(), ..fault });
     let source = BaseSource::find(&arguments.model, arguments.revision.as_deref(), Path::new("")).map_err(base)?;

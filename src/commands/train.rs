@@ -24,7 +24,7 @@ pub fn run(arguments: &Train) -> Result<()> {
     let plan = Recipe::read(&arguments.recipe, &arguments.overrides.set)?.plan()?;
     let silent = arguments.quiet || arguments.json;
     let console = Console::new(silent);
-    loading::use_threads(plan.training.threads);
+    loading::use_cpu(plan.training.threads);
     let interrupts = Interrupts::listen().map_err(|error| Error::Output(Fault::new("signals", error)))?;
     let start = match (arguments.resume, arguments.overwrite) {
         (true, _) => Start::Resume,

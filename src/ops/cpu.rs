@@ -4,9 +4,10 @@
 
 use half::{bf16, f16};
 use multiversion::multiversion;
+use multiversion::target::target_cfg_f;
 use tch::{Device, Kind, Tensor};
 
-use crate::torch_ext::{Element, elements, filled, filled_pair};
+use crate::torch_ext::{Element, elements, filled, filled_many, filled_pair};
 
 /// A stored number: widened to fp32 for arithmetic, rounded to nearest even when stored.
 pub(super) trait Stored: Element {
@@ -77,7 +78,7 @@ pub(super) const LANES: usize = 16;
 
 /// Sum of `term(i)` over `0..n`, in [`LANES`] partial sums that fit vector registers.
 #[inline(always)]
-fn sum(n: usize, term: impl Fn(usize) -> f32) -> f32 {
+pub(super) fn sum(n: usize, term: impl Fn(usize) -> f32) -> f32 {
     let mut lanes = [0f32; LANES];
     let whole = n - n % LANES;
     for start in (0..whole).step_by(LANES) {
@@ -88,26 +89,34 @@ fn sum(n: usize, term: impl Fn(usize) -> f32) -> f32 {
     lanes.iter().sum::<f32>() + (whole..n).map(term).sum::<f32>()
 }
 
-/// e^x to 2 units in the last place, without a branch: Cody and Waite's reduction, a polynomial of degree 6.
+/// `a * b + c`, in one instruction where the caller is compiled for a processor that has it.
 #[inline(always)]
-pub(super) fn exp(x: f32) -> f32 {
+fn multiply_add(fused: bool, a: f32, b: f32, c: f32) -> f32 {
+    if fused { a.mul_add(b, c) } else { a * b + c }
+}
+
+/// e^x to 2 units in the last place, without a branch: Cody and Waite's reduction, a polynomial of degree 6.
+///
+/// `fused` says whether the calling function is compiled with fused multiply-add: without the instruction, it is a slow call.
+#[inline(always)]
+pub(super) fn exp(x: f32, fused: bool) -> f32 {
     let x = x.clamp(-87.336_54, 88.0);
     let magic = 12_582_912.0; // 1.5 * 2^23: adding and taking it away rounds to a whole number
-    let n = (x * std::f32::consts::LOG2_E + magic) - magic;
-    let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
+    let n = multiply_add(fused, x, std::f32::consts::LOG2_E, magic) - magic;
+    let r = multiply_add(fused, n, 2.121_944_4e-4, multiply_add(fused, n, -0.693_359_4, x));
     let p = 1.987_569_1e-4;
-    let p = p * r + 1.398_199_9e-3;
-    let p = p * r + 8.333_452e-3;
-    let p = p * r + 4.166_579_6e-2;
-    let p = p * r + 1.666_666_5e-1;
-    let p = p * r + 0.5;
-    let p = p * r * r + r + 1.0;
+    let p = multiply_add(fused, p, r, 1.398_199_9e-3);
+    let p = multiply_add(fused, p, r, 8.333_452e-3);
+    let p = multiply_add(fused, p, r, 4.166_579_6e-2);
+    let p = multiply_add(fused, p, r, 1.666_666_5e-1);
+    let p = multiply_add(fused, p, r, 0.5);
+    let p = multiply_add(fused, p, r * r, r) + 1.0;
     p * f32::from_bits(((n as i32 + 127) as u32) << 23)
 }
 
 #[inline(always)]
-fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + exp(-x))
+fn sigmoid(x: f32, fused: bool) -> f32 {
+    1.0 / (1.0 + exp(-x, fused))
 }
 
 /// RMSNorm: y (T, D) and 1/rms (T, 1) of x (T, D) with w (D).
@@ -246,33 +255,37 @@ fn swiglu_of<S: Stored>(gate: &Tensor, up: &Tensor) -> Tensor {
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 fn swiglu_elements<S: Stored>(g: &[S], u: &[S], y: &mut [S]) {
+    let fused = target_cfg_f!(target_feature = "fma");
     for ((g, u), y) in g.iter().zip(u).zip(y) {
         let g = g.wide();
-        *y = S::rounded(g * sigmoid(g) * u.wide());
+        *y = S::rounded(g * sigmoid(g, fused) * u.wide());
     }
 }
 
-/// dg and du (T, F) of [`swiglu`] from dy (T, F).
-pub(super) fn swiglu_backward(dy: &Tensor, gate: &Tensor, up: &Tensor) -> [Tensor; 2] {
+/// dg and du (T, F) of [`swiglu`] from dy (T, F), and y itself again: one sigmoid serves all three.
+pub(super) fn swiglu_backward(dy: &Tensor, gate: &Tensor, up: &Tensor) -> [Tensor; 3] {
     by_kind!(gate.kind(), swiglu_backward_of(dy, gate, up))
 }
 
-fn swiglu_backward_of<S: Stored>(dy: &Tensor, gate: &Tensor, up: &Tensor) -> [Tensor; 2] {
+fn swiglu_backward_of<S: Stored>(dy: &Tensor, gate: &Tensor, up: &Tensor) -> [Tensor; 3] {
     let (size, f) = (gate.size(), gate.size()[1] as usize);
     let (dy, g, u) = (elements::<S>(dy), elements::<S>(gate), elements::<S>(up));
-    filled_pair::<S, S>(&size, &size, |range, dg, du| {
+    filled_many::<S, 3>(&size, |range, outputs| {
         let span = range.start * f..range.end * f;
-        swiglu_backward_elements(&dy[span.clone()], &g[span.clone()], &u[span], dg, du);
+        swiglu_backward_elements(&dy[span.clone()], &g[span.clone()], &u[span], outputs);
     })
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn swiglu_backward_elements<S: Stored>(dy: &[S], g: &[S], u: &[S], dg: &mut [S], du: &mut [S]) {
-    for ((((dy, g), u), dg), du) in dy.iter().zip(g).zip(u).zip(dg).zip(du) {
+fn swiglu_backward_elements<S: Stored>(dy: &[S], g: &[S], u: &[S], [dg, du, y]: [&mut [S]; 3]) {
+    let fused = target_cfg_f!(target_feature = "fma");
+    for (((((dy, g), u), dg), du), y) in dy.iter().zip(g).zip(u).zip(dg).zip(du).zip(y) {
         let (dy, g, u) = (dy.wide(), g.wide(), u.wide());
-        let s = sigmoid(g);
-        *du = S::rounded(dy * g * s);
-        *dg = S::rounded(dy * u * s * (1.0 + g * (1.0 - s)));
+        let s = sigmoid(g, fused);
+        let silu = g * s;
+        *y = S::rounded(silu * u);
+        *du = S::rounded(dy * silu);
+        *dg = S::rounded(dy * u * (s + silu * (1.0 - s)));
     }
 }
 
@@ -298,6 +311,7 @@ fn softmax_cross_entropy_rows<S: Stored>(
     gradient: &mut [S],
     losses: &mut [f32],
 ) {
+    let fused = target_cfg_f!(target_feature = "fma");
     let v = logits.len() / targets.len().max(1);
     let rows = logits.chunks_exact(v).zip(gradient.chunks_exact_mut(v)).zip(targets.iter().zip(losses));
     for ((x, d), (target, loss)) in rows {
@@ -312,14 +326,15 @@ fn softmax_cross_entropy_rows<S: Stored>(
         }
         let largest = lanes.iter().fold(f32::NEG_INFINITY, |a, b| if a >= *b { a } else { *b });
         // Partial sums of some hundred terms keep a vocabulary of 250,000 exact to fp32.
-        let total: f64 = x.chunks(512).map(|part| f64::from(sum(part.len(), |i| exp(part[i].wide() - largest)))).sum();
+        let total: f64 =
+            x.chunks(512).map(|part| f64::from(sum(part.len(), |i| exp(part[i].wide() - largest, fused)))).sum();
         let logsumexp = largest + total.ln() as f32;
         *loss = logsumexp - x[target].wide();
         let scale = if loss.is_finite() { scale } else { f32::NAN };
         for i in 0..v {
-            d[i] = S::rounded(exp(x[i].wide() - logsumexp) * scale);
+            d[i] = S::rounded(exp(x[i].wide() - logsumexp, fused) * scale);
         }
-        d[target] = S::rounded((exp(x[target].wide() - logsumexp) - 1.0) * scale);
+        d[target] = S::rounded((exp(x[target].wide() - logsumexp, fused) - 1.0) * scale);
     }
 }
 
@@ -344,10 +359,12 @@ pub(super) mod tests {
         for i in 0..400_000 {
             let x = -87.0 + i as f32 * (175.0 / 400_000.0);
             let exact = f64::from(x).exp();
-            let error = ((f64::from(exp(x)) - exact) / exact).abs();
-            assert!(error < 2.4e-7, "exp({x}) is off by {error:e}");
+            for fused in [false, true] {
+                let error = ((f64::from(exp(x, fused)) - exact) / exact).abs();
+                assert!(error < 2.4e-7, "exp({x}) is off by {error:e} (fused: {fused})");
+            }
         }
-        assert!(exp(-1e30) < 1.3e-38 && exp(f32::NAN).is_nan());
+        assert!(exp(-1e30, false) < 1.3e-38 && exp(f32::NAN, true).is_nan());
     }
 
     #[test]

@@ -39,7 +39,7 @@ fn in_chunks_of(chunk: i64, hidden: &Tensor, head: Operand<'_>, targets: &Tensor
             let (losses, dlogits) = softmax(&logits[0], &target, scale, wants_gradients);
             loss += losses.sum(Kind::Float) * scale;
             if let Some(dlogits) = dlogits {
-                let (dh, df) = group.backward(&h, u.as_ref(), &[dlogits], wants_dhidden);
+                let (dh, df) = group.backward(|_| h.shallow_clone(), u.as_ref(), &[dlogits], wants_dhidden);
                 if let (Some(into), Some(dh)) = (&dhidden, dh) {
                     into.narrow(0, start, length).copy_(&dh);
                 }

@@ -28,12 +28,13 @@ impl Activation {
         self.forward(gate) * up
     }
 
-    /// The gradients of gate and up from that of [`Activation::gated`].
-    fn gated_backward(self, grad: &Tensor, gate: &Tensor, up: &Tensor) -> [Tensor; 2] {
+    /// The gradients of gate and up from that of [`Activation::gated`], and its value again.
+    fn gated_backward(self, grad: &Tensor, gate: &Tensor, up: &Tensor) -> [Tensor; 3] {
         if self == Self::Silu && cpu::serves(&[gate, up, grad]) {
             return cpu::swiglu_backward(grad, gate, up);
         }
-        [self.backward(&(grad * up), gate), grad * self.forward(gate)]
+        let activated = self.forward(gate);
+        [self.backward(&(grad * up), gate), grad * &activated, activated * up]
     }
 
     fn forward(self, x: &Tensor) -> Tensor {
@@ -68,11 +69,22 @@ pub fn gated_projection(
     let wants_dx = gate.requires_grad() || up.requires_grad();
     let (gate, up) = (gate.detach(), up.detach());
     custom(c"engraft::gated_projection", &inputs, outputs, move |grads| {
-        let (dx, dfactors) = group.backward(&activation.gated(&gate, &up), u.as_ref(), grads, wants_dx);
-        let [dgate, dup] = match dx {
-            Some(dx) => activation.gated_backward(&dx, &gate, &up).map(Some),
-            None => [None, None],
-        };
+        // The gradients of gate and up and the product itself come out of one pass, so the product is made when it is asked for.
+        let mut passed = [None, None];
+        let (_, dfactors) = group.backward(
+            |dx| match dx {
+                Some(dx) => {
+                    let [dgate, dup, product] = activation.gated_backward(dx, &gate, &up);
+                    passed = [Some(dgate), Some(dup)];
+                    product
+                }
+                None => activation.gated(&gate, &up),
+            },
+            u.as_ref(),
+            grads,
+            wants_dx,
+        );
+        let [dgate, dup] = passed;
         let mut out = vec![dgate, dup, Some(grads[0].shallow_clone())];
         out.extend(dfactors.into_iter().map(Some));
         out

@@ -64,8 +64,10 @@ pub fn projection(
     let saved = input.detach();
     let normed = norm.map(Norm::shallow_clone).zip(rstd);
     custom(c"engraft::projection", &inputs, outputs, move |grads| {
-        let x = normed.as_ref().map_or_else(|| saved.shallow_clone(), |(norm, rstd)| norm.again(&saved, rstd));
-        let (dx, dfactors) = group.backward(&x, u.as_ref(), grads, wants_dx);
+        let x = |_: Option<&Tensor>| {
+            normed.as_ref().map_or_else(|| saved.shallow_clone(), |(norm, rstd)| norm.again(&saved, rstd))
+        };
+        let (dx, dfactors) = group.backward(x, u.as_ref(), grads, wants_dx);
         let dinput = dx.map(|dx| match &normed {
             Some((norm, rstd)) => norm.backward(&dx, &saved, rstd),
             None => dx,
@@ -164,9 +166,11 @@ impl Group {
     ///
     /// With dU_i = dY_i s_i B_i: `dA_i = dU_i^T drop_i(X)`, `dB_i = s_i dY_i^T U_i`,
     /// `dX = sum_i dY_i W_i + drop_i(dU_i A_i)`.
+    ///
+    /// `x` makes X again; it is called once, at the end, with dX.
     pub(super) fn backward(
         &self,
-        x: &Tensor,
+        x: impl FnOnce(Option<&Tensor>) -> Tensor,
         u: Option<&Tensor>,
         grads: &[Tensor],
         wants_dx: bool,
@@ -182,27 +186,25 @@ impl Group {
             }
         }
         let (Some(a), Some(u)) = (&self.a, u) else {
+            let _ = x(dx.as_ref());
             return (dx, Vec::new());
         };
         let updates: Vec<(&Update, &Tensor)> =
             self.members.iter().zip(grads).filter_map(|(m, dy)| m.update.as_ref().map(|update| (update, dy))).collect();
         let du: Vec<Tensor> = updates.iter().map(|(update, dy)| dy.mm(&update.scaled_b)).collect(); // (T, R) each
         let da: Vec<Tensor> = if updates.iter().any(|(update, _)| update.dropout.is_some()) {
-            let mut parts = Vec::new();
-            for ((update, _), du) in updates.iter().zip(&du) {
-                parts.push(du.tr().mm(&update.dropped(x)));
-                if wants_dx {
-                    let through_a = update.dropped(&du.mm(&update.rows_of(a)));
-                    dx = Some(dx.expect("wanted, so made above") + through_a);
-                }
+            for ((update, _), du) in updates.iter().zip(&du).filter(|_| wants_dx) {
+                let through_a = update.dropped(&du.mm(&update.rows_of(a)));
+                dx = Some(dx.expect("wanted, so made above") + through_a);
             }
-            parts
+            let x = x(dx.as_ref());
+            updates.iter().zip(&du).map(|((update, _), du)| du.tr().mm(&update.dropped(&x))).collect()
         } else {
             let du = if du.len() == 1 { du[0].shallow_clone() } else { Tensor::cat(&du, 1) }; // (T, sum of R)
             if wants_dx {
                 add(&du, a);
             }
-            let da = du.tr().mm(x); // (sum of R, in)
+            let da = du.tr().mm(&x(dx.as_ref())); // (sum of R, in)
             updates.iter().map(|(update, _)| update.rows_of(&da)).collect()
         };
         let dfactors = updates

@@ -14,18 +14,25 @@ pub(crate) fn randn(shape: &[i64], seed: u64) -> Tensor {
         * 0.9
 }
 
-/// Largest absolute difference, relative to the largest magnitude of `expected`.
+/// A row this much smaller than the largest value is judged by that share of it: sums that cancel leave rounding behind.
+const SMALL_ROW: f64 = 0.05;
+
+/// Largest absolute difference of a row (along the last dimension), relative to the largest magnitude in that row of
+/// `expected`: late rows of a long document are small, and being wrong there must not drown in the first ones.
 pub(crate) fn difference(found: &Tensor, expected: &Tensor) -> f64 {
     assert_eq!(found.size(), expected.size(), "shapes");
     if expected.numel() == 0 {
         return 0.0;
     }
-    let (found, expected) = (found.to_kind(Kind::Double), expected.to_kind(Kind::Double));
-    let scale = expected.abs().max().double_value(&[]).max(1e-30);
-    (found - expected).abs().max().double_value(&[]) / scale
+    let width = expected.size().last().copied().unwrap_or(1);
+    let rows = |t: &Tensor| t.to_kind(Kind::Double).reshape([-1, width]);
+    let (found, expected) = (rows(found), rows(expected));
+    let largest = expected.abs().max().double_value(&[]).max(1e-30);
+    let scale = expected.abs().amax([1i64].as_slice(), false).clamp_min(largest * SMALL_ROW); // (rows)
+    ((found - expected).abs().amax([1i64].as_slice(), false) / scale).max().double_value(&[])
 }
 
-/// Checks `op` against `twin` in fp32 (1e-5) and in bf16 (against the twin in fp32, 3e-2), outputs and input gradients, with
+/// Checks `op` against `twin` in fp32 (1e-5) and in bf16 (against the twin in fp32, 4e-2), outputs and input gradients, with
 /// the CPU kernels and with the compositions that serve other devices.
 ///
 /// Both get leaves with gradient in the given number type and return tensors; the loss is a fixed weighting of them.
@@ -49,9 +56,9 @@ pub(crate) fn check(
     let expected = run(Kind::Float, &twin);
     for (kind, tolerance, kernels) in [
         (Kind::Float, 1e-5, true),
-        (Kind::BFloat16, 3e-2, true),
+        (Kind::BFloat16, 4e-2, true),
         (Kind::Float, 1e-5, false),
-        (Kind::BFloat16, 3e-2, false),
+        (Kind::BFloat16, 4e-2, false),
     ] {
         let found = if kernels { run(kind, &op) } else { without_kernels(|| run(kind, &op)) };
         assert_eq!(found.0.len(), expected.0.len());

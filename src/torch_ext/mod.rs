@@ -364,6 +364,18 @@ pub fn cuda_memory(index: usize) -> Result<CudaMemory> {
     Ok(memory)
 }
 
+/// Tells the C library's allocator to keep what is freed: a training step asks for the same blocks over and over, and handing
+/// them back to the kernel costs a page fault for every 4 KiB, every time. A no-op where there is no glibc.
+pub fn keep_freed_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: sets numbers of the allocator; unknown or refused ones change nothing.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_MAX, 0);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, c_int::MAX);
+        libc::mallopt(libc::M_TOP_PAD, 256 << 20);
+    }
+}
+
 /// Hands cached, unused blocks back to the device.
 pub fn cuda_empty_cache() -> Result<()> {
     // SAFETY: no arguments.
@@ -438,40 +450,72 @@ pub fn filled_pair<T: Element, U: Element>(
     second: &[i64],
     fill: impl Fn(Range<usize>, &mut [T], &mut [U]) + Sync,
 ) -> [Tensor; 2] {
-    struct Place<T>(*mut T, usize);
-    // SAFETY: each row is handed to exactly one thread.
-    unsafe impl<T: Send> Sync for Place<T> {}
-    impl<T> Place<T> {
-        /// The elements of a range of rows.
-        ///
-        /// # Safety
-        /// No two slices that live at once overlap, and the rows lie within the tensor.
-        #[allow(clippy::mut_from_ref)]
-        unsafe fn rows(&self, rows: &Range<usize>) -> &mut [T] {
-            if self.1 == 0 {
-                return &mut [];
-            }
-            // SAFETY: as above; the pointer is not null, since the tensor is not empty.
-            unsafe { std::slice::from_raw_parts_mut(self.0.add(rows.start * self.1), rows.len() * self.1) }
-        }
-    }
-    let [first, second] = [(first, T::KIND), (second, U::KIND)]
-        .map(|(shape, kind)| (Tensor::empty(shape, (kind, Device::Cpu)), shape[1..].iter().product::<i64>() as usize));
-    let rows = first.0.size()[0] as usize;
-    let paired = second.0.numel() > 0;
-    assert!(!paired || second.0.size()[0] as usize == rows, "as many rows in both");
-    let places = (
-        Place::<T>(first.0.data_ptr().cast(), if first.0.numel() == 0 { 0 } else { first.1 }),
-        Place::<U>(second.0.data_ptr().cast(), if paired { second.1 } else { 0 }),
-    );
-    let grain = (32_768 / (first.1 + second.1).max(1)).max(1);
-    let places = &places;
-    parallel_for(rows, grain, |range| {
-        // SAFETY: `parallel_for` hands out every row once, and rows lie within 0..rows of tensors made here, seen by no one else.
-        let (a, b) = unsafe { (places.0.rows(&range), places.1.rows(&range)) };
+    let (first, second) = (Blank::<T>::new(first), Blank::<U>::new(second));
+    assert!(second.is_empty() || second.rows() == first.rows(), "as many rows in both");
+    let grain = (32_768 / (first.width + second.width).max(1)).max(1);
+    parallel_for(first.rows(), grain, |range| {
+        // SAFETY: `parallel_for` hands out every row once.
+        let (a, b) = unsafe { (first.part(&range), second.part(&range)) };
         fill(range, a, b);
     });
-    [first.0, second.0]
+    [first.tensor, second.tensor]
+}
+
+/// N new tensors of one shape at once, as [`filled`].
+pub fn filled_many<T: Element, const N: usize>(
+    shape: &[i64],
+    fill: impl Fn(Range<usize>, [&mut [T]; N]) + Sync,
+) -> [Tensor; N] {
+    let blanks = [(); N].map(|()| Blank::<T>::new(shape));
+    let grain = (32_768 / (N * blanks[0].width).max(1)).max(1);
+    parallel_for(blanks[0].rows(), grain, |range| {
+        // SAFETY: `parallel_for` hands out every row once.
+        let parts = blanks.each_ref().map(|blank| unsafe { blank.part(&range) });
+        fill(range, parts);
+    });
+    blanks.map(|blank| blank.tensor)
+}
+
+/// A new contiguous CPU tensor that several threads write, each its own rows.
+struct Blank<T> {
+    tensor: Tensor,
+    /// Of `tensor`'s elements; not null unless it is empty.
+    first: *mut T,
+    /// Elements of a row.
+    width: usize,
+}
+
+// SAFETY: the tensor is seen by no one else, and `part` is called for each row by one thread only.
+unsafe impl<T: Send> Sync for Blank<T> {}
+
+impl<T: Element> Blank<T> {
+    fn new(shape: &[i64]) -> Self {
+        let tensor = Tensor::empty(shape, (T::KIND, Device::Cpu));
+        let first = tensor.data_ptr().cast();
+        Self { tensor, first, width: shape[1..].iter().product::<i64>() as usize }
+    }
+
+    fn rows(&self) -> usize {
+        self.tensor.size()[0] as usize
+    }
+
+    fn is_empty(&self) -> bool {
+        self.tensor.numel() == 0
+    }
+
+    /// The elements of a range of rows; none of an empty tensor.
+    ///
+    /// # Safety
+    /// No two slices that live at once overlap.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn part(&self, rows: &Range<usize>) -> &mut [T] {
+        if self.is_empty() {
+            return &mut [];
+        }
+        assert!(rows.end <= self.rows());
+        // SAFETY: within the tensor, as just asserted; not overlapping, by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.first.add(rows.start * self.width), rows.len() * self.width) }
+    }
 }
 
 /// The elements of a contiguous CPU tensor, to be written; as [`elements`]. No one else may be reading the tensor.

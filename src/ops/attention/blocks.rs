@@ -16,10 +16,11 @@ use std::sync::Mutex;
 
 use half::bf16;
 use multiversion::multiversion;
+use multiversion::target::target_cfg_f;
 use tch::{Device, Kind, Tensor};
 
 use crate::ops::Documents;
-use crate::ops::cpu::{LANES, Stored, exp};
+use crate::ops::cpu::{LANES, Stored, exp, sum};
 use crate::torch_ext::{Rows, bf16_gemm, bf16_gemm_done, bf16_gemm_serves, elements, elements_mut, parallel_tasks};
 
 /// Rows of queries and of keys handled at once: a block of scores is 64 KiB and stays in the second-level cache.
@@ -249,6 +250,7 @@ fn softmax_block(
     sums: &mut [f32],
     head: usize,
 ) {
+    let fused = target_cfg_f!(target_feature = "fma");
     for row in 0..m {
         let (from, to) = columns(row);
         let weights = &mut weights[row * even..(row + 1) * even];
@@ -270,12 +272,12 @@ fn softmax_block(
         let mut totals = [0f32; LANES];
         for (weights, scores) in weights[from..to].chunks_mut(LANES).zip(scores.chunks(LANES)) {
             for ((weight, score), total) in weights.iter_mut().zip(scores).zip(&mut totals) {
-                let e = exp(score * scale - largest);
+                let e = exp(score * scale - largest, fused);
                 *total += e;
                 *weight = Stored::rounded(e);
             }
         }
-        let correction = exp(before.largest.max(-1e30) - largest);
+        let correction = exp(before.largest.max(-1e30) - largest, fused);
         running[row] = Running { largest, total: before.total * correction + totals.iter().sum::<f32>() };
         if before.total > 0.0 && correction != 1.0 {
             for sum in &mut sums[row * head..(row + 1) * head] {
@@ -334,12 +336,10 @@ fn backward_task(
             pack_rows(queries, rows, head, &mut q_rows[at..]);
             pack_rows(grads, rows, head, &mut g_rows[at..]);
         }
-        for row in 0..length {
-            let stride = shape.strides().0;
-            let at = (start + row) * stride + query_head * head;
-            let pair = inputs.grad[at..at + head].iter().zip(&inputs.output[at..at + head]);
-            delta[row] = pair.map(|(g, o)| g.wide() * o.wide()).sum();
-            lse[row] = inputs.logsumexp[(kv_head * tokens + start + row) * group + g];
+        let outputs = shape.rows(inputs.output, false, query_head, start);
+        dot_rows(shape.rows(inputs.grad, false, query_head, start), outputs, head, &mut delta);
+        for (row, lse) in lse.iter_mut().enumerate() {
+            *lse = inputs.logsumexp[(kv_head * tokens + start + row) * group + g];
         }
         dq_sums.fill(0.0);
         for key_block in 0..blocks {
@@ -384,19 +384,11 @@ fn backward_task(
         for block in 0..blocks {
             let (first, m) = (block * BLOCK, width(block));
             let sums = &dq_sums[block * size..block * size + head * m]; // (H, m)
-            for row in 0..m {
-                let out = &mut dq[((first + row) * group + g) * head..][..head];
-                for (h, out) in out.iter_mut().enumerate() {
-                    *out = Stored::rounded(sums[h * m + row]);
-                }
-            }
+            round_transposed(sums, (m, head), group * head, &mut dq[(first * group + g) * head..]);
         }
     }
-    for (out, sums) in [(dk, &dk_sums), (dv, &dv_sums)] {
-        for (out, sum) in out.iter_mut().zip(sums.iter()) {
-            *out = Stored::rounded(*sum);
-        }
-    }
+    round(&dk_sums, dk);
+    round(&dv_sums, dv);
     bf16_gemm_done();
 }
 
@@ -411,6 +403,7 @@ fn gradient_block(
     weights: &mut [bf16],
     gradients: &mut [bf16],
 ) {
+    let fused = target_cfg_f!(target_feature = "fma");
     for row in 0..n {
         let (from, to) = columns(row);
         let weights = &mut weights[row * even..(row + 1) * even];
@@ -424,9 +417,40 @@ fn gradient_block(
         let (lse, delta) = (&lse[from..to], &delta[from..to]);
         let (weights, gradients) = (&mut weights[from..to], &mut gradients[from..to]);
         for i in 0..to - from {
-            let p = exp(scores[i] * scale - lse[i]);
+            let p = exp(scores[i] * scale - lse[i], fused);
             weights[i] = Stored::rounded(p);
             gradients[i] = Stored::rounded(p * (products[i] - delta[i]) * scale);
+        }
+    }
+}
+
+/// `sum_h a[row, h] b[row, h]` of every row.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
+fn dot_rows(a: Rows<'_>, b: Rows<'_>, width: usize, dots: &mut [f32]) {
+    for (row, dot) in dots.iter_mut().enumerate() {
+        let (a, b) = (&a.elements[row * a.stride..][..width], &b.elements[row * b.stride..][..width]);
+        *dot = sum(width, |i| a[i].wide() * b[i].wide());
+    }
+}
+
+/// Rounds sums to bf16.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
+fn round(sums: &[f32], out: &mut [bf16]) {
+    for (out, sum) in out.iter_mut().zip(sums) {
+        *out = Stored::rounded(*sum);
+    }
+}
+
+/// Rounds sums (width, rows) into `out` (rows, width), whose rows lie `stride` apart.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
+fn round_transposed(sums: &[f32], (rows, width): (usize, usize), stride: usize, out: &mut [bf16]) {
+    for first in (0..width).step_by(LANES) {
+        let lanes = LANES.min(width - first);
+        for row in 0..rows {
+            let out = &mut out[row * stride + first..][..lanes];
+            for (lane, out) in out.iter_mut().enumerate() {
+                *out = Stored::rounded(sums[(first + lane) * rows + row]);
+            }
         }
     }
 }
