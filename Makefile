@@ -29,7 +29,7 @@ help: ## What there is to make
 	echo "make parity      compare with PEFT and transformers, live, on the demo model (installs them into the cache)"
 	echo "make bench       speed and memory beside PEFT and transformers; results go to bench/results"
 	echo "make datasets    write datasets/ anew from the committed programs, byte for byte"
-	echo "make fixtures    write tests/fixtures/llama anew with transformers and PEFT"
+	echo "make fixtures    write tests/fixtures anew with transformers, PEFT and gguf"
 	echo "make env         print LIBTORCH for your shell: eval \"\$$(make -s env)\" && cargo build --release"
 	echo "make clean       remove target/ and runs/ (the cache stays)"
 
@@ -88,10 +88,13 @@ datasets: ## The datasets, from their programs
 	python_with $(PYARROW)
 	"$$PYTHON" -B datasets/generate.py
 
-fixtures: ## The tiny Llama models and their references
+fixtures: ## Small models, adapters, templates and quantised blocks with their references
 	@source .ci/setup
 	python_with torch==$$TORCH $(PEERS)
-	"$$PYTHON" -B tests/python/tiny_llama.py
+	for program in tiny_llama peft_adapter chat_templates gguf_quants; do
+		say "tests/python/$$program.py"
+		"$$PYTHON" -B tests/python/$$program.py
+	done
 
 env: ## LIBTORCH for your shell
 	@source .ci/setup

@@ -10,6 +10,7 @@ use crate::cli::Doctor;
 use crate::recipe::cache_dir;
 use crate::torch_ext;
 use crate::train::device_name;
+use crate::weights::hub::Hub;
 use crate::{Error, Fault, Result};
 
 /// One thing looked at.
@@ -43,7 +44,7 @@ fn findings() -> Vec<Finding> {
     let fine = |what, found: String| Finding { what, found, help: String::new() };
     let mut all = vec![
         fine("engraft", env!("CARGO_PKG_VERSION").into()),
-        fine("libtorch", torch_ext::torch_version().into()),
+        fine("libtorch", format!("{}, {}", torch_ext::torch_version(), libtorch_folder())),
         fine("cpu", format!("{} threads allowed, {}", threads(), torch_ext::cpu_capability())),
         attention(),
     ];
@@ -61,8 +62,7 @@ fn findings() -> Vec<Finding> {
     });
     let here = std::env::current_dir().unwrap_or_default();
     all.push(fine("disk here", format!("{}, {}", here.display(), bytes(free_disk(&here)))));
-    let token = std::env::var_os("HF_TOKEN").is_some()
-        || std::env::var_os("HOME").is_some_and(|home| Path::new(&home).join(".cache/huggingface/token").exists());
+    let token = Hub::from_environment().is_ok_and(|hub| hub.has_token());
     all.push(Finding {
         what: "hub token",
         found: if token { "found" } else { "none" }.into(),
@@ -87,14 +87,22 @@ fn attention() -> Finding {
 fn cuda() -> Vec<Finding> {
     let finding = |what, found: String, help: &str| Finding { what, found, help: help.into() };
     if !utils::has_cuda() {
-        let help = "training runs on the CPU; with an NVIDIA driver installed, `pip install torch==2.11.0` brings a libtorch with CUDA: point LIBTORCH at it and build again";
         let driver = Path::new("/proc/driver/nvidia/version").exists();
-        let found = match (libtorch_cuda_is_loaded(), driver) {
-            (false, _) => "this libtorch is without CUDA".to_string(),
-            (true, false) => "libtorch has CUDA, the machine has no NVIDIA driver".into(),
-            (true, true) => "libtorch has CUDA and a driver is there, but no GPU answers: `nvidia-smi` says why".into(),
+        let (found, help) = match (libtorch_cuda_is_loaded(), driver) {
+            (false, _) => (
+                "this libtorch is without CUDA; training runs on the CPU",
+                "for a GPU, `pip install torch==2.11.0` brings a libtorch with CUDA: point LIBTORCH at it and build again",
+            ),
+            (true, false) => (
+                "libtorch has CUDA, the machine has no NVIDIA driver; training runs on the CPU",
+                "for a GPU, install an NVIDIA driver of the 580 series or newer",
+            ),
+            (true, true) => (
+                "libtorch has CUDA and a driver is there, but no GPU answers",
+                "`nvidia-smi` says why; the driver must be of the 580 series or newer, and CUDA_VISIBLE_DEVICES not empty",
+            ),
         };
-        return vec![finding("cuda", found, help)];
+        return vec![finding("cuda", found.into(), help)];
     }
     let mut all = Vec::new();
     for index in 0..Cuda::device_count() as usize {
@@ -113,6 +121,13 @@ fn cuda() -> Vec<Finding> {
     let cudnn = if Cuda::cudnn_is_available() { utils::version_cudnn().to_string() } else { "none".into() };
     all.push(finding("cudnn", cudnn, ""));
     all
+}
+
+/// Where the libtorch lies that this program runs with.
+fn libtorch_folder() -> String {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let library = maps.split_whitespace().find(|word| word.ends_with("/libtorch_cpu.so")).map(Path::new);
+    library.and_then(Path::parent).map_or_else(|| "somewhere".into(), |folder| folder.display().to_string())
 }
 
 fn libtorch_cuda_is_loaded() -> bool {

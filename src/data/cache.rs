@@ -25,7 +25,7 @@ use super::source::ParquetFile;
 use crate::{Error, Fault, Result};
 
 /// Changes whenever the files' layout, or what this module's neighbours put into them, changes.
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 const DOCUMENTS: &[u8; 8] = b"ENGRAFTD";
 const INDEX: &[u8; 8] = b"ENGRAFTI";
 const HEADER: u64 = 12;
@@ -34,6 +34,8 @@ const ENTRY: usize = 16;
 const CHECKED_WHOLE: u64 = 256 << 20;
 /// A file changed this recently may change again within one tick of its time stamp: its hash is not remembered.
 const SETTLED: Duration = Duration::from_secs(2);
+/// Tokens opened within this time are never removed.
+const RECENT: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// A document in the index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,6 +56,7 @@ pub(super) struct Summary {
     pub rows: u64,
     pub overlong: Tally,
     pub truncated: Tally,
+    pub answer_cut: Tally,
     pub malformed: Tally,
     pub nothing_trained: Tally,
     pub empty: Tally,
@@ -82,6 +85,9 @@ impl Tokens {
             Err(error) => return Err(format!("index.bin: {error}")),
         };
         let (entries, length) = read_index(&index).ok_or("index.bin is damaged")?;
+        // Its time says when it was last used; on a read-only disk it stays as it is.
+        let _ =
+            File::options().write(true).open(folder.join("index.bin")).and_then(|f| f.set_modified(SystemTime::now()));
         let summary = fs::read(folder.join("summary.json")).map_err(|error| format!("summary.json: {error}"))?;
         let summary: Summary = serde_json::from_slice(&summary).map_err(|error| format!("summary.json: {error}"))?;
         let file = File::open(folder.join("documents.bin")).map_err(|error| format!("documents.bin: {error}"))?;
@@ -277,6 +283,33 @@ pub(super) fn targets(document: &Document) -> usize {
     document.trained.iter().skip(1).filter(|trained| **trained).count()
 }
 
+/// Removes the token folders that were not opened for longest, until what is left takes at most `limit` bytes. Those of the
+/// last day stay in any case. What cannot be removed stays: the cache is only larger for it.
+pub(super) fn prune(datasets: &Path, limit: u64) {
+    let Ok(entries) = fs::read_dir(datasets) else { return };
+    let mut folders: Vec<(SystemTime, u64, PathBuf)> = entries
+        .flatten()
+        .filter_map(|entry| {
+            let folder = entry.path();
+            let index = fs::metadata(folder.join("index.bin")).ok()?;
+            let documents = fs::metadata(folder.join("documents.bin")).ok()?;
+            Some((index.modified().ok()?, index.len() + documents.len(), folder))
+        })
+        .collect();
+    folders.sort();
+    let mut total: u64 = folders.iter().map(|(_, bytes, _)| bytes).sum();
+    for (used, bytes, folder) in folders {
+        if total <= limit || SystemTime::now().duration_since(used).is_ok_and(|age| age < RECENT) {
+            break;
+        }
+        // A run that has it open goes on reading: the file lives until it is closed.
+        if fs::remove_dir_all(&folder).is_ok() {
+            let _ = fs::remove_file(folder.with_extension("lock"));
+            total -= bytes;
+        }
+    }
+}
+
 /// Waits until no other run makes the folder, and keeps others waiting while the file lives.
 pub(super) fn lock(folder: &Path, waiting: impl FnOnce()) -> Result<File> {
     let path = folder.with_extension("lock");
@@ -299,7 +332,7 @@ pub(super) fn lock(folder: &Path, waiting: impl FnOnce()) -> Result<File> {
 fn unwritable(path: &Path, error: &io::Error) -> Error {
     Error::Output(
         Fault::at(path, format!("the token cache cannot be written: {error}"))
-            .hint("free some disk, or move the cache elsewhere"),
+            .hint("free some disk, or move the cache elsewhere: ENGRAFT_CACHE=/another/folder"),
     )
 }
 
@@ -347,4 +380,31 @@ fn remember(memo: &Path, hash: &str) -> io::Result<()> {
 /// Lower-case hexadecimal.
 pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tokens_unused_for_longest_make_room_and_recent_ones_stay() {
+        let place = tempfile::tempdir().unwrap();
+        let add = |name: &str, days: u64| {
+            let folder = place.path().join(name);
+            fs::create_dir(&folder).unwrap();
+            fs::write(folder.join("documents.bin"), [0; 600]).unwrap();
+            let index = File::create(folder.join("index.bin")).unwrap();
+            index.set_modified(SystemTime::now() - Duration::from_secs(days * 24 * 60 * 60)).unwrap();
+        };
+        for (name, days) in [("oldest", 9), ("old", 5), ("newer", 3), ("today", 0)] {
+            add(name, days);
+        }
+        let left = |limit| {
+            prune(place.path(), limit);
+            ["oldest", "old", "newer", "today"].map(|name| place.path().join(name).exists())
+        };
+        assert_eq!(left(2400), [true, true, true, true]);
+        assert_eq!(left(1300), [false, false, true, true]);
+        assert_eq!(left(0), [false, false, false, true], "what was used today stays");
+    }
 }

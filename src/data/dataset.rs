@@ -16,6 +16,9 @@ use super::{BadRow, Batches, Cursor, Document, Encode, Example, RowId};
 use crate::recipe::{DataSource, DatasetRecipe};
 use crate::{Error, Fault, Result};
 
+/// Tokens of datasets unused for longest are removed where all take more than this on disk.
+const CACHE_BYTES: u64 = 32 << 30;
+
 /// Parquet files, tokenised and cached. Only lengths and places are in memory; tokens are read as batches need them.
 #[derive(Debug)]
 pub struct Dataset {
@@ -87,6 +90,7 @@ impl Dataset {
             files.push(DatasetFile { path: path.to_path_buf(), sha256, rows: file.rows, weight: file.weight });
             tokens.push(own);
         }
+        cache::prune(&datasets, CACHE_BYTES);
         let capacity = recipe.packing.then_some(recipe.max_length);
         let shelf = Shelf::new(tokens, &files, capacity, recipe.shuffle, seed)?;
         if shelf.spans.iter().all(|span| span.count == 0 || span.weight == 0.0) {
@@ -197,6 +201,7 @@ fn add(report: &mut DatasetReport, file: &str, tokens: &Tokens) {
     }
     report.overlong.merge(file, &tokens.summary.overlong);
     report.truncated.merge(file, &tokens.summary.truncated);
+    report.answer_cut.merge(file, &tokens.summary.answer_cut);
     report.malformed.merge(file, &tokens.summary.malformed);
     report.nothing_trained.merge(file, &tokens.summary.nothing_trained);
     report.empty.merge(file, &tokens.summary.empty);
@@ -515,7 +520,8 @@ mod tests {
         let encoder = Bytes { truncate: true, ..BYTES };
         let recipe = recipe("overlong: truncate\non_bad_row: skip");
         let dataset = Dataset::open(&one(path), &recipe, &encoder, &room.file("cache"), 1, &|_, _| {}).unwrap();
-        assert_eq!((dataset.report().truncated.count, dataset.report().nothing_trained.count), (1, 1));
+        assert_eq!((dataset.report().answer_cut.count, dataset.report().nothing_trained.count), (1, 1));
+        assert!(dataset.report().to_string().contains("no row's answer is whole"), "{}", dataset.report());
         assert_eq!(dataset.report().trained_tokens, 4);
     }
 

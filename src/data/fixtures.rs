@@ -92,7 +92,7 @@ impl Encode for Bytes {
                 let bytes: Vec<u32> = text.bytes().map(u32::from).collect();
                 let documents =
                     bytes.chunks(self.limit).map(|ids| Document { ids: ids.to_vec(), trained: vec![true; ids.len()] });
-                return Ok(Encoded { documents: documents.collect(), truncated: false });
+                return Ok(Encoded { documents: documents.collect(), ..Default::default() });
             }
             Example::PromptCompletion { prompt, completion } => {
                 assert_ne!(completion, "panic", "the encoder was asked to panic");
@@ -113,9 +113,10 @@ impl Encode for Bytes {
         if truncated && !self.truncate {
             return Err(BadRow::Overlong { tokens: document.ids.len(), limit: self.limit });
         }
+        let answer_cut = document.trained.iter().skip(self.limit).any(|trained| *trained);
         document.ids.truncate(self.limit);
         document.trained.truncate(self.limit);
-        Ok(Encoded { documents: vec![document], truncated })
+        Ok(Encoded { documents: vec![document], truncated, answer_cut })
     }
 
     fn fingerprint(&self) -> String {

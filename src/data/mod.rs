@@ -46,6 +46,8 @@ pub struct Encoded {
     pub documents: Vec<Document>,
     /// Whether tokens were cut off to fit `max_length`.
     pub truncated: bool,
+    /// Whether trained tokens were among them: such a row teaches no end.
+    pub answer_cut: bool,
 }
 
 /// Why a row gives no document.

@@ -62,8 +62,10 @@ pub struct DatasetReport {
     pub longest: u64,
     /// Rows left out because they are longer than `max_length`.
     pub overlong: Tally,
-    /// Rows cut to `max_length`.
+    /// Rows cut to `max_length` behind their answer.
     pub truncated: Tally,
+    /// Rows cut to `max_length` within their answer, so that its end is not trained.
+    pub answer_cut: Tally,
     /// Rows left out because they are not what the format says.
     pub malformed: Tally,
     /// Rows left out because nothing in them is trained.
@@ -84,9 +86,10 @@ impl DatasetReport {
         [&self.overlong, &self.malformed, &self.nothing_trained, &self.empty].iter().map(|tally| tally.count).sum()
     }
 
-    pub(super) fn tallies(&self) -> [(&'static str, &Tally); 5] {
+    pub(super) fn tallies(&self) -> [(&'static str, &Tally); 6] {
         [
-            ("truncated to max_length", &self.truncated),
+            ("truncated to max_length behind the answer", &self.truncated),
+            ("truncated to max_length within the answer, whose end is then not trained", &self.answer_cut),
             ("left out, longer than max_length", &self.overlong),
             ("left out, malformed", &self.malformed),
             ("left out, nothing trained", &self.nothing_trained),
@@ -116,6 +119,9 @@ impl fmt::Display for DatasetReport {
             if tally.count > tally.first.len() as u64 {
                 write!(f, "\n  ...")?;
             }
+        }
+        if self.answer_cut.count > 0 && self.answer_cut.count >= self.documents {
+            write!(f, "\nWARNING: no row's answer is whole, so no end of turn is trained: raise max_length")?;
         }
         for notice in &self.notices {
             write!(f, "\nnote: {notice}")?;

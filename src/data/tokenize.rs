@@ -100,7 +100,10 @@ impl Job<'_> {
                     summary.rows += 1;
                     match encoded {
                         Ok(encoded) => {
-                            if encoded.truncated {
+                            if encoded.answer_cut {
+                                let what = format!("cut to {} tokens, within the answer", recipe.max_length);
+                                summary.answer_cut.add(row, what);
+                            } else if encoded.truncated {
                                 summary.truncated.add(row, format!("cut to {} tokens", recipe.max_length));
                             }
                             for document in &encoded.documents {

@@ -44,15 +44,11 @@ pub struct Forward {
 impl Decoder {
     /// Reads the weights tensor by tensor; `progress` is called with bytes read so far and in all.
     ///
-    /// Errors name the tensor and both shapes, or the config field that is not supported.
+    /// Errors: those of [`families::spec`]; what the checkpoint finds damaged.
     pub fn load(checkpoint: &Checkpoint, kind: Kind, device: Device, progress: &dyn Fn(u64, u64)) -> Result<Self> {
         let spec = families::spec(checkpoint)?;
-        let total: u64 = checkpoint
-            .names()
-            .iter()
-            .filter_map(|name| checkpoint.shape(name))
-            .map(|shape| shape.iter().product::<i64>() as u64 * kind.elt_size_in_bytes() as u64)
-            .sum();
+        let numbers: i64 = spec.tensors().values().map(|shape| shape.iter().product::<i64>()).sum();
+        let total = numbers as u64 * kind.elt_size_in_bytes() as u64;
         let done = std::cell::Cell::new(0);
         let read = |bytes| {
             done.set(done.get() + bytes);
@@ -60,7 +56,7 @@ impl Decoder {
         };
         let reader = Reader { checkpoint, kind, device, read: &read };
 
-        let embedding = reader.tensor(&spec.embedding, &[spec.vocab_size, spec.hidden_size])?;
+        let embedding = reader.tensor(&spec.embedding)?;
         let mut ropes: Vec<Rope> = Vec::new();
         let mut layers = Vec::with_capacity(spec.layers.len());
         for layer in &spec.layers {
@@ -75,7 +71,7 @@ impl Decoder {
         let head = if spec.head.tied {
             embedding.shallow_clone()
         } else {
-            reader.tensor(&format!("{}.weight", spec.head.name), &[spec.vocab_size, spec.hidden_size])?
+            reader.tensor(&format!("{}.weight", spec.head.name))?
         };
         let head = Linear { name: spec.head.name.clone(), weight: Weight::Dense(head), bias: None, adapter: None };
         Ok(Self { spec, kind, device, embedding, layers, ropes, final_norm, head })

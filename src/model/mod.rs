@@ -10,6 +10,7 @@ pub mod spec;
 
 mod cache;
 mod decoder;
+mod fit;
 mod generate;
 mod layer;
 mod linear;

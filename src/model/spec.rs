@@ -185,8 +185,10 @@ pub enum Residual {
 /// An RMSNorm.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NormSpec {
-    /// Tensor name of its weight (D).
+    /// Tensor name of its weight.
     pub weight: String,
+    /// Elements of the weight.
+    pub width: i64,
     /// Added to the mean square.
     pub eps: f64,
 }

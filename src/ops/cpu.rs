@@ -126,6 +126,7 @@ pub(super) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor
 
 fn rms_norm_of<S: Stored>(x: &Tensor, weight: &Tensor, eps: f32) -> (Tensor, Tensor) {
     let (rows, width) = x.size2().expect("(T, D)");
+    assert_eq!(weight.numel() as i64, width, "a norm's weight is as wide as what it norms");
     let (x, weight, d) = (elements::<S>(x), elements::<S>(weight), width as usize);
     let [y, rstd] = filled_pair::<S, f32>(&[rows, width], &[rows, 1], |range, y, rstd| {
         rms_norm_rows(&x[range.start * d..range.end * d], weight, eps, y, rstd);

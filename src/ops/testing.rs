@@ -15,25 +15,26 @@ pub(crate) fn randn(shape: &[i64], seed: u64) -> Tensor {
 }
 
 /// A row this much smaller than the largest value is judged by that share of it: sums that cancel leave rounding behind.
-const SMALL_ROW: f64 = 0.05;
+const SMALL_ROW: f64 = 0.1;
 
-/// Largest absolute difference of a row (along the last dimension), relative to the largest magnitude in that row of
-/// `expected`: late rows of a long document are small, and being wrong there must not drown in the first ones.
-pub(crate) fn difference(found: &Tensor, expected: &Tensor) -> f64 {
+/// Largest absolute difference, relative to the largest magnitude of `expected`: of all, and of the worst row (along the last
+/// dimension) relative to its own. Late rows of a long document are small, and being wrong there must not drown in the first ones.
+fn differences(found: &Tensor, expected: &Tensor) -> (f64, f64) {
     assert_eq!(found.size(), expected.size(), "shapes");
     if expected.numel() == 0 {
-        return 0.0;
+        return (0.0, 0.0);
     }
     let width = expected.size().last().copied().unwrap_or(1);
     let rows = |t: &Tensor| t.to_kind(Kind::Double).reshape([-1, width]);
     let (found, expected) = (rows(found), rows(expected));
     let largest = expected.abs().max().double_value(&[]).max(1e-30);
-    let scale = expected.abs().amax([1i64].as_slice(), false).clamp_min(largest * SMALL_ROW); // (rows)
-    ((found - expected).abs().amax([1i64].as_slice(), false) / scale).max().double_value(&[])
+    let own = expected.abs().amax([1i64].as_slice(), false).clamp_min(largest * SMALL_ROW); // (rows)
+    let off = (found - expected).abs().amax([1i64].as_slice(), false); // (rows)
+    (off.max().double_value(&[]) / largest, (off / own).max().double_value(&[]))
 }
 
-/// Checks `op` against `twin` in fp32 (1e-5) and in bf16 (against the twin in fp32, 4e-2), outputs and input gradients, with
-/// the CPU kernels and with the compositions that serve other devices.
+/// Checks `op` against `twin` in fp32 (1e-5) and in bf16 (against the twin in fp32: 3e-2, and 8e-2 of a row's own size), outputs
+/// and input gradients, with the CPU kernels and with the compositions that serve other devices.
 ///
 /// Both get leaves with gradient in the given number type and return tensors; the loss is a fixed weighting of them.
 pub(crate) fn check(
@@ -55,21 +56,24 @@ pub(crate) fn check(
     };
     let expected = run(Kind::Float, &twin);
     for (kind, tolerance, kernels) in [
-        (Kind::Float, 1e-5, true),
-        (Kind::BFloat16, 4e-2, true),
-        (Kind::Float, 1e-5, false),
-        (Kind::BFloat16, 4e-2, false),
+        (Kind::Float, (1e-5, 3e-5), true),
+        (Kind::BFloat16, (3e-2, 8e-2), true),
+        (Kind::Float, (1e-5, 3e-5), false),
+        (Kind::BFloat16, (3e-2, 8e-2), false),
     ] {
         let found = if kernels { run(kind, &op) } else { without_kernels(|| run(kind, &op)) };
         assert_eq!(found.0.len(), expected.0.len());
+        let close = |what: &str, i: usize, found: &Tensor, expected: &Tensor| {
+            let (all, row) = differences(found, expected);
+            let good = all < tolerance.0 && row < tolerance.1;
+            assert!(good, "{what} {i} in {kind:?} (kernels: {kernels}) is off by {all:e}, its worst row by {row:e}");
+        };
         for (i, (f, e)) in found.0.iter().zip(&expected.0).enumerate() {
-            let d = difference(f, e);
-            assert!(d < tolerance, "output {i} in {kind:?} (kernels: {kernels}) is off by {d:e}");
+            close("output", i, f, e);
         }
         for (i, (f, e)) in found.1.iter().zip(&expected.1).enumerate() {
             assert!(f.defined(), "gradient {i} in {kind:?} is missing");
-            let d = difference(f, e);
-            assert!(d < tolerance, "gradient {i} in {kind:?} (kernels: {kernels}) is off by {d:e}");
+            close("gradient", i, f, e);
         }
     }
 }

@@ -51,7 +51,6 @@ unsafe extern "C" {
         found_inf: Raw,
     ) -> *mut c_char;
     fn engraft_global_norm(tensors: *const Raw, n: usize, out: *mut Raw) -> *mut c_char;
-    fn engraft_scale_all(tensors: *const Raw, n: usize, scale: Raw) -> *mut c_char;
     fn engraft_keep_mask(like: Raw, keep: f64, seed: u64, out: *mut Raw) -> *mut c_char;
     fn engraft_uniform(like: Raw, low: f64, high: f64, seed: u64, out: *mut Raw) -> *mut c_char;
     #[allow(clippy::too_many_arguments)]
@@ -88,7 +87,6 @@ unsafe extern "C" {
         free: *mut i64,
         total: *mut i64,
     ) -> *mut c_char;
-    fn engraft_cuda_empty_cache() -> *mut c_char;
     fn engraft_parallel_for(
         n: i64,
         grain: i64,
@@ -242,13 +240,6 @@ pub fn global_norm(tensors: &[Tensor]) -> Tensor {
     owned(out).expect("filled on success")
 }
 
-/// Multiplies every tensor by the scalar tensor `scale`, in place.
-pub fn scale_all_(tensors: &[Tensor], scale: &Tensor) {
-    let list = raws(tensors.iter());
-    // SAFETY: live tensors.
-    expect(unsafe { engraft_scale_all(list.as_ptr(), list.len(), raw(scale)) });
-}
-
 /// A uint8 mask shaped and placed like `like`, 1 with probability `keep`: a pure function of `seed`.
 pub fn keep_mask(like: &Tensor, keep: f64, seed: u64) -> Tensor {
     let mut out = std::ptr::null_mut();
@@ -374,12 +365,6 @@ pub fn keep_freed_memory() {
         libc::mallopt(libc::M_TRIM_THRESHOLD, c_int::MAX);
         libc::mallopt(libc::M_TOP_PAD, 256 << 20);
     }
-}
-
-/// Hands cached, unused blocks back to the device.
-pub fn cuda_empty_cache() -> Result<()> {
-    // SAFETY: no arguments.
-    checked(unsafe { engraft_cuda_empty_cache() })
 }
 
 /// Runs `body(range)` over `0..n` on libtorch's own CPU threads, in chunks of at least `grain`: one pool, no oversubscription.

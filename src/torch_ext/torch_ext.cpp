@@ -133,13 +133,6 @@ char* engraft_global_norm(at::Tensor** tensors, size_t n, at::Tensor** out) {
   });
 }
 
-char* engraft_scale_all(at::Tensor** tensors, size_t n, at::Tensor* scale) {
-  return guarded([&] {
-    c10::NoGradGuard no_grad;
-    at::_foreach_mul_(list(tensors, n), *scale);
-  });
-}
-
 char* engraft_keep_mask(at::Tensor* like, double keep, uint64_t seed, at::Tensor** out) {
   return guarded([&] {
     c10::NoGradGuard no_grad;
@@ -190,10 +183,6 @@ char* engraft_cuda_memory(int index, int64_t* allocated, int64_t* peak, int64_t*
     *free = static_cast<int64_t>(available);
     *total = static_cast<int64_t>(all);
   });
-}
-
-char* engraft_cuda_empty_cache() {
-  return guarded([&] { at::getDeviceAllocator(at::kCUDA)->emptyCache(); });
 }
 
 void engraft_parallel_for(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {

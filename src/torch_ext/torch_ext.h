@@ -33,8 +33,6 @@ char* engraft_fused_adamw(at::Tensor** params, at::Tensor** grads, at::Tensor** 
 
 // L2 norm over all elements of all tensors, fp32 scalar on their device.
 char* engraft_global_norm(at::Tensor** tensors, size_t n, at::Tensor** out);
-// Multiplies every tensor by the scalar tensor, in place.
-char* engraft_scale_all(at::Tensor** tensors, size_t n, at::Tensor* scale);
 
 // uint8 0/1 mask shaped like `like`, each element 1 with probability `keep`, a pure function of `seed`.
 char* engraft_keep_mask(at::Tensor* like, double keep, uint64_t seed, at::Tensor** out);
@@ -52,7 +50,6 @@ char* engraft_flash_varlen_backward(at::Tensor* grad, at::Tensor* q, at::Tensor*
 
 // Bytes: currently allocated, peak allocated, free and total on CUDA device `index`.
 char* engraft_cuda_memory(int index, int64_t* allocated, int64_t* peak, int64_t* free, int64_t* total);
-char* engraft_cuda_empty_cache();
 
 // Runs body(context, begin, end) over 0..n on libtorch's own CPU threads.
 void engraft_parallel_for(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);

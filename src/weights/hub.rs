@@ -53,6 +53,11 @@ pub struct Transfer<'a> {
 }
 
 impl Hub {
+    /// Whether it is asked with a token.
+    pub fn has_token(&self) -> bool {
+        self.token.is_some()
+    }
+
     /// The hub that the environment describes.
     pub fn from_environment() -> Result<Self> {
         Self::from_variables(|name| std::env::var(name).ok())

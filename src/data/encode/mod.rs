@@ -203,13 +203,14 @@ impl Encoder {
             trained[0] = false;
             Document { ids: part.to_vec(), trained }
         });
-        Ok(Encoded { documents: documents.collect(), truncated: false })
+        Ok(Encoded { documents: documents.collect(), ..Default::default() })
     }
 
     /// Applies the policy for long rows, and refuses rows that teach nothing.
     fn finish(&self, mut document: Document) -> Row<Encoded> {
         let (tokens, limit) = (document.ids.len(), self.limit());
         let truncated = tokens > limit;
+        let answer_cut = document.trained.iter().skip(limit).any(|trained| *trained);
         if truncated {
             match self.recipe.overlong {
                 Overlong::Drop | Overlong::Error => return Err(BadRow::Overlong { tokens, limit }),
@@ -231,7 +232,7 @@ impl Encoder {
             };
             return Err(BadRow::NothingTrained(what));
         }
-        Ok(Encoded { documents: vec![document], truncated })
+        Ok(Encoded { documents: vec![document], truncated, answer_cut })
     }
 
     fn render(

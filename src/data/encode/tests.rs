@@ -337,6 +337,7 @@ fn long_rows_follow_the_policy_and_text_loses_nothing() {
     let cut = with("truncate", tokens as u32 - 3).encode(&long).unwrap();
     assert!(
         cut.truncated
+            && cut.answer_cut
             && cut.documents[0].ids == whole.ids[..tokens - 3]
             && cut.documents[0].trained == whole.trained[..tokens - 3]
     );

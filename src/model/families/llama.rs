@@ -58,7 +58,7 @@ pub(super) fn spec(config: &Config<'_>) -> Result<ModelSpec> {
         .map(|i| {
             let at = |part: &str| format!("model.layers.{i}.{part}");
             let linear = |part: &str, input, output, bias| LinearSpec { name: at(part), input, output, bias };
-            let norm = |part: &str| NormSpec { weight: at(part), eps };
+            let norm = |part: &str| NormSpec { weight: at(part), width: hidden_size, eps };
             LayerSpec {
                 attention: Attention::Grouped {
                     heads,
@@ -92,7 +92,7 @@ pub(super) fn spec(config: &Config<'_>) -> Result<ModelSpec> {
         max_position_embeddings,
         embedding: "model.embed_tokens.weight".into(),
         layers,
-        final_norm: NormSpec { weight: "model.norm.weight".into(), eps },
+        final_norm: NormSpec { weight: "model.norm.weight".into(), width: hidden_size, eps },
         head: HeadSpec { name: "lm_head".into(), tied },
         ignored_suffixes: vec!["rotary_emb.inv_freq"],
     })

@@ -16,12 +16,14 @@ struct Family {
 
 const FAMILIES: &[Family] = &[Family { model_types: llama::MODEL_TYPES, spec: llama::spec }];
 
-/// The spec of a checkpoint, from its `config.json`.
+/// The spec of a checkpoint, from its `config.json`, proved against its tensors.
 ///
-/// Errors: a `model_type` that no family answers to (the answer lists those supported), a field that is missing, out of
+/// Errors: what [`ModelSpec::prove`] finds; a `model_type` that no family answers to (the answer lists those supported), a field that is missing, out of
 /// range or asks for something not supported.
 pub fn spec(checkpoint: &Checkpoint) -> Result<ModelSpec> {
-    from_config(&checkpoint.config)
+    let spec = from_config(&checkpoint.config)?;
+    spec.prove(checkpoint)?;
+    Ok(spec)
 }
 
 /// [`spec`] of a `config.json` alone.

@@ -1,0 +1,176 @@
+//! Whether a checkpoint is what its config says: every tensor that the spec names, in its shape, and none besides.
+
+use std::collections::BTreeMap;
+
+use super::spec::{Attention, FeedForward, LinearSpec, ModelSpec, NormSpec, Residual};
+use crate::weights::Checkpoint;
+use crate::{Error, Fault, Result};
+
+/// How many tensors an error names of each kind.
+const NAMED: usize = 4;
+
+impl ModelSpec {
+    /// Every tensor the decoder reads, by its checkpoint name, with its shape.
+    pub fn tensors(&self) -> BTreeMap<String, Vec<i64>> {
+        let mut all = Inventory::default();
+        all.add(self.embedding.clone(), &[self.vocab_size, self.hidden_size]);
+        for layer in &self.layers {
+            let Attention::Grouped { query, key, value, output, .. } = &layer.attention;
+            let FeedForward::Gated { gate, up, down, .. } = &layer.feed_forward;
+            let Residual::Sequential { attention_norm, feed_forward_norm } = &layer.residual;
+            [query, key, value, output, gate, up, down].into_iter().for_each(|linear| all.linear(linear));
+            [attention_norm, feed_forward_norm].into_iter().for_each(|norm| all.norm(norm));
+        }
+        all.norm(&self.final_norm);
+        if !self.head.tied {
+            all.add(format!("{}.weight", self.head.name), &[self.vocab_size, self.hidden_size]);
+        }
+        all.0
+    }
+
+    /// Proves that `checkpoint` holds these tensors in these shapes, and nothing that would silently be left out of the
+    /// computation.
+    ///
+    /// # Errors
+    /// [`Error::Model`] listing what is missing, has another shape, or is not accounted for by `config.json`.
+    pub fn prove(&self, checkpoint: &Checkpoint) -> Result<()> {
+        let wanted = self.tensors();
+        let mut missing = Vec::new();
+        let mut misshapen = Vec::new();
+        for (name, shape) in &wanted {
+            match checkpoint.shape(name) {
+                None => missing.push(name.clone()),
+                Some(found) if &found != shape => {
+                    misshapen.push(format!("{name} is {found:?} in the file, {shape:?} by config.json"));
+                }
+                Some(_) => {}
+            }
+        }
+        let head = format!("{}.weight", self.head.name);
+        let unused: Vec<String> = checkpoint
+            .names()
+            .into_iter()
+            .filter(|name| !wanted.contains_key(*name))
+            // A checkpoint may store a tied head a second time.
+            .filter(|name| !(self.head.tied && *name == head))
+            .filter(|name| !self.ignored_suffixes.iter().any(|suffix| name.ends_with(suffix)))
+            .map(ToString::to_string)
+            .collect();
+        let place = checkpoint.files.first().map(|file| file.display().to_string()).unwrap_or_default();
+        let faults = [
+            (
+                missing,
+                "lacks",
+                "that config.json asks for",
+                "is the download complete, and does config.json belong to these weights?",
+            ),
+            (misshapen, "has", "of another shape", "config.json and the weights do not belong together"),
+            (
+                unused,
+                "holds",
+                "that config.json does not account for: the model would be computed without them",
+                "does config.json belong to these weights? Look for a flag it lacks (attention_bias, num_hidden_layers)",
+            ),
+        ];
+        let found = faults.into_iter().find(|(names, ..)| !names.is_empty());
+        found.map_or(Ok(()), |(names, verb, what, hint)| {
+            let count = names.len();
+            let (few, more) = (names[..count.min(NAMED)].join(", "), if count > NAMED { ", ..." } else { "" });
+            Err(Error::Model(Fault::new(place, format!("{verb} {count} tensor(s) {what}: {few}{more}")).hint(hint)))
+        })
+    }
+}
+
+/// Tensors by name.
+#[derive(Default)]
+struct Inventory(BTreeMap<String, Vec<i64>>);
+
+impl Inventory {
+    fn add(&mut self, name: String, shape: &[i64]) {
+        self.0.insert(name, shape.to_vec());
+    }
+
+    fn linear(&mut self, spec: &LinearSpec) {
+        self.add(format!("{}.weight", spec.name), &[spec.output, spec.input]);
+        if spec.bias {
+            self.add(format!("{}.bias", spec.name), &[spec.output]);
+        }
+    }
+
+    fn norm(&mut self, spec: &NormSpec) {
+        self.add(spec.weight.clone(), &[spec.width]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::Path;
+
+    use tch::Kind;
+
+    use super::*;
+    use crate::model::families;
+    use crate::recipe::BaseSource;
+    use crate::weights::writer::{self, TensorSpec};
+
+    fn config() -> serde_json::Value {
+        serde_json::json!({
+            "model_type": "llama", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "vocab_size": 11, "tie_word_embeddings": false,
+        })
+    }
+
+    /// What a folder with these tensors is answered, `change` made to what its config asks for.
+    fn answer(change: impl Fn(&mut BTreeMap<String, Vec<i64>>)) -> String {
+        let folder = tempfile::tempdir().unwrap();
+        let spec = families::from_config(&config()).unwrap();
+        let mut tensors = spec.tensors();
+        change(&mut tensors);
+        write(folder.path(), &tensors);
+        let checkpoint = Checkpoint::open(&BaseSource::Folder(folder.path().to_path_buf())).unwrap();
+        match spec.prove(&checkpoint) {
+            Ok(()) => "fits".into(),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    fn write(folder: &Path, tensors: &BTreeMap<String, Vec<i64>>) {
+        let specs: Vec<TensorSpec> = tensors
+            .iter()
+            .map(|(name, shape)| TensorSpec { name: name.clone(), kind: Kind::Float, shape: shape.clone() })
+            .collect();
+        let zeros =
+            |index: usize| Ok(tch::Tensor::zeros(specs[index].shape.as_slice(), (Kind::Float, tch::Device::Cpu)));
+        writer::write(&folder.join("model.safetensors"), &specs, &BTreeMap::new(), zeros).unwrap();
+        std::fs::write(folder.join("config.json"), config().to_string()).unwrap();
+    }
+
+    #[test]
+    fn a_base_that_is_whole_fits() {
+        assert_eq!(answer(|_| ()), "fits");
+        let buffer = "model.layers.0.self_attn.rotary_emb.inv_freq";
+        assert_eq!(answer(|tensors| drop(tensors.insert(buffer.into(), vec![2]))), "fits");
+    }
+
+    #[test]
+    fn a_norm_of_the_wrong_length_is_named_with_both_shapes() {
+        let found = answer(|tensors| drop(tensors.insert("model.norm.weight".into(), vec![16])));
+        assert!(found.contains("model.norm.weight is [16] in the file, [8] by config.json"), "{found}");
+    }
+
+    #[test]
+    fn a_missing_tensor_is_named() {
+        let found = answer(|tensors| drop(tensors.remove("lm_head.weight")));
+        assert!(found.contains("lacks 1 tensor(s)") && found.contains("lm_head.weight"), "{found}");
+    }
+
+    #[test]
+    fn tensors_that_the_config_does_not_account_for_are_an_error() {
+        let bias = "model.layers.1.self_attn.q_proj.bias";
+        let found = answer(|tensors| drop(tensors.insert(bias.into(), vec![8])));
+        assert!(found.contains("does not account for") && found.contains(bias), "{found}");
+        let third = "model.layers.2.mlp.up_proj.weight";
+        assert!(answer(|tensors| drop(tensors.insert(third.into(), vec![12, 8]))).contains(third));
+    }
+}
