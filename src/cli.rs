@@ -229,6 +229,9 @@ pub struct Preview {
     /// Print one JSON object per row, then one with the totals
     #[arg(long)]
     pub json: bool,
+    /// Show the eval set instead of the training set
+    #[arg(long)]
+    pub eval: bool,
     /// Mark trained tokens with brackets instead of colour
     #[arg(long)]
     pub no_color: bool,
@@ -449,7 +452,7 @@ mod tests {
             "merge --model m --adapter a --out o --dtype bf16",
             "export r.yaml --save adapter --save merged",
             "inspect a b --json",
-            "preview r.yaml --rows 5 --no-color",
+            "preview r.yaml --eval --rows 5 --no-color",
             "validate a.yaml b.yaml",
             "schema --markdown",
             "doctor --json",

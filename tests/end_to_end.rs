@@ -208,6 +208,12 @@ fn a_recipe_becomes_an_adapter_a_merged_model_and_a_manifest() {
 
 #[test]
 fn a_run_killed_at_random_moments_ends_bit_identical() {
+    assert!(bench.succeed(&["preview", "recipe.yaml", "--eval"]).contains("eval.parquet, row 0: "));
+    bench.fail(
+        &["preview", "recipe.yaml", "--eval", "--set=dataset.eval=", "--set=training.eval_steps="],
+        3,
+        &["no eval set"],
+    );
     let bench = Bench::new("max_steps: 30, save_steps: 2, eval_steps: 10, threads: 1");
     bench.succeed(&["train", "recipe.yaml", "--set", "output.dir=whole"]);
     let expected = bench.result("whole");

@@ -9,8 +9,7 @@ use serde_json::{Value, json};
 use super::console::{Console, Unit};
 use super::loading;
 use crate::cli::{Eval, Metric, Threshold};
-use crate::data::{Dataset, Encoder};
-use crate::evaluate::{self, Answer, Question};
+use crate::evaluate::{self, Answer, Questions};
 use crate::model::Sampling;
 use crate::recipe::Recipe;
 use crate::torch_ext::catching;
@@ -26,10 +25,7 @@ pub fn run(arguments: &Eval, out: &mut dyn Write) -> Result<()> {
     let generates = arguments.generate || pattern.is_some();
     gates_can_be_judged(arguments, generates, pattern.is_some())?;
     let mut plan = Recipe::read(&arguments.recipe, &arguments.overrides.set)?.plan()?;
-    if plan.eval.is_empty() {
-        let fault = Fault::at(&arguments.recipe, "the recipe has no eval set");
-        return Err(Error::Recipe(vec![fault.hint("name one: dataset.eval, or --set dataset.eval=rows.parquet")]));
-    }
+    loading::has_eval_set(&plan)?;
     plan.dataset.limit = arguments.limit.or(plan.dataset.limit);
     loading::use_cpu(plan.training.threads);
     let console = Console::new(arguments.json);
@@ -37,6 +33,7 @@ pub fn run(arguments: &Eval, out: &mut dyn Write) -> Result<()> {
     let checkpoint = loading::checkpoint(&plan.base, &console)?;
     let encoder = loading::encoder(&checkpoint, &plan.dataset)?;
     let eval = loading::dataset("eval", &plan.eval, &plan, &encoder, &console)?;
+    console.say(eval.report());
     let mut model = loading::decoder(&checkpoint, plan.kind, plan.device, &console)?;
     let adapter = match (&arguments.adapter, arguments.base) {
         (_, true) => None,
@@ -53,6 +50,16 @@ pub fn run(arguments: &Eval, out: &mut dyn Write) -> Result<()> {
         loading::adapter(&mut model, folder, &console)?;
     }
 
+    // Made before anything slow is measured: a row that cannot be asked may end the command.
+    let context = model.spec.max_position_embeddings as usize;
+    let questions = match generates {
+        true => evaluate::questions(&eval, &encoder, context, plan.dataset.on_bad_row)?,
+        false => Questions::default(),
+    };
+    if questions.not_asked.count > 0 {
+        console.say(questions.not_asked.list("not asked"));
+    }
+
     let stage = console.stage("measuring the loss", Unit::Things("tokens"));
     let total = eval.report().trained_tokens;
     let batches = eval.eval_batches(plan.training.micro_batch_size.into()).map(|item| item.map(|(batch, _)| batch));
@@ -64,29 +71,27 @@ pub fn run(arguments: &Eval, out: &mut dyn Write) -> Result<()> {
     })?;
     drop(stage);
 
+    let report = eval.report();
     let mut result = json!({
-        "recipe": plan.path, "adapter": adapter, "rows": eval.report().rows,
+        "recipe": plan.path, "adapter": adapter, "rows": report.rows - report.dropped(),
+        "dropped": report.dropped(), "truncated": report.truncated.count,
         "loss": loss.loss, "perplexity": loss.perplexity, "trained_tokens": loss.trained_tokens,
     });
     let mut answers = Vec::new();
     if generates {
-        let questions = questions(&eval, &encoder)?;
-        let longest = model.spec.max_position_embeddings as usize;
-        let room = questions.iter().map(|q| longest.saturating_sub(q.prompt.len())).min().unwrap_or(0);
-        let sampling = Sampling {
-            max_tokens: (arguments.max_tokens as usize).min(room.max(1)),
-            stop: encoder.end_ids(),
-            ..Sampling::default()
-        };
+        let sampling =
+            Sampling { max_tokens: arguments.max_tokens as usize, stop: encoder.end_ids(), ..Sampling::default() };
+        let asked = &questions.asked;
         let stage = console.stage("answering", Unit::Things("rows"));
         answers = catching("answering", || {
-            Ok(evaluate::answer_all(&model, encoder.tokenizer(), &questions, &sampling, pattern.as_ref(), |done| {
-                stage.at(done as u64, questions.len() as u64);
+            Ok(evaluate::answer_all(&model, encoder.tokenizer(), asked, &sampling, pattern.as_ref(), |done| {
+                stage.at(done as u64, asked.len() as u64);
                 ControlFlow::Continue(())
             }))
         })?;
         let score = evaluate::score(&answers);
         result["answers"] = json!(score.answers);
+        result["not_asked"] = json!(questions.not_asked.count);
         result["exact_match"] = json!(score.exact_match);
         if pattern.is_some() {
             result["match"] = json!(score.matches);
@@ -95,6 +100,8 @@ pub fn run(arguments: &Eval, out: &mut dyn Write) -> Result<()> {
 
     let text = if arguments.json {
         result["rows_answered"] = json!(answers);
+        result["rows_not_asked"] = json!(questions.not_asked.first);
+        result["data"] = json!(report);
         format!("{result}\n")
     } else {
         page(&result, &answers)
@@ -105,31 +112,18 @@ pub fn run(arguments: &Eval, out: &mut dyn Write) -> Result<()> {
 
 /// A limit on a metric that is not measured would always pass or always fail: it is refused before anything is loaded.
 fn gates_can_be_judged(arguments: &Eval, generates: bool, matches: bool) -> Result<()> {
-    for threshold in arguments.fail_under.iter().chain(&arguments.fail_over) {
+    let limits = |option, thresholds| std::iter::repeat(option).zip(thresholds);
+    let under = limits("--fail-under", &arguments.fail_under);
+    for (option, threshold) in under.chain(limits("--fail-over", &arguments.fail_over)) {
         let missing = match threshold.metric {
             Metric::ExactMatch if !generates => "--generate",
             Metric::Match if !matches => "--match REGEX",
             _ => continue,
         };
-        let fault = Fault::new(format!("--fail-under {}", name(threshold.metric)), "this metric is not measured");
+        let fault = Fault::new(format!("{option} {}", name(threshold.metric)), "this metric is not measured");
         return Err(Error::Recipe(vec![fault.hint(format!("add {missing}"))]));
     }
     Ok(())
-}
-
-fn questions(eval: &Dataset, encoder: &Encoder) -> Result<Vec<Question>> {
-    let mut questions = Vec::new();
-    for item in eval.examples(u64::MAX) {
-        let (row, example) = item?;
-        // Rows that training would leave out are left out here, too.
-        let Ok(example) = example else { continue };
-        let place = eval.place(row);
-        match encoder.prompt(&example) {
-            Ok((prompt, expected)) => questions.push(Question { place, prompt, expected }),
-            Err(bad) => return Err(Error::Data(Fault::new(place, bad))),
-        }
-    }
-    Ok(questions)
 }
 
 fn page(result: &Value, answers: &[Answer]) -> String {
@@ -152,7 +146,9 @@ fn page(result: &Value, answers: &[Answer]) -> String {
     if answers.len() > SHOWN {
         page += &format!("... and {} more (all of them with --json)\n\n", answers.len() - SHOWN);
     }
-    for key in ["rows", "trained_tokens", "loss", "perplexity", "exact_match", "match"] {
+    for key in
+        ["rows", "dropped", "truncated", "not_asked", "trained_tokens", "loss", "perplexity", "exact_match", "match"]
+    {
         match &result[key] {
             Value::Null => {}
             Value::Number(number) if number.is_f64() => {
@@ -193,6 +189,17 @@ fn name(metric: Metric) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_option_that_cannot_be_judged_is_called_by_its_own_name() {
+        for option in ["--fail-under", "--fail-over"] {
+            let line = ["engraft", "eval", "r.yaml", option, "exact_match=0.5"];
+            let cli = <crate::cli::Cli as clap::Parser>::try_parse_from(line).unwrap();
+            let crate::cli::Command::Eval(arguments) = cli.command else { panic!() };
+            let error = gates_can_be_judged(&arguments, false, false).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("{option} exact_match: ")), "{error}");
+        }
+    }
 
     #[test]
     fn a_gate_is_missed_below_above_and_by_what_is_no_number() {

@@ -51,6 +51,15 @@ pub(super) fn dataset(
 }
 
 /// A model to talk to: the base, with an adapter on it if one is named.
+/// Refuses a recipe without an eval set, for what is about nothing else.
+pub(super) fn has_eval_set(plan: &Plan) -> Result<()> {
+    if !plan.eval.is_empty() {
+        return Ok(());
+    }
+    let fault = Fault::at(&plan.path, "the recipe has no eval set");
+    Err(Error::Recipe(vec![fault.hint("name one: dataset.eval, or --set dataset.eval=rows.parquet")]))
+}
+
 pub(super) struct Loaded {
     pub(super) model: Decoder,
     pub(super) checkpoint: Checkpoint,

@@ -14,16 +14,20 @@ use crate::{Error, Fault, Result};
 /// Runs the verb. Only the base's tokenizer is read, not its weights.
 pub fn run(arguments: &Preview, out: &mut dyn Write) -> Result<()> {
     let plan = Recipe::read(&arguments.recipe, &arguments.overrides.set)?.plan()?;
+    if arguments.eval {
+        loading::has_eval_set(&plan)?;
+    }
     let console = Console::new(arguments.json);
     let checkpoint: Checkpoint = loading::checkpoint(&plan.base, &console)?;
     let encoder = loading::encoder(&checkpoint, &plan.dataset)?;
-    let train = loading::dataset("training", &plan.train, &plan, &encoder, &console)?;
+    let (what, sources) = if arguments.eval { ("eval", &plan.eval) } else { ("training", &plan.train) };
+    let dataset = loading::dataset(what, sources, &plan, &encoder, &console)?;
     let colour = !arguments.no_color && std::env::var_os("NO_COLOR").is_none() && std::io::stdout().is_terminal();
     let mut text = String::new();
-    for item in train.examples(arguments.rows) {
+    for item in dataset.examples(arguments.rows) {
         let (row, example) = item?;
         let tokens = example.and_then(|example| encoder.preview(&example));
-        let place = train.place(row);
+        let place = dataset.place(row);
         if arguments.json {
             let line = match &tokens {
                 Ok(tokens) => json!({
@@ -46,11 +50,11 @@ pub fn run(arguments: &Preview, out: &mut dyn Write) -> Result<()> {
         }
     }
     if arguments.json {
-        text += &format!("{}\n", json!({"totals": train.report()}));
+        text += &format!("{}\n", json!({"totals": dataset.report()}));
     } else {
         let legend =
             if colour { "\x1b[1;32mtrained\x1b[0m, \x1b[2mnot trained\x1b[0m" } else { "[trained], not trained" };
-        text += &format!("{legend}; tokens are parted by |\n\n{}\n", train.report());
+        text += &format!("{legend}; tokens are parted by |\n\n{}\n", dataset.report());
     }
     out.write_all(text.as_bytes()).map_err(|error| Error::Output(Fault::new("standard output", error)))
 }

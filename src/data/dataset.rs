@@ -172,6 +172,12 @@ impl Dataset {
         (first..first + count).map(|index| tokens.document(index)).collect()
     }
 
+    /// Whether a row gave any document: not where it was left out.
+    pub fn keeps(&self, id: RowId) -> bool {
+        let tokens = self.shelf.files.get(id.file as usize);
+        tokens.is_some_and(|tokens| tokens.entries.binary_search_by_key(&id.row, |entry| entry.row).is_ok())
+    }
+
     /// One row as it was before any template; the inner error is what is wrong with it.
     ///
     /// # Errors
@@ -489,6 +495,9 @@ mod tests {
             "{screen}"
         );
         assert_eq!(dataset.documents_at(RowId { file: 0, row: 1 }).unwrap(), []);
+        let kept: Vec<u64> = (0..9).filter(|row| dataset.keeps(RowId { file: 0, row: *row })).collect();
+        assert_eq!(kept, [0, 6]);
+        assert!(!dataset.keeps(RowId { file: 1, row: 0 }));
         assert_eq!(dataset.documents_at(RowId { file: 0, row: 6 }).unwrap()[0].ids.len(), 3);
 
         // The cache now holds what a stricter recipe does not let pass.
@@ -618,5 +627,16 @@ mod tests {
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap());
         assert!(kept.into_iter().all(|name| !name.ends_with("building")));
+    }
+
+    #[test]
+    fn a_cache_that_cannot_be_written_says_how_to_move_it() {
+        let room = Room::new();
+        let path = room.file("data.parquet");
+        pairs(&path, 3);
+        fs::write(room.file("cache"), "a file").unwrap();
+        let error = room.open(&one(path), "", 1).unwrap_err();
+        assert_eq!(error.exit_code(), 6);
+        assert!(error.to_string().contains("ENGRAFT_CACHE"), "{error}");
     }
 }

@@ -26,11 +26,24 @@ impl Tally {
     /// How many rows are named.
     const NAMED: usize = 5;
 
-    pub(super) fn add(&mut self, place: impl fmt::Display, what: impl fmt::Display) {
+    /// Counts a row, and names it while few are.
+    pub(crate) fn add(&mut self, place: impl fmt::Display, what: impl fmt::Display) {
         self.count += 1;
         if self.first.len() < Self::NAMED {
             self.first.push(Place { place: place.to_string(), what: what.to_string() });
         }
+    }
+
+    /// How many rows are `what`, and the first of them, a line each.
+    pub fn list(&self, what: &str) -> String {
+        let mut list = format!("{} row(s) {what}:", self.count);
+        for row in &self.first {
+            list += &format!("\n  {}: {}", row.place, row.what);
+        }
+        if self.count > self.first.len() as u64 {
+            list += "\n  ...";
+        }
+        list
     }
 
     /// Adds a file's tally; `file` comes before its places, which are rows.
@@ -112,13 +125,7 @@ impl fmt::Display for DatasetReport {
             write!(f, "\npacked rows     {bins}, {:.1}% full", 100.0 * efficiency)?;
         }
         for (what, tally) in self.tallies().into_iter().filter(|(_, tally)| tally.count > 0) {
-            write!(f, "\n{} row(s) {what}:", tally.count)?;
-            for row in &tally.first {
-                write!(f, "\n  {}: {}", row.place, row.what)?;
-            }
-            if tally.count > tally.first.len() as u64 {
-                write!(f, "\n  ...")?;
-            }
+            write!(f, "\n{}", tally.list(what))?;
         }
         if self.answer_cut.count > 0 && self.answer_cut.count >= self.documents {
             write!(f, "\nWARNING: no row's answer is whole, so no end of turn is trained: raise max_length")?;

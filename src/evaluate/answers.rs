@@ -5,19 +5,9 @@ use std::ops::ControlFlow;
 use regex::Regex;
 use serde::Serialize;
 
+use super::Question;
 use crate::data::Tokenizer;
-use crate::model::{Decoder, Finish, Sampling};
-
-/// A held-out row as a question.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Question {
-    /// File and row.
-    pub place: String,
-    /// What the model is given.
-    pub prompt: Vec<u32>,
-    /// What the row answers, if it does.
-    pub expected: Option<String>,
-}
+use crate::model::{Continuation, Decoder, Finish, Sampling};
 
 /// What the model answered.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -30,11 +20,13 @@ pub struct Answer {
     pub expected: Option<String>,
     /// What the model answered.
     pub answer: String,
+    /// How many tokens that is.
+    pub tokens: usize,
     /// Why the answer ended.
     pub finish: Finish,
     /// Whether the two are the same but for white space around them.
     pub exact: Option<bool>,
-    /// Whether the pattern, if one was given, is found in the answer.
+    /// Whether the pattern, if one was given, is found in the answer without white space around it.
     pub matches: Option<bool>,
 }
 
@@ -53,7 +45,8 @@ pub struct Score {
 /// Sequences generated at once: enough to fill the products, few enough for the cache of a small machine.
 const AT_ONCE: usize = 32;
 
-/// Answers every question, in their order; `answered` is told how many are done and may end it early.
+/// Answers every question, in their order, each with at most the tokens that `sampling` and its own room allow; `answered` is
+/// told how many are done and may end it early.
 pub fn answer_all(
     model: &Decoder,
     tokenizer: &Tokenizer,
@@ -68,22 +61,17 @@ pub fn answer_all(
     let mut answers: Vec<(usize, Answer)> = Vec::with_capacity(questions.len());
     for chunk in order.chunks(AT_ONCE) {
         let prompts: Vec<Vec<u32>> = chunk.iter().map(|i| questions[*i].prompt.clone()).collect();
-        let continuations = model.generate(&prompts, sampling, &mut |_, _| ControlFlow::Continue(()));
+        let mut spoken = vec![0; chunk.len()];
+        let continuations = model.generate(&prompts, sampling, &mut |prompt, _| {
+            spoken[prompt] += 1;
+            if spoken[prompt] < questions[chunk[prompt]].room {
+                ControlFlow::Continue(())
+            } else {
+                ControlFlow::Break(())
+            }
+        });
         for (i, continuation) in chunk.iter().zip(continuations) {
-            let question = &questions[*i];
-            let answer = tokenizer.decode(&continuation.ids, true);
-            answers.push((
-                *i,
-                Answer {
-                    place: question.place.clone(),
-                    prompt: tokenizer.decode(&question.prompt, false),
-                    exact: question.expected.as_ref().map(|expected| expected.trim() == answer.trim()),
-                    matches: pattern.map(|pattern| pattern.is_match(&answer)),
-                    expected: question.expected.clone(),
-                    finish: continuation.finish,
-                    answer,
-                },
-            ));
+            answers.push((*i, judged(tokenizer, &questions[*i], &continuation, pattern)));
         }
         if answered(answers.len()).is_break() {
             break;
@@ -91,6 +79,22 @@ pub fn answer_all(
     }
     answers.sort_by_key(|(i, _)| *i);
     answers.into_iter().map(|(_, answer)| answer).collect()
+}
+
+fn judged(tokenizer: &Tokenizer, question: &Question, said: &Continuation, pattern: Option<&Regex>) -> Answer {
+    let answer = tokenizer.decode(&said.ids, true);
+    Answer {
+        place: question.place.clone(),
+        prompt: tokenizer.decode(&question.prompt, false),
+        exact: question.expected.as_ref().map(|expected| expected.trim() == answer.trim()),
+        // The same text for both judgements: an answer that is right must not fail `^...$` for a space before it.
+        matches: pattern.map(|pattern| pattern.is_match(answer.trim())),
+        expected: question.expected.clone(),
+        tokens: said.ids.len(),
+        // Nobody but the room ends an answer here.
+        finish: if said.finish == Finish::Cancelled { Finish::Length } else { said.finish },
+        answer,
+    }
 }
 
 /// The shares over all answers.
@@ -104,7 +108,47 @@ pub fn score(answers: &[Answer]) -> Score {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+    use std::path::Path;
+
+    use tch::{Device, Kind};
+
     use super::*;
+    use crate::recipe::BaseSource;
+    use crate::weights::Checkpoint;
+
+    fn tokenizer() -> Tokenizer {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizer/bytes");
+        let files = ["tokenizer.json", "tokenizer_config.json"];
+        let sidecars = files.map(|name| (name.to_string(), std::fs::read(folder.join(name)).unwrap()));
+        Tokenizer::new(&BTreeMap::from(sidecars)).unwrap()
+    }
+
+    fn question(prompt: Vec<u32>, expected: &str, room: usize) -> Question {
+        Question { place: String::new(), prompt, expected: Some(expected.into()), room }
+    }
+
+    #[test]
+    fn one_question_that_nearly_fills_the_context_cuts_its_own_answer_only() {
+        let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft/base-tied");
+        let checkpoint = Checkpoint::open(&BaseSource::Folder(base)).unwrap();
+        let model = Decoder::load(&checkpoint, Kind::Float, Device::Cpu, &|_, _| ()).unwrap();
+        let questions = [question(vec![3; 30], "", 2), question(vec![3, 4], "", 30)];
+        let sampling = Sampling { max_tokens: 8, ..Sampling::default() };
+        let answers = answer_all(&model, &tokenizer(), &questions, &sampling, None, |_| ControlFlow::Continue(()));
+        assert_eq!(answers.iter().map(|answer| answer.tokens).collect::<Vec<_>>(), [2, 8]);
+        assert!(answers.iter().all(|answer| answer.finish == Finish::Length));
+    }
+
+    #[test]
+    fn white_space_around_an_answer_changes_no_judgement() {
+        let tokenizer = tokenizer();
+        let said = Continuation { ids: tokenizer.encode_plain(" {42}\n").unwrap().ids, finish: Finish::Stop };
+        let pattern = Regex::new(r"^\{\d+\}$").unwrap();
+        let answer = judged(&tokenizer, &question(vec![1], "{42}", 9), &said, Some(&pattern));
+        assert_eq!((answer.exact, answer.matches), (Some(true), Some(true)));
+        assert_eq!(answer.answer, " {42}\n", "it is shown as it was given");
+    }
 
     fn answer(exact: Option<bool>, matches: Option<bool>) -> Answer {
         Answer {
@@ -112,6 +156,7 @@ mod tests {
             prompt: String::new(),
             expected: None,
             answer: String::new(),
+            tokens: 0,
             finish: Finish::Stop,
             exact,
             matches,

@@ -1,6 +1,7 @@
 //! How good a model is: its loss on held-out rows, and its answers beside the rows' own.
 
 mod answers;
+mod questions;
 
 use std::ops::ControlFlow;
 
@@ -11,7 +12,8 @@ use crate::data::Batch;
 use crate::model::{Decoder, Forward};
 use crate::objective::supervised;
 
-pub use answers::{Answer, Question, Score, answer_all, score};
+pub use answers::{Answer, Score, answer_all, score};
+pub use questions::{Question, Questions, questions};
 
 /// Loss on a dataset.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
