@@ -9,6 +9,7 @@ use super::console::{Console, Unit};
 use crate::adapter::{Adapters, LoadedAdapter};
 use crate::cli::ModelChoice;
 use crate::data::{Dataset, Encoder, Tokenizer};
+use crate::export::sidecars;
 use crate::model::Decoder;
 use crate::recipe::{BaseSource, DataSource, DatasetRecipe, Plan, cache_dir};
 use crate::torch_ext::{catching, keep_freed_memory};
@@ -50,7 +51,6 @@ pub(super) fn dataset(
     Dataset::open(sources, recipe, encoder, &cache_dir(), seed, &|done, total| stage.at(done, total))
 }
 
-/// A model to talk to: the base, with an adapter on it if one is named.
 /// Refuses a recipe without an eval set, for what is about nothing else.
 pub(super) fn has_eval_set(plan: &Plan) -> Result<()> {
     if !plan.eval.is_empty() {
@@ -60,8 +60,10 @@ pub(super) fn has_eval_set(plan: &Plan) -> Result<()> {
     Err(Error::Recipe(vec![fault.hint("name one: dataset.eval, or --set dataset.eval=rows.parquet")]))
 }
 
+/// A model to talk to: the base, with an adapter on it if one is named.
 pub(super) struct Loaded {
     pub(super) model: Decoder,
+    /// The base's files, with the template the adapter was trained with in place of the base's own.
     pub(super) checkpoint: Checkpoint,
 }
 
@@ -70,21 +72,24 @@ pub(super) fn chosen(choice: &ModelChoice, console: &Console) -> Result<Loaded> 
     let base = |fault: Fault| Error::Model(Fault { place: "--model".into(), ..fault });
     let source = BaseSource::find(&choice.model, choice.revision.as_deref(), Path::new("")).map_err(base)?;
     let device = choice.device.find().map_err(|fault| Error::Device(Fault { place: "--device".into(), ..fault }))?;
-    let checkpoint = checkpoint(&source, console)?;
+    let mut checkpoint = checkpoint(&source, console)?;
     let mut model = decoder(&checkpoint, choice.dtype.kind(), device, console)?;
     if let Some(folder) = &choice.adapter {
-        adapter(&mut model, folder, console)?;
+        let loaded = adapter(&mut model, folder, console)?;
+        // Asked in another form than it learned, and stopped at other tokens, it would answer as if untrained.
+        checkpoint.sidecars = sidecars(&checkpoint, loaded.chat_template()?.as_deref());
     }
     Ok(Loaded { model, checkpoint })
 }
 
 /// Puts the adapter of a folder on the model.
-pub(super) fn adapter(model: &mut Decoder, folder: &Path, console: &Console) -> Result<Adapters> {
+pub(super) fn adapter(model: &mut Decoder, folder: &Path, console: &Console) -> Result<LoadedAdapter> {
     let loaded = LoadedAdapter::read(folder)?;
     for notice in &loaded.notices {
         console.say(format_args!("note: {notice}"));
     }
-    Adapters::attach_loaded(model, &loaded, 0.0)
+    Adapters::attach_loaded(model, &loaded, 0.0)?;
+    Ok(loaded)
 }
 
 /// As many CPU threads as asked for, else as many as this process may use (its cgroup's share, too), and memory kept for reuse.

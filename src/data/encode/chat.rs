@@ -7,7 +7,7 @@ use regex::Regex;
 use serde_json::{Value as Json, json};
 
 use super::Begin;
-use crate::data::template::{BUILTIN, ChatTemplate, Conversation, KeptApart, Rendered};
+use crate::data::template::{BEGINS_WITH_BOS, BUILTIN, ChatTemplate, Conversation, KeptApart, Rendered};
 use crate::data::tokenizer::{Tokenizer, pattern};
 use crate::recipe::DatasetRecipe;
 use crate::{Error, Fault, Result};
@@ -143,8 +143,11 @@ pub(super) fn find_template(
             let fault = Fault::new(place, "it ends turns with eos_token, which this tokenizer does not name");
             return Err(Error::Data(fault.hint("add eos_token to tokenizer_config.json")));
         }
-        let named = named.into_iter().filter(|(name, _)| name != "bos_token" || tokenizer.adds_bos()).collect();
-        return ChatTemplate::new(builtin.source, &place, named, now).map(Some);
+        // Left out of the text, not rendered empty: the text travels with what is trained, and whoever serves that renders
+        // the tokenizer's bos_token whether it is added or not.
+        let without_bos = builtin.source.strip_prefix(BEGINS_WITH_BOS).filter(|_| !tokenizer.adds_bos());
+        let source = without_bos.unwrap_or(builtin.source);
+        return ChatTemplate::new(source, &place, named, now).map(Some);
     }
     if let Some(source) = own.get(name) {
         return ChatTemplate::new(source, &format!("the model's chat template `{name}`"), named, now).map(Some);

@@ -1,6 +1,7 @@
 //! Parity with transformers, and regression tests named after what broke in other tools.
 
 use super::*;
+use crate::data::Builtin;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -320,6 +321,23 @@ fn builtin_templates_train_the_answer_and_its_end() {
             assert!(whole.starts_with(&ids), "{} {name}: the prompt is not what training shows", builtin.name);
         }
     }
+}
+
+/// The text of a built-in template that travels with an adapter must give the prompt it was trained on.
+#[test]
+fn a_builtin_template_served_from_its_text_gives_the_prompt_of_training() {
+    let served_and_trained = |name: &str, builtin: &Builtin| {
+        let trained = Encoder::new(tokenizer_with(name, None), &recipe(json!({"chat_template": builtin.name}))).ok()?;
+        let served = encoder(name, Some(trained.template().unwrap().source()), json!({}));
+        Some([served, trained].map(|encoder| encoder.prompt(&two_turns()).unwrap().0))
+    };
+    for name in ["bytes", "pieces"] {
+        let both: Vec<_> = BUILTIN.iter().filter_map(|builtin| served_and_trained(name, builtin)).collect();
+        assert!(both.len() > 4, "{name}");
+        assert!(both.iter().all(|[served, trained]| served == trained), "{name}: {both:?}");
+    }
+    let adds_bos = |name| tokenizer_with(name, None).adds_bos();
+    assert!(adds_bos("pieces") && !adds_bos("bytes"), "both sorts of tokenizer are tried");
 }
 
 #[test]

@@ -1,6 +1,9 @@
 //! The templates that come with engraft, each with `{% generation %}` around what the assistant says.
 //!
-//! They all begin with `bos_token`, which is empty where the tokenizer adds none.
+//! They all begin with [`BEGINS_WITH_BOS`], which is taken off for a tokenizer that adds no `bos_token`.
+
+/// How each of them begins.
+pub(in crate::data) const BEGINS_WITH_BOS: &str = "{{- bos_token }}\n";
 
 /// A template by name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

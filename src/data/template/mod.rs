@@ -18,6 +18,7 @@ use regex::Regex;
 use serde_json::Value as Json;
 use serde_json::{Map, json};
 
+pub(super) use builtin::BEGINS_WITH_BOS;
 pub use builtin::{BUILTIN, Builtin};
 pub use generation::Rendered;
 
