@@ -206,10 +206,10 @@ pub struct Export {
 /// `engraft inspect`
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct Inspect {
-    /// Model folders, .gguf or .safetensors files, adapter folders, parquet files, run folders
-    #[arg(value_name = "PATH", required = true)]
-    pub paths: Vec<PathBuf>,
-    /// Print one JSON object per path
+    /// Models (hub ids, folders, .gguf files), adapters, runs, .safetensors files, data (parquet files, folders, globs)
+    #[arg(value_name = "NAME", required = true)]
+    pub names: Vec<String>,
+    /// Print one JSON object per name
     #[arg(long)]
     pub json: bool,
 }

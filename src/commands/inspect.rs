@@ -6,11 +6,12 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+use super::console::{Console, Unit};
 use super::speech::dataset_defaults;
 use crate::adapter::LoadedAdapter;
 use crate::adapter::targets::overview;
 use crate::cli::Inspect;
-use crate::data::SourceFiles;
+use crate::data::{ParquetFile, SourceFiles};
 use crate::model::families;
 use crate::recipe::{BaseSource, DataSource};
 use crate::train::States;
@@ -19,34 +20,44 @@ use crate::{Error, Fault, Result};
 
 /// Tensors listed by name to a person.
 const LISTED: usize = 24;
+/// Characters shown of each text of a dataset's first row.
+const SHOWN: usize = 400;
 
 /// Runs the verb; the pages go to `out`.
 pub fn run(arguments: &Inspect, out: &mut dyn Write) -> Result<()> {
-    for path in &arguments.paths {
-        let facts = facts(path)?;
-        let text = if arguments.json { format!("{}\n", Value::Object(facts)) } else { page(path, &facts) };
+    let console = Console::new(arguments.json);
+    for name in &arguments.names {
+        let facts = facts(name, &console)?;
+        let text = if arguments.json { format!("{}\n", Value::Object(facts)) } else { page(name, &facts) };
         out.write_all(text.as_bytes()).map_err(|error| Error::Output(Fault::new("standard output", error)))?;
     }
     Ok(())
 }
 
-fn facts(path: &Path) -> Result<Map<String, Value>> {
+/// What a name means is found as recipes find it; what only this verb knows (adapters, runs, single files) comes first.
+fn facts(name: &str, console: &Console) -> Result<Map<String, Value>> {
+    let path = Path::new(name);
     let ends = |end: &str| path.extension().is_some_and(|found| found.eq_ignore_ascii_case(end));
+    let placed = |fault: Fault| if fault.place.is_empty() { Fault { place: name.into(), ..fault } } else { fault };
     let facts = if path.join("adapter_config.json").exists() {
         adapter(path)?
-    } else if path.join("config.json").exists() || ends("gguf") {
-        let source = if ends("gguf") { BaseSource::Gguf(path.into()) } else { BaseSource::Folder(path.into()) };
-        model(&Checkpoint::open(&source)?)
-    } else if path.join("state").is_dir() {
+    } else if path.join("state").is_dir() && !path.join("config.json").exists() {
         run_folder(path)?
-    } else if ends("parquet") {
-        dataset(path)?
-    } else if ends("safetensors") {
+    } else if path.is_file() && ends("safetensors") {
         tensors(&Checkpoint::open_file(path)?)
+    } else if ends("parquet") || (!path.exists() && name.contains(['*', '?', '['])) {
+        dataset(&DataSource::find(name, Path::new("")).map_err(|fault| Error::Data(placed(fault)))?)?
+    } else if path.is_dir() && !path.join("config.json").exists() {
+        let Ok(sources) = DataSource::find(name, Path::new("")) else {
+            let what = "is neither a model, an adapter, a dataset nor a run";
+            let hint = "such a folder holds config.json, adapter_config.json, .parquet files or state";
+            return Err(Error::Model(Fault::new(name, what).hint(hint)));
+        };
+        dataset(&sources)?
     } else {
-        let what = if path.exists() { "is neither a model, an adapter, a dataset nor a run" } else { "does not exist" };
-        let hint = "a folder with config.json or adapter_config.json, a run's folder, or a .gguf, .safetensors or .parquet file";
-        return Err(Error::Model(Fault::at(path, what).hint(hint)));
+        let source = BaseSource::find(name, None, Path::new("")).map_err(|fault| Error::Model(placed(fault)))?;
+        let stage = console.stage("fetching the base", Unit::Bytes);
+        model(&Checkpoint::open_with(&source, &mut |transfer| stage.at(transfer.done, transfer.total))?)
     };
     match facts {
         Value::Object(facts) => Ok(facts),
@@ -123,18 +134,20 @@ fn adapter(path: &Path) -> Result<Value> {
     Ok(facts)
 }
 
-fn dataset(path: &Path) -> Result<Value> {
-    let parquet = crate::data::ParquetFile::open(path)?;
-    let mut facts = json!({
-        "kind": "dataset", "rows": parquet.rows(),
-        "columns": parquet.columns().into_iter().map(|(name, kind)| (name, json!(kind))).collect::<Map<_, _>>(),
-    });
+fn dataset(sources: &[DataSource]) -> Result<Value> {
+    let (mut rows, mut columns) = (0, Map::new());
+    for source in sources {
+        let parquet = ParquetFile::open(&source.path)?;
+        rows += parquet.rows();
+        columns.extend(parquet.columns().into_iter().map(|(name, kind)| (name, json!(kind))));
+    }
+    let mut facts = json!({ "kind": "dataset", "files": sources.len(), "rows": rows, "columns": columns });
     // Columns that fit no format are still worth looking at.
-    match SourceFiles::open(&[DataSource { path: path.into(), weight: 1.0 }], &dataset_defaults()) {
+    match SourceFiles::open(sources, &dataset_defaults()) {
         Ok(files) => {
             facts["format"] = json!(files.sentences().join("; "));
             if let Some(Ok((_, Ok(example)))) = files.examples(1).next() {
-                facts["first_row"] = json!(format!("{example:?}").chars().take(400).collect::<String>());
+                facts["first_row"] = json!(example.outline(SHOWN));
             }
         }
         Err(error) => facts["format"] = json!(error.to_string()),
@@ -164,8 +177,8 @@ fn run_folder(path: &Path) -> Result<Value> {
     Ok(facts)
 }
 
-fn page(path: &Path, facts: &Map<String, Value>) -> String {
-    let mut page = format!("{}\n", path.display());
+fn page(name: &str, facts: &Map<String, Value>) -> String {
+    let mut page = format!("{name}\n");
     for (key, value) in facts {
         let text = match value {
             Value::Null => continue,

@@ -67,6 +67,36 @@ pub(super) fn read(layout: &Layout, batch: &RecordBatch, row: usize, system: Opt
     }
 }
 
+impl Example {
+    /// Who says what, for a person to glance at: a paragraph for each text, cut to `longest` characters.
+    pub fn outline(&self, longest: usize) -> String {
+        let short = |text: &str| match text.char_indices().nth(longest) {
+            Some((end, _)) => format!("{}...", &text[..end]),
+            None => text.to_string(),
+        };
+        let line = |who: &str, text: &str| format!("{who}: {}", short(text));
+        match self {
+            Example::Conversation { messages, tools, .. } => {
+                let tools = tools.iter().map(|tools| line("tools", &tools.to_string()));
+                let turns = messages.iter().map(|message| {
+                    let role = message["role"].as_str().unwrap_or("?");
+                    let content = match &message["content"] {
+                        Value::String(text) => text.clone(),
+                        parts => parts.to_string(),
+                    };
+                    let calls = message.get("tool_calls").map(|calls| format!(" {calls}")).unwrap_or_default();
+                    line(role, (content + &calls).trim_start())
+                });
+                tools.chain(turns).collect::<Vec<_>>().join("\n")
+            }
+            Example::PromptCompletion { prompt, completion } => {
+                [line("prompt", prompt), line("completion", completion)].join("\n")
+            }
+            Example::Text(text) => line("text", text),
+        }
+    }
+}
+
 fn turn(role: &str, content: String) -> Map<String, Value> {
     Map::from_iter([("role".to_string(), role.into()), ("content".to_string(), content.into())])
 }
@@ -359,6 +389,20 @@ mod tests {
 
     fn said(row: &Result<Example, BadRow>) -> String {
         row.as_ref().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn an_outline_says_who_says_what_and_cuts_what_is_long() {
+        let messages = json!([
+            {"role": "user", "content": "Wie spät ist es?"},
+            {"role": "assistant", "content": "", "tool_calls": [1]},
+            {"role": "tool", "content": "12:00\n"},
+        ]);
+        let outline = talk(messages).unwrap().outline(10);
+        assert_eq!(outline, "user: Wie spät i...\nassistant: [1]\ntool: 12:00\n");
+        let pair = Example::PromptCompletion { prompt: "p".into(), completion: "c".into() };
+        assert_eq!(pair.outline(10), "prompt: p\ncompletion: c");
+        assert_eq!(Example::Text("t".repeat(11)).outline(10), format!("text: {}...", "t".repeat(10)));
     }
 
     fn talk(messages: Value) -> Result<Example, BadRow> {

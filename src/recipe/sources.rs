@@ -16,6 +16,17 @@ pub struct DataSource {
     pub weight: f64,
 }
 
+impl DataSource {
+    /// The files that `typed` names: a parquet file, a folder of them or a glob, relative to `folder`.
+    ///
+    /// # Errors
+    ///
+    /// A fault without a place, for the caller to add: nothing is there, or something else than parquet.
+    pub fn find(typed: &str, folder: &Path) -> Result<Vec<Self>, Fault> {
+        Ok(expand(typed, folder)?.into_iter().map(|path| Self { path, weight: 1.0 }).collect())
+    }
+}
+
 /// After so many wrong sources the rest is not looked at.
 const MOST_FAULTS: usize = 20;
 
