@@ -74,7 +74,7 @@ pub fn run(arguments: &Eval, out: &mut dyn Write) -> Result<()> {
     let report = eval.report();
     let mut result = json!({
         "recipe": plan.path, "adapter": adapter, "rows": report.rows - report.dropped(),
-        "dropped": report.dropped(), "truncated": report.truncated.count,
+        "dropped": report.dropped(), "truncated": report.cut(),
         "loss": loss.loss, "perplexity": loss.perplexity, "trained_tokens": loss.trained_tokens,
     });
     let mut answers = Vec::new();

@@ -99,6 +99,11 @@ impl DatasetReport {
         [&self.overlong, &self.malformed, &self.nothing_trained, &self.empty].iter().map(|tally| tally.count).sum()
     }
 
+    /// Rows cut to `max_length`, behind their answer or within it.
+    pub fn cut(&self) -> u64 {
+        self.truncated.count + self.answer_cut.count
+    }
+
     pub(super) fn tallies(&self) -> [(&'static str, &Tally); 6] {
         [
             ("truncated to max_length behind the answer", &self.truncated),
