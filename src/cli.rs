@@ -179,9 +179,12 @@ pub struct Merge {
     /// Adapter folder, as PEFT writes it
     #[arg(long, short, value_name = "DIR")]
     pub adapter: PathBuf,
-    /// Folder to write; it must not exist or be empty
+    /// Folder to write; it must be empty or not exist
     #[arg(long, short, value_name = "DIR")]
     pub out: PathBuf,
+    /// Replace the model that the folder holds; files that are no part of a model are still never deleted
+    #[arg(long)]
+    pub overwrite: bool,
     /// Number type to write [default: the base's own]
     #[arg(long, value_name = "DTYPE")]
     pub dtype: Option<Dtype>,
@@ -205,6 +208,7 @@ pub struct Export {
 
 /// `engraft inspect`
 #[derive(Debug, Clone, PartialEq, Args)]
+#[command(after_help = "Names are those that recipes take. A hub id fetches the model, as training on it does.")]
 pub struct Inspect {
     /// Models (hub ids, folders, .gguf files), adapters, runs, .safetensors files, data (parquet files, folders, globs)
     #[arg(value_name = "NAME", required = true)]
@@ -223,15 +227,15 @@ pub struct Preview {
     /// Changes to the recipe.
     #[command(flatten)]
     pub overrides: Overrides,
+    /// Show the eval set instead of the training set
+    #[arg(long)]
+    pub eval: bool,
     /// How many rows to show; the totals are always of all rows
     #[arg(long, short = 'n', value_name = "N", default_value_t = 3)]
     pub rows: u64,
     /// Print one JSON object per row, then one with the totals
     #[arg(long)]
     pub json: bool,
-    /// Show the eval set instead of the training set
-    #[arg(long)]
-    pub eval: bool,
     /// Mark trained tokens with brackets instead of colour
     #[arg(long)]
     pub no_color: bool,
@@ -449,7 +453,7 @@ mod tests {
         assert_eq!((generate.prompt.as_str(), generate.model.dtype), ("-", Dtype::Fp32));
         for line in [
             "chat --model m --adapter a --temperature 0.7 --top-p 0.9",
-            "merge --model m --adapter a --out o --dtype bf16",
+            "merge --model m --adapter a --out o --dtype bf16 --overwrite",
             "export r.yaml --save adapter --save merged",
             "inspect a b --json",
             "preview r.yaml --eval --rows 5 --no-color",

@@ -179,6 +179,11 @@ fn a_recipe_becomes_an_adapter_a_merged_model_and_a_manifest() {
     bench.succeed(&["merge", "--model", "base", "--adapter", "run/adapter", "--out", "again"]);
     let read = |path: PathBuf| std::fs::read(path).unwrap();
     assert_eq!(read(bench.path("again/model.safetensors")), read(run.join("merged/model.safetensors")));
+    let again = ["merge", "--model", "base", "--adapter", "run/adapter", "--out", "again", "--dtype", "bf16"];
+    bench.fail(&again, 6, &["again", "not empty", "--overwrite"]);
+    assert_eq!(read(bench.path("again/model.safetensors")), read(run.join("merged/model.safetensors")));
+    bench.succeed(&[&again[..], &["--overwrite"]].concat());
+    assert!(read(bench.path("again/model.safetensors")) != read(run.join("merged/model.safetensors")));
 
     let result: Value = serde_json::from_str(&bench.succeed(&["eval", "recipe.yaml", "--generate", "--json"])).unwrap();
     assert!(result["loss"].as_f64().unwrap() < losses[0] && result["answers"] == 6, "{result}");
@@ -203,17 +208,106 @@ fn a_recipe_becomes_an_adapter_a_merged_model_and_a_manifest() {
         bench.succeed(&["inspect", path]);
     }
     assert!(bench.succeed(&["preview", "recipe.yaml", "--rows", "1"]).contains("trained"));
-    bench.succeed(&["doctor"]);
-}
-
-#[test]
-fn a_run_killed_at_random_moments_ends_bit_identical() {
     assert!(bench.succeed(&["preview", "recipe.yaml", "--eval"]).contains("eval.parquet, row 0: "));
     bench.fail(
         &["preview", "recipe.yaml", "--eval", "--set=dataset.eval=", "--set=training.eval_steps="],
         3,
         &["no eval set"],
     );
+    bench.succeed(&["doctor"]);
+}
+
+#[test]
+fn an_adapter_is_asked_in_the_template_it_was_trained_with() {
+    let bench = Bench::new("max_steps: 1");
+    bench.succeed(&["train", "recipe.yaml", "--quiet", "--set", "dataset.chat_template=zephyr"]);
+    let prompt_tokens = |model: &[&str]| {
+        let asked = ["--prompt", "hello", "--max-tokens", "1", "--json"];
+        let said: Value = serde_json::from_str(&bench.succeed(&[&["generate"], model, &asked[..]].concat())).unwrap();
+        said["prompt_tokens"].as_u64().unwrap()
+    };
+    let merged = prompt_tokens(&["--model", "run/merged"]);
+    assert_eq!(prompt_tokens(&["--model", "base", "--adapter", "run/adapter"]), merged);
+    assert!(prompt_tokens(&["--model", "base"]) < merged, "the base has no template");
+
+    // A turn that the context has no room for is left out; the conversation goes on.
+    let mut chat = bench.command(&["chat", "--model", "base", "--adapter", "run/adapter", "--max-tokens", "2"]);
+    let pipe = std::process::Stdio::piped;
+    let mut chat = chat.stdin(pipe()).stdout(pipe()).stderr(pipe()).spawn().unwrap();
+    let said = format!("{}\nhello\n", "0 1 2 ".repeat(100));
+    std::io::Write::write_all(&mut chat.stdin.take().unwrap(), said.as_bytes()).unwrap();
+    let output = chat.wait_with_output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && errors.contains("the model was made for 256"), "{errors}");
+    assert_eq!(output.stdout.iter().filter(|byte| **byte == b'\n').count(), 1, "one turn was answered");
+}
+
+#[test]
+fn eval_answers_exactly_the_rows_that_its_loss_covers() {
+    let bench = Bench::new("max_steps: 1");
+    let row = |prompt: &str| (prompt.to_string(), " x".to_string());
+    write_rows(&bench.path("rows.parquet"), &[row("add 1"), row(&"0 1 2 ".repeat(100)), row("add 2")]);
+    let ask = ["eval", "recipe.yaml", "--base", "--generate", "--max-tokens", "4", "--json"];
+    let ask = [&ask[..], &["--set", "dataset.eval=rows.parquet"]].concat();
+    let eval = |more: &[&str]| -> Value { serde_json::from_str(&bench.succeed(&[&ask[..], more].concat())).unwrap() };
+    // Each answer has its own room: the long row, which is dropped, must not cut the others to one token.
+    let whole = |result: &Value| {
+        let answers = result["rows_answered"].as_array().unwrap();
+        answers.len() == 2 && answers.iter().all(|answer| answer["tokens"] == 4 || answer["finish"] == "stop")
+    };
+    let result = eval(&[]);
+    assert_eq!(json!([result["rows"], result["answers"], result["dropped"]]), json!([2, 2, 1]), "{result}");
+    assert!(whole(&result), "{result}");
+    // The loss covers it here, but the model has no room to answer it.
+    let longer = ["--set", "dataset.max_length=2048"];
+    bench.fail(&[&ask[..], &longer].concat(), 4, &["rows.parquet, row 1", "made for 256", "on_bad_row: skip"]);
+    let result = eval(&[&longer[..], &["--set", "dataset.on_bad_row=skip"]].concat());
+    assert_eq!(json!([result["rows"], result["answers"], result["not_asked"]]), json!([3, 2, 1]), "{result}");
+    assert!(whole(&result), "{result}");
+
+    write_rows(&bench.path("rows.parquet"), &[("add 3".into(), " x".repeat(90))]);
+    let result = eval(&["--set", "dataset.overlong=truncate"]);
+    assert_eq!(json!([result["rows"], result["dropped"], result["truncated"]]), json!([1, 0, 1]), "{result}");
+
+    // A row that the template refuses is left out of both when the recipe says so.
+    let talk = |said: &str| {
+        let messages = json!([{"role": "user", "content": said}, {"role": "assistant", "content": "yes"}]);
+        (messages.to_string(), String::new())
+    };
+    write_rows(&bench.path("rows.parquet"), &[talk("refuse me"), talk("hello")]);
+    let template = "{% for m in messages %}{% if m.content == 'refuse me' %}{{ raise_exception('no') }}{% endif %}\
+                    {{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}\
+                    {{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content + eos_token }}{% endif %}\
+                    {{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+    std::fs::write(bench.path("refusing.jinja"), template).unwrap();
+    let talks = ["chat_template=refusing.jinja", "format=messages", "columns={messages: prompt}", "on_bad_row=skip"];
+    let talks: Vec<String> = talks.iter().map(|typed| format!("--set=dataset.{typed}")).collect();
+    let result = eval(&talks.iter().map(String::as_str).collect::<Vec<_>>());
+    assert_eq!(json!([result["rows"], result["answers"], result["dropped"]]), json!([1, 1, 1]), "{result}");
+}
+
+#[test]
+fn inspect_takes_the_names_that_other_verbs_take() {
+    let bench = Bench::new("max_steps: 1");
+    std::fs::create_dir(bench.path("rows")).unwrap();
+    for name in ["a.parquet", "b.parquet"] {
+        std::fs::copy(bench.path("train.parquet"), bench.path("rows").join(name)).unwrap();
+    }
+    for name in ["rows", "rows/*.parquet"] {
+        let facts: Value = serde_json::from_str(&bench.succeed(&["inspect", name, "--json"])).unwrap();
+        assert_eq!(json!([facts["files"], facts["rows"]]), json!([2, 80]), "{facts}");
+        assert_eq!(facts["first_row"], "prompt: add 0 and 0\ncompletion:  gives 0");
+    }
+    bench.fail(&["inspect", "none.gguf"], 5, &["models/none.gguf"]);
+    bench.fail(&["inspect", "cache"], 5, &["cache"]);
+    // Nobody listens there: that the hub was asked is what is seen.
+    let mut hub = bench.command(&["inspect", "owner/name"]);
+    let hub = hub.env("HF_ENDPOINT", "http://127.0.0.1:9").env("HF_HOME", bench.path("hub")).output().unwrap();
+    assert_eq!(hub.status.code(), Some(11), "{}", String::from_utf8_lossy(&hub.stderr));
+}
+
+#[test]
+fn a_run_killed_at_random_moments_ends_bit_identical() {
     let bench = Bench::new("max_steps: 30, save_steps: 2, eval_steps: 10, threads: 1");
     bench.succeed(&["train", "recipe.yaml", "--set", "output.dir=whole"]);
     let expected = bench.result("whole");

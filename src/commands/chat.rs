@@ -13,7 +13,8 @@ use crate::cli::Chat;
 use crate::data::{Encoder, Tokenizer};
 use crate::{Error, Fault, Result};
 
-/// Runs the verb: a line in, an answer out, until the end of input or `/quit`; `/reset` forgets what was said.
+/// Runs the verb: a line in, an answer out, until the end of input or `/quit`; `/reset` forgets what was said. A turn that
+/// the context has no room for is reported and left out.
 pub fn run(arguments: &Chat, out: &mut dyn Write) -> Result<()> {
     loading::use_cpu(None);
     let console = Console::new(false);
@@ -51,13 +52,25 @@ pub fn run(arguments: &Chat, out: &mut dyn Write) -> Result<()> {
         }
         let ids = encoder.prompt_ids(&messages, None);
         let ids = ids.map_err(|bad| Error::Data(Fault::new("the conversation", bad)))?;
-        let spoken = speaker.speak(&loaded.model, &ids, &mut |piece| match out
+        let spoken = match speaker.speak(&loaded.model, &ids, &mut |piece| match out
             .write_all(piece.as_bytes())
             .and_then(|()| out.flush())
         {
             Ok(()) => ControlFlow::Continue(()),
             Err(_) => ControlFlow::Break(()),
-        })?;
+        }) {
+            Ok(spoken) => spoken,
+            // The conversation has outgrown the context. What was said before this turn still stands.
+            Err(Error::Data(fault)) => {
+                messages.pop();
+                console.say(
+                    Fault { place: "the conversation".into(), ..fault }
+                        .hint("this turn is left out; say it shorter, or /reset to begin anew"),
+                );
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
         if writeln!(out).is_err() {
             break;
         }

@@ -14,6 +14,11 @@ use crate::{Error, Fault, Result};
 pub fn run(arguments: &Merge) -> Result<()> {
     loading::use_cpu(None);
     let console = Console::new(false);
+    let holds_something = std::fs::read_dir(&arguments.out).is_ok_and(|mut entries| entries.next().is_some());
+    if holds_something && !arguments.overwrite {
+        let fault = Fault::at(&arguments.out, "is not empty, and merging would replace what it holds");
+        return Err(Error::Output(fault.hint("name another folder, or say --overwrite")));
+    }
     let base = |fault: Fault| Error::Model(Fault { place: "--model".into(), ..fault });
     let source = BaseSource::find(&arguments.model, arguments.revision.as_deref(), Path::new("")).map_err(base)?;
     let adapter = LoadedAdapter::read(&arguments.adapter)?;

@@ -227,7 +227,11 @@ pub(super) const KEYS: &[ForeignKey] = &[
     noted("report_to", "output.tensorboard", ": true; a metrics.jsonl and a report.html are always written"),
     noted("wandb_project", "", "runs are logged to metrics.jsonl, report.html and TensorBoard: leave it out"),
     noted("save_safetensors", "", "everything is written as safetensors: leave it out"),
-    noted("overwrite_output_dir", "", "a run never overwrites another: name a new `output.dir`"),
+    noted(
+        "overwrite_output_dir",
+        "",
+        "overwriting is said on the command line: `engraft train recipe.yaml --overwrite`",
+    ),
 ];
 
 /// A value of another tool: the key here, their value, ours.
@@ -301,6 +305,12 @@ mod tests {
         for (key, value, _) in VALUES {
             assert!(known.iter().any(|known| known == key), "{key}: {value}");
         }
+    }
+
+    #[test]
+    fn overwriting_is_answered_with_the_option_there_is() {
+        let foreign = KEYS.iter().find(|foreign| foreign.key == "overwrite_output_dir").unwrap();
+        assert!(foreign.note.contains("--overwrite"), "{}", foreign.note);
     }
 
     #[test]

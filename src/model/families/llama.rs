@@ -110,9 +110,9 @@ fn activation(config: &Config<'_>) -> Result<Activation> {
 
 /// `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before), as `standardize_rope_params` reads them.
 fn rope(config: &Config<'_>, head_size: i64, max_position_embeddings: i64) -> Result<Rope> {
-    let parameters = match config.object("rope_parameters")? {
-        Some(parameters) => Some(parameters),
-        None => config.object("rope_scaling")?,
+    let (place, parameters) = match config.object("rope_parameters")? {
+        Some(parameters) => ("rope_parameters", Some(parameters)),
+        None => ("rope_scaling", config.object("rope_scaling")?),
     };
     let theta = match &parameters {
         Some(p) if p.field("rope_theta").is_some() => p.positive("rope_theta")?,
@@ -121,7 +121,8 @@ fn rope(config: &Config<'_>, head_size: i64, max_position_embeddings: i64) -> Re
     let plain = Rope { theta, rotated: head_size, scaling: RopeScaling::None };
     let Some(p) = parameters else { return Ok(plain) };
     p.refuse(&[("partial_rotary_factor", "partial rotation")])?;
-    let kind = p.field("rope_type").or_else(|| p.field("type"));
+    let key = if p.field("rope_type").is_some() { "rope_type" } else { "type" };
+    let kind = p.field(key);
     let factor = || p.positive("factor");
     let original = || -> Result<i64> {
         if config.field("original_max_position_embeddings").is_some() {
@@ -157,8 +158,27 @@ fn rope(config: &Config<'_>, head_size: i64, max_position_embeddings: i64) -> Re
             }
         }
         Some((value, _)) => {
-            return Err(wrong("rope_parameters.rope_type", value, "one of default, linear, dynamic, yarn, llama3"));
+            return Err(wrong(&format!("{place}.{key}"), value, "one of default, linear, dynamic, yarn, llama3"));
         }
     };
     Ok(Rope { scaling, ..plain })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    #[test]
+    fn an_unknown_rope_type_is_named_as_the_config_spells_it() {
+        let rope = |name: &str, parameters: Value| {
+            let config = json!({ name: parameters });
+            rope(&Config::new(&config), 64, 2048).unwrap_err().to_string()
+        };
+        for (name, key) in [("rope_parameters", "rope_type"), ("rope_scaling", "rope_type"), ("rope_scaling", "type")] {
+            let said = rope(name, json!({ key: "longrope" }));
+            assert!(said.starts_with(&format!("config.json: {name}.{key}: \"longrope\" found")), "{said}");
+        }
+    }
 }
