@@ -87,6 +87,33 @@ pub enum Error {
 }
 
 impl Error {
+    /// What is wrong: one fault, or all those of a recipe.
+    pub fn faults(&self) -> &[Fault] {
+        match self {
+            Error::Recipe(faults) => faults,
+            Error::Data(fault)
+            | Error::Model(fault)
+            | Error::Output(fault)
+            | Error::State(fault)
+            | Error::Device(fault)
+            | Error::Diverged(fault)
+            | Error::Gate(fault)
+            | Error::Network(fault)
+            | Error::Interrupted(fault) => std::slice::from_ref(fault),
+        }
+    }
+
+    /// The error as a terminal shows it: each fault begins with `error: `, its further lines are indented.
+    pub fn screen(&self) -> String {
+        let indented = |line: &str| if line.starts_with(' ') { format!("{line}\n") } else { format!("  {line}\n") };
+        let shown = |fault: &Fault| {
+            let text = fault.to_string();
+            let mut lines = text.lines();
+            format!("error: {}\n", lines.next().unwrap_or_default()) + &lines.map(indented).collect::<String>()
+        };
+        self.faults().iter().map(shown).collect()
+    }
+
     /// The process exit code of this error. Stable: documented in the README, relied on by CI.
     ///
     /// 1 is a bug or an uncaught failure, 2 is wrong usage of the command line (clap's own).
@@ -109,4 +136,17 @@ impl Error {
 
 fn list(faults: &[Fault]) -> String {
     faults.iter().map(Fault::to_string).collect::<Vec<_>>().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fault_of_many_lines_is_one_error() {
+        let error = Error::State(Fault::new("state", "is none of:\nthis\n  that").hint("keep\nor remove it"));
+        assert_eq!(error.screen(), "error: state: is none of:\n  this\n  that\n  help: keep\n  or remove it\n");
+        let two = Error::Recipe(vec![Fault::new("a", "b"), Fault::new("", "c").hint("d")]);
+        assert_eq!(two.screen(), "error: a: b\nerror: c\n  help: d\n");
+    }
 }

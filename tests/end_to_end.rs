@@ -70,6 +70,8 @@ impl Bench {
         assert_eq!(output.status.code(), Some(code), "{arguments:?}:\n{errors}");
         assert!(errors.starts_with("error: ") || errors.contains("\nerror: "), "{errors}");
         assert!(!errors.contains("panicked"), "{errors}");
+        let mut said = errors.lines().skip_while(|line| !line.starts_with("error: "));
+        assert!(said.all(|line| line.starts_with("error: ") || line.starts_with("  ")), "{errors}");
         for part in parts {
             assert!(errors.contains(part), "{part:?} is not in:\n{errors}");
         }
@@ -330,8 +332,12 @@ fn a_run_killed_at_random_moments_ends_bit_identical() {
 #[test]
 fn sigterm_saves_a_state_and_says_how_to_go_on() {
     let bench = Bench::new("max_steps: 100000, logging_steps: 1000");
-    let child =
-        bench.command(&["train", "recipe.yaml", "--quiet"]).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let child = bench
+        .command(&["train", "recipe.yaml", "--json"])
+        .stderr(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
     let begun = bench.path("run/metrics.jsonl");
     while !begun.exists() {
         std::thread::sleep(Duration::from_millis(20));
@@ -342,6 +348,8 @@ fn sigterm_saves_a_state_and_says_how_to_go_on() {
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(75), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(String::from_utf8_lossy(&output.stderr).contains("--resume"));
+    let last = events(&output.stdout).pop().unwrap();
+    assert_eq!((&last["event"], &last["code"]), (&json!("error"), &json!(75)));
     bench.succeed(&["export", "recipe.yaml", "--save", "adapter"]);
     assert!(bench.path("run/adapter/adapter_model.safetensors").exists());
 }
@@ -383,7 +391,153 @@ fn what_is_wrong_ends_with_its_code_and_leaves_nothing_behind() {
     let rows = std::fs::read(bench.path("train.parquet")).unwrap();
     std::fs::write(bench.path("train.parquet"), &rows[..rows.len() / 2]).unwrap();
     bench.fail(&["train", "recipe.yaml"], 4, &["train.parquet"]);
-    for left in ["run/adapter", "run/merged", "run/state"] {
-        assert!(!bench.path(left).exists(), "{left} was left behind");
+    assert!(!bench.path("run").exists(), "the folder of a run that never began was left behind");
+
+    // Nor is anything taken away from the run before, or made, by what is refused.
+    std::fs::write(bench.path("train.parquet"), &rows).unwrap();
+    bench.succeed(&["train", "recipe.yaml"]);
+    std::fs::write(bench.path("base/model.safetensors"), &weights[..weights.len() - 2]).unwrap();
+    bench.fail(&["train", "recipe.yaml", "--overwrite"], 5, &["model.safetensors"]);
+    for kept in ["run/state/step-000002", "run/metrics.jsonl", "run/report.html", "run/manifest.json"] {
+        assert!(bench.path(kept).exists(), "{kept} was removed");
     }
+    bench.fail(&["train", "recipe.yaml", "--set", "output.dir=deep/er/run"], 5, &["model.safetensors"]);
+    bench.fail(&["export", "recipe.yaml", "--set", "output.dir=deep/er/run"], 7, &["no saved state"]);
+    assert!(!bench.path("deep").exists());
+}
+
+/// The events of a run's standard output.
+fn events(out: &[u8]) -> Vec<Value> {
+    std::str::from_utf8(out).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn a_program_reads_what_was_left_out_what_was_written_and_what_went_wrong() {
+    let bench = Bench::new("max_steps: 4, logging_steps: 2, warmup_steps: 4");
+    let row = |text: &str| (text.to_string(), " gives".to_string());
+    write_rows(&bench.path("eval.parquet"), &[row("add 1"), row(&"add ".repeat(200))]);
+    let output = bench.engraft(&["train", "recipe.yaml", "--json"]);
+    let told = events(&output.stdout);
+    let kinds: Vec<&str> = told.iter().map(|event| event["event"].as_str().unwrap()).collect();
+    let expected = ["dataset", "dataset", "notice", "start", "step", "step", "eval", "state", "end", "wrote", "wrote"];
+    assert_eq!(kinds, expected, "{told:?}");
+    assert_eq!([&told[0]["set"], &told[0]["rows"], &told[0]["dropped"]], [&json!("training"), &json!(40), &json!(0)]);
+    assert_eq!([&told[1]["set"], &told[1]["rows"], &told[1]["dropped"]], [&json!("eval"), &json!(2), &json!(1)]);
+    assert!(told[2]["message"].as_str().unwrap().contains("warmup of 4 steps"));
+    assert!(told[9]["path"].as_str().unwrap().ends_with("run/adapter"));
+    let manifest: Value = serde_json::from_slice(&std::fs::read(bench.path("run/manifest.json")).unwrap()).unwrap();
+    assert_eq!(manifest["datasets"]["eval"]["overlong"]["count"], 1);
+    assert_eq!(manifest["datasets"]["training"]["rows"], 40);
+    let report = std::fs::read_to_string(bench.path("run/report.html")).unwrap();
+    assert!(report.contains("adapter.r</td><td>4") && report.contains("1 row(s) left out, longer than max_length"));
+
+    let refused = bench.engraft(&["train", "recipe.yaml", "--json", "--set", "adapter.r=0", "--set", "dtype=f"]);
+    let told = events(&refused.stdout);
+    assert_eq!((refused.status.code(), told.len()), (Some(3), 2), "{told:?}");
+    assert!(told.iter().all(|event| event["event"] == "error" && event["code"] == 3 && event["place"] != ""));
+    let refused = bench.engraft(&["train", "recipe.yaml", "--json"]);
+    let told = events(&refused.stdout);
+    assert_eq!(told.last().unwrap()["code"], 6);
+    assert!(told.last().unwrap()["hint"].as_str().unwrap().contains("--overwrite"), "{told:?}");
+
+    // A person reads the same.
+    let output = bench.engraft(&["train", "recipe.yaml", "--overwrite"]);
+    let said = String::from_utf8(output.stderr).unwrap();
+    let eval = said.split_once("eval set:").expect("the eval set is reported").1;
+    assert!(eval.contains("1 row(s) left out, longer than max_length"), "{said}");
+}
+
+#[test]
+fn a_run_that_diverges_ends_with_9_and_writes_no_adapter() {
+    let bench = Bench::new("max_steps: 3");
+    bench.fail(&["train", "recipe.yaml", "--set", "training.learning_rate=1e30"], 9, &["step 3", "state/step-000003"]);
+    assert!(!bench.path("run/adapter").exists());
+}
+
+#[test]
+fn export_writes_the_adapter_that_training_took_and_refuses_another_base_or_eval_set() {
+    let bench = Bench::new("max_steps: 8, eval_steps: 2, load_best_model_at_end: true, lr_scheduler: constant");
+    // Answers that the training rows speak against, at so high a rate that this shows soon.
+    write_rows(&bench.path("eval.parquet"), &[("add 1 and 1".into(), "??? !!! ??? !!!".into())]);
+    let rate = ["--set", "training.learning_rate=0.3"];
+    bench.succeed(&[&["train", "recipe.yaml", "--set", "output.save=[adapter]"], &rate[..]].concat());
+    let manifest = || -> Value {
+        let mut manifest: Value =
+            serde_json::from_slice(&std::fs::read(bench.path("run/manifest.json")).unwrap()).unwrap();
+        manifest["metrics"]["seconds"] = Value::Null;
+        manifest
+    };
+    let (trained, adapter) = (manifest(), bench.result("run").1);
+    let metrics = &trained["metrics"];
+    assert!(metrics["taken"].as_u64() < metrics["steps"].as_u64(), "the best is not the last: {metrics}");
+
+    bench.succeed(&[&["export", "recipe.yaml", "--save", "merged"], &rate[..]].concat());
+    let exported = manifest();
+    assert_eq!(exported["metrics"], *metrics);
+    let listed: Vec<&str> =
+        exported["outputs"].as_array().unwrap().iter().map(|output| output["path"].as_str().unwrap()).collect();
+    for file in ["adapter/adapter_model.safetensors", "merged/model.safetensors"] {
+        assert_eq!(listed.iter().filter(|listed| **listed == file).count(), 1, "{file}: {listed:?}");
+    }
+    bench.succeed(&[&["export", "recipe.yaml", "--save", "adapter"], &rate[..]].concat());
+    assert!(bench.result("run").1 == adapter, "the best adapter is not written over");
+    assert_eq!(manifest()["outputs"], exported["outputs"]);
+
+    let export = [&["export", "recipe.yaml"], &rate[..]].concat();
+    let resume = [&["train", "recipe.yaml", "--resume"], &rate[..]].concat();
+    let held_out = std::fs::read(bench.path("eval.parquet")).unwrap();
+    write_rows(&bench.path("eval.parquet"), &[("add 1 and 1".into(), " gives 3".into())]);
+    for arguments in [&export, &resume] {
+        bench.fail(arguments, 7, &["the eval set has changed"]);
+    }
+    std::fs::write(bench.path("eval.parquet"), held_out).unwrap();
+    let mut weights = std::fs::read(bench.path("base/model.safetensors")).unwrap();
+    *weights.last_mut().unwrap() ^= 1;
+    std::fs::write(bench.path("base/model.safetensors"), weights).unwrap();
+    for arguments in [&export, &resume] {
+        bench.fail(arguments, 7, &["the base model has changed"]);
+    }
+}
+
+#[test]
+fn a_signal_ends_a_run_at_once_that_has_nothing_to_save_yet() {
+    let bench = Bench::new("max_steps: 2");
+    // A hub that never answers.
+    let hub = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut command = bench.command(&["train", "recipe.yaml", "--quiet", "--set", "base_model=tiny/base"]);
+    command.env_remove("HF_HUB_OFFLINE").env_remove("TRANSFORMERS_OFFLINE");
+    command.env("HF_ENDPOINT", format!("http://{}", hub.local_addr().unwrap())).env("HF_HOME", bench.path("hub"));
+    let mut child = command.spawn().unwrap();
+    let _connection = hub.accept().unwrap();
+    rustix::process::kill_process(rustix::process::Pid::from_child(&child), rustix::process::Signal::TERM).unwrap();
+    for _ in 0..500 {
+        if let Some(status) = child.try_wait().unwrap() {
+            return assert!(!status.success());
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    child.kill().unwrap();
+    panic!("the signal was not heard");
+}
+
+#[test]
+fn a_hub_models_commit_is_written_down_not_its_branch() {
+    const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+    let bench = Bench::new("max_steps: 1");
+    let repository = bench.path("hub/hub/models--tiny--base");
+    std::fs::create_dir_all(repository.join("refs")).unwrap();
+    std::fs::create_dir_all(repository.join("snapshots")).unwrap();
+    std::fs::write(repository.join("refs/main"), COMMIT).unwrap();
+    std::fs::rename(bench.path("base"), repository.join("snapshots").join(COMMIT)).unwrap();
+    let overrides = ["--set", "base_model=tiny/base", "--set", "output.base_model_name_or_path=null"];
+    let mut command =
+        bench.command(&[&["train", "recipe.yaml", "--set", "output.save=[adapter]"], &overrides[..]].concat());
+    for name in ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"] {
+        command.env_remove(name);
+    }
+    let output = command.env("HF_HOME", bench.path("hub")).env("HF_HUB_OFFLINE", "1").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let json = |name: &str| -> Value { serde_json::from_slice(&std::fs::read(bench.path(name)).unwrap()).unwrap() };
+    assert_eq!(json("run/manifest.json")["base"]["revision"], COMMIT);
+    assert_eq!(json("run/adapter/adapter_config.json")["revision"], COMMIT);
 }

@@ -7,7 +7,7 @@ use engraft::data::{Batch, Cursor, RowId};
 use engraft::model::{Decoder, Documents, Forward, LowRank, Sampling};
 use engraft::objective::Supervised;
 use engraft::recipe::{BaseSource, Scheduler, TrainingRecipe};
-use engraft::train::{BatchSource, Identity, Interrupts, Progress, Run, RunFolder, Start, Trainer};
+use engraft::train::{BatchSource, Events, Identity, Interrupts, Progress, Run, RunFolder, Start, Trainer};
 use engraft::weights::Checkpoint;
 use tch::{Device, Kind, Tensor};
 
@@ -209,7 +209,13 @@ fn twenty_steps_are_those_of_peft_and_torchs_adamw() {
         let place = tempfile::tempdir().unwrap();
         let run = Run {
             folder: RunFolder::open(place.path(), Start::Fresh).unwrap(),
-            identity: Identity { recipe: Default::default(), data: "".into(), base: "".into(), device: "cpu".into() },
+            identity: Identity {
+                recipe: Default::default(),
+                data: "".into(),
+                eval: None,
+                base: "".into(),
+                device: "cpu".into(),
+            },
             training: TrainingRecipe {
                 max_steps: Some(20),
                 learning_rate: 1e-2,
@@ -220,7 +226,7 @@ fn twenty_steps_are_those_of_peft_and_torchs_adamw() {
             },
             half: false,
             tensorboard: false,
-            json: false,
+            events: Events::default(),
             progress: Progress::silent(),
             interrupts: Interrupts::listen().unwrap(),
             facts: Vec::new(),

@@ -9,23 +9,28 @@ use super::console::{Console, Unit};
 use super::loading;
 use crate::adapter::Adapters;
 use crate::cli::Train;
-use crate::data::{Encoder, Tokenizer};
+use crate::data::{Dataset, Encoder, Tokenizer};
 use crate::export::manifest::{self, FileDigest};
 use crate::export::run::{self, Finished};
 use crate::objective::Supervised;
-use crate::recipe::Recipe;
+use crate::recipe::{DataSource, Recipe};
 use crate::train::{
-    Datasets, Identity, Interrupts, Progress, Run, RunFolder, Start, Trainer, device_name, recomputed_layers,
+    Datasets, Event, Events, Identity, Interrupts, Progress, Run, RunFolder, Start, Trainer, device_name,
+    recomputed_layers,
 };
 use crate::{Error, Fault, Result};
 
 /// Runs the verb.
 pub fn run(arguments: &Train) -> Result<()> {
+    let events = Events::new(arguments.json);
+    train(arguments, events).inspect_err(|error| events.error(error))
+}
+
+fn train(arguments: &Train, events: Events) -> Result<()> {
     let plan = Recipe::read(&arguments.recipe, &arguments.overrides.set)?.plan()?;
     let silent = arguments.quiet || arguments.json;
     let console = Console::new(silent);
     loading::use_cpu(plan.training.threads);
-    let interrupts = Interrupts::listen().map_err(|error| Error::Output(Fault::new("signals", error)))?;
     let start = match (arguments.resume, arguments.overwrite) {
         (true, _) => Start::Resume,
         (_, true) => Start::Overwrite,
@@ -36,13 +41,15 @@ pub fn run(arguments: &Train) -> Result<()> {
     let checkpoint = loading::checkpoint(&plan.base, &console)?;
     let base_files = hash_in_background(checkpoint.files.clone());
     let tokenizer = Arc::new(Tokenizer::new(&checkpoint.sidecars)?);
-    let encoder = Encoder::dated(tokenizer, &plan.dataset, folder.day()?.at(0, 0, 0, 0))?;
-    let train = loading::dataset("training", &plan.train, &plan, &encoder, &console)?;
-    console.say(train.report());
-    let eval = match plan.eval.as_slice() {
-        [] => None,
-        sources => Some(loading::dataset("eval", sources, &plan, &encoder, &console)?),
+    let encoder = Encoder::dated(tokenizer, &plan.dataset, folder.day.at(0, 0, 0, 0))?;
+    let open = |set: &str, sources: &[DataSource]| -> Result<Dataset> {
+        let dataset = loading::dataset(set, sources, &plan, &encoder, &console)?;
+        console.say(format_args!("{set} set:\n{}", dataset.report()));
+        events.dataset(set, dataset.report());
+        Ok(dataset)
     };
+    let train = open("training", &plan.train)?;
+    let eval = (!plan.eval.is_empty()).then(|| open("eval", &plan.eval)).transpose()?;
 
     let mut model = loading::decoder(&checkpoint, plan.kind, plan.device, &console)?;
     let adapters = Adapters::attach(&mut model, &plan.adapter, plan.training.seed)?;
@@ -64,22 +71,25 @@ pub fn run(arguments: &Train) -> Result<()> {
         identity: Identity {
             recipe: plan.recipe.canonical_json(),
             data: train.fingerprint(),
-            base: base_fingerprint(&base_files, &checkpoint.sidecars["config.json"]),
+            eval: eval.as_ref().map(Dataset::fingerprint),
+            base: manifest::base_fingerprint(&base_files, &checkpoint),
             device: device.clone(),
         },
         folder,
         training: plan.training.clone(),
         half: plan.kind == Kind::Half,
         tensorboard: plan.output.tensorboard,
-        json: arguments.json,
+        events,
         progress: if silent { Progress::silent() } else { Progress::new() },
-        interrupts,
+        // From here on there is a state to save: until now a signal ends the process as usual.
+        interrupts: Interrupts::listen().map_err(|error| Error::Output(Fault::new("signals", error)))?,
         facts: vec![
             ("recipe".into(), plan.path.display().to_string()),
             ("base".into(), plan.recipe.base_model.clone()),
             ("adapter".into(), format!("{} parameters", adapters.trainable())),
-            ("training rows".into(), train.report().rows.to_string()),
             ("device".into(), device.clone()),
+            ("training set".into(), train.report().to_string()),
+            ("eval set".into(), eval.as_ref().map_or("none".into(), |eval| eval.report().to_string())),
         ],
     };
     let source =
@@ -94,12 +104,13 @@ pub fn run(arguments: &Train) -> Result<()> {
         train: &train,
         eval: eval.as_ref(),
         chat_template: encoder.template().map(|template| template.source()),
-        metrics: serde_json::to_value(&outcome).expect("numbers, flags and a path have a JSON form"),
+        outcome,
         device,
     };
     let stage = console.stage("writing", Unit::Bytes);
     for folder in run::write(&finished, &plan.output.save, &|_, done, total| stage.at(done, total))? {
         console.say(format_args!("wrote {}", folder.display()));
+        events.tell(&Event::Wrote { path: &folder });
     }
     console.say(format_args!("report: {}", plan.output.dir.join("report.html").display()));
     Ok(())
@@ -108,11 +119,4 @@ pub fn run(arguments: &Train) -> Result<()> {
 /// Digests of the base's files, made while other things load: resuming refuses another base, whatever differs in it.
 fn hash_in_background(files: Vec<PathBuf>) -> std::thread::JoinHandle<Result<Vec<FileDigest>>> {
     std::thread::spawn(move || manifest::digests(&files, &|_, _| ()))
-}
-
-fn base_fingerprint(files: &[FileDigest], config: &[u8]) -> String {
-    let mut all: Vec<&str> = files.iter().map(|file| file.sha256.as_str()).collect();
-    let config = manifest::sha256(config);
-    all.push(&config);
-    manifest::sha256(all.concat().as_bytes())
 }

@@ -10,6 +10,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::data::DatasetReport;
 use crate::weights::{Checkpoint, sha256_file, writer};
 use crate::{Error, Fault, Result};
 
@@ -35,6 +36,9 @@ pub struct Manifest {
     pub train: Vec<FileDigest>,
     /// Evaluation files.
     pub eval: Vec<FileDigest>,
+    /// What the datasets hold and which of their rows were left out or cut, by `training` and `eval`.
+    #[serde(default)]
+    pub datasets: BTreeMap<String, DatasetReport>,
     /// SHA-256 of each of the tokenizer's files, by name.
     pub tokenizer: BTreeMap<String, String>,
     /// SHA-256 of the chat template that was trained with; absent where rows are not rendered.
@@ -56,7 +60,7 @@ pub struct Manifest {
 pub struct Base {
     /// As the recipe names it.
     pub name: String,
-    /// Revision, for a hub repository.
+    /// Commit, for a hub repository: of a branch or tag, the one it pointed to.
     pub revision: Option<String>,
     /// Its weight files, config and tokenizer apart.
     pub files: Vec<FileDigest>,
@@ -137,6 +141,13 @@ pub fn sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// One fingerprint of a base: of its weight files and its config. Another one means other numbers.
+pub fn base_fingerprint(files: &[FileDigest], checkpoint: &Checkpoint) -> String {
+    let config = sha256(&checkpoint.sidecars["config.json"]);
+    let all: Vec<&str> = files.iter().map(|file| file.sha256.as_str()).chain([config.as_str()]).collect();
+    sha256(all.concat().as_bytes())
+}
+
 /// SHA-256 of a checkpoint's tokenizer files, by name.
 pub fn tokenizer(checkpoint: &Checkpoint) -> BTreeMap<String, String> {
     let files = checkpoint.sidecars.iter().filter(|(name, _)| super::peft::tokenizer_file(name));
@@ -188,6 +199,7 @@ mod tests {
             base: Base { name: "owner/name".into(), revision: None, files: vec![file.clone()], config: None },
             train: vec![file.clone()],
             eval: vec![],
+            datasets: BTreeMap::from([("training".into(), DatasetReport { rows: 3, ..Default::default() })]),
             tokenizer: BTreeMap::from([("tokenizer.json".into(), sha256(b"t"))]),
             chat_template: None,
             recipe: file.clone(),

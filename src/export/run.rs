@@ -1,18 +1,18 @@
 //! What a finished run writes: its adapter, its merged model, and the manifest that ties them to what they came from.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use serde_json::Value;
 use tch::Kind;
 
-use super::manifest::{self, Base, FileDigest, Manifest};
+use super::manifest::{self, Base, FileDigest, MANIFEST, Manifest};
 use super::{merged, peft, sidecars};
 use crate::Result;
 use crate::adapter::Adapters;
 use crate::data::Dataset;
-use crate::recipe::{BaseSource, Plan, Save};
+use crate::recipe::{Plan, Save};
 use crate::torch_ext::torch_version;
+use crate::train::Outcome;
 use crate::weights::Checkpoint;
 
 /// A run that is done, and all that the manifest says of it.
@@ -32,7 +32,7 @@ pub struct Finished<'a> {
     /// Source of the chat template its rows were rendered with.
     pub chat_template: Option<&'a str>,
     /// How it went.
-    pub metrics: Value,
+    pub outcome: Outcome,
     /// What it ran on.
     pub device: String,
 }
@@ -54,9 +54,11 @@ pub fn write(finished: &Finished<'_>, save: &[Save], progress: &dyn Fn(&str, u64
         match what {
             Save::Adapter => {
                 let mut config = finished.adapters.config.clone();
-                let typed = plan.output.base_model_name_or_path.as_ref().unwrap_or(&plan.recipe.base_model);
-                config.base_model_name_or_path = Some(typed.clone());
-                config.revision = plan.recipe.revision.clone();
+                // The commit is one of the repository that was trained on, whatever that is called in the config.
+                (config.base_model_name_or_path, config.revision) = match &plan.output.base_model_name_or_path {
+                    Some(name) => (Some(name.clone()), plan.recipe.revision.clone()),
+                    None => (Some(plan.recipe.base_model.clone()), finished.checkpoint.commit.clone()),
+                };
                 peft::write(&folder, &config, finished.adapters.updates(), &sidecars)?;
             }
             Save::Merged => {
@@ -81,11 +83,13 @@ fn manifest(finished: &Finished<'_>, written: &[PathBuf]) -> Result<Manifest> {
         };
         dataset.files().iter().map(digest).collect::<Vec<_>>()
     };
-    let revision = match &plan.base {
-        BaseSource::Hub { revision, .. } => Some(revision.clone()),
-        BaseSource::Folder(_) | BaseSource::Gguf(_) => None,
-    };
+    let datasets = [("training", Some(finished.train)), ("eval", finished.eval)];
+    let reports = datasets.into_iter().filter_map(|(set, dataset)| Some((set.to_string(), dataset?.report().clone())));
+    let metrics = serde_json::to_value(&finished.outcome).expect("numbers, flags and a path have a JSON form");
     let quiet = |_, _| ();
+    let mut outputs = manifest::outputs(&plan.output.dir, written, &quiet)?;
+    outputs.extend(kept(finished, &outputs, &metrics));
+    outputs.sort_by(|one, other| one.path.cmp(&other.path));
     Ok(Manifest {
         engraft_version: env!("CARGO_PKG_VERSION").into(),
         libtorch_version: torch_version().into(),
@@ -99,19 +103,35 @@ fn manifest(finished: &Finished<'_>, written: &[PathBuf]) -> Result<Manifest> {
         .into(),
         base: Base {
             name: plan.recipe.base_model.clone(),
-            revision,
+            revision: finished.checkpoint.commit.clone(),
             files: finished.base_files.clone(),
             config: finished.checkpoint.sidecars.get("config.json").map(|bytes| manifest::sha256(bytes)),
         },
         train: dataset_files(finished.train),
         eval: finished.eval.map(dataset_files).unwrap_or_default(),
+        datasets: reports.collect(),
         tokenizer: manifest::tokenizer(finished.checkpoint),
         chat_template: finished.chat_template.map(|source| manifest::sha256(source.as_bytes())),
         recipe: manifest::digests(std::slice::from_ref(&plan.path), &quiet)?.remove(0),
         resolved_recipe: serde_json::to_value(&plan.recipe)
             .expect("a recipe was read from YAML, so it has a JSON form"),
         seeds: BTreeMap::from([("training".to_string(), plan.training.seed)]),
-        metrics: finished.metrics.clone(),
-        outputs: manifest::outputs(&plan.output.dir, written, &quiet)?,
+        metrics,
+        outputs,
     })
+}
+
+/// Outputs that an earlier manifest of this run lists, still there and of the same step: they are the run's as much as those
+/// written now.
+fn kept(finished: &Finished<'_>, written: &[FileDigest], metrics: &serde_json::Value) -> Vec<FileDigest> {
+    let dir = &finished.plan.output.dir;
+    if !dir.join(MANIFEST).exists() {
+        return Vec::new();
+    }
+    // One that cannot be read is replaced by a whole one.
+    let Ok(earlier) = Manifest::read(dir) else { return Vec::new() };
+    let folder = |file: &FileDigest| file.path.parent().map(Path::to_path_buf);
+    let mut outputs = earlier.outputs;
+    outputs.retain(|file| dir.join(&file.path).is_file() && !written.iter().any(|new| folder(new) == folder(file)));
+    if earlier.metrics["taken"] == metrics["taken"] { outputs } else { Vec::new() }
 }

@@ -5,6 +5,7 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use super::disk;
+use super::ledger::Ledger;
 use super::state::States;
 use crate::{Error, Fault, Result};
 
@@ -18,17 +19,28 @@ pub enum Start {
     Fresh,
     /// Continue from the newest state; begin where there is none.
     Resume,
-    /// Remove the states and metrics of the run that is there, and begin. Its results stay until the new ones replace them.
+    /// Remove the states, metrics and manifest of the run that is there, and begin. Its adapter and merged model stay until the
+    /// new ones replace them.
     Overwrite,
 }
 
+/// What [`Start::Overwrite`] removes.
+const REPLACED: [&str; 5] =
+    ["state", super::metrics::FILE, super::tensorboard::FOLDER, super::report::FILE, "manifest.json"];
+
 /// A run's folder, locked until this is dropped (or the process ends, however it ends).
+///
+/// Until [`RunFolder::begin`] nothing in it is changed, and dropped before, it leaves nothing of its own behind.
 #[derive(Debug)]
 pub struct RunFolder {
     /// The folder.
     pub path: PathBuf,
     /// How the run begins.
     pub start: Start,
+    /// The day the run began: templates that print a date print this one, also when the run goes on another day.
+    pub day: jiff::civil::Date,
+    /// What was not there before, in the order in which it can be removed.
+    made: Vec<PathBuf>,
     _lock: File,
 }
 
@@ -36,41 +48,66 @@ impl RunFolder {
     /// Makes, locks and checks the folder. Open it before anything slow: that another run is in it shows at once.
     ///
     /// # Errors
-    /// [`Error::Output`] when the folder cannot be written, is in use (the process is named) or holds another run.
+    /// [`Error::Output`] when the folder cannot be written, is in use (the process is named) or holds another run,
+    /// [`Error::State`] when the day noted in it is no date.
     pub fn open(path: &Path, start: Start) -> Result<Self> {
+        let own = std::iter::once(path.join(LOCK)).chain(path.ancestors().map(Path::to_path_buf));
+        let made = own.filter(|path| !path.exists()).collect();
         disk::create_folder(path)?;
         let lock = lock(&path.join(LOCK))?;
+        let mut folder = Self { path: path.to_owned(), start, day: jiff::Zoned::now().date(), made, _lock: lock };
         let states = States::of(path);
         match start {
             Start::Fresh => refuse_another_run(path, &states)?,
-            Start::Resume => {}
-            Start::Overwrite => {
-                for name in ["state", super::metrics::FILE, super::tensorboard::FOLDER, super::report::FILE] {
-                    disk::remove(&path.join(name))?;
-                }
-            }
+            Start::Resume => folder.day = noted_day(path)?.unwrap_or(folder.day),
+            Start::Overwrite => {}
         }
         states.clean()?;
-        Ok(Self { path: path.to_owned(), start, _lock: lock })
+        Ok(folder)
+    }
+
+    /// The folder of a run that has a state, for its results to be written once more, and the ledger of its newest state.
+    ///
+    /// # Errors
+    /// [`Error::State`] when there is no state, and those of [`RunFolder::open`].
+    pub fn existing(path: &Path) -> Result<(Self, Ledger)> {
+        let none = || Error::State(Fault::at(path, "holds no saved state").hint("train first: engraft train RECIPE"));
+        let states = States::of(path);
+        // Looked for before the folder is locked, so that none is made.
+        if states.steps()?.is_empty() {
+            return Err(none());
+        }
+        let folder = Self::open(path, Start::Resume)?;
+        Ok((folder, states.newest()?.ok_or_else(none)?.state.ledger))
+    }
+
+    /// Makes the folder that of this run: call it once nothing can refuse the run any more. What [`Start::Overwrite`] removes
+    /// is removed, and the day is noted.
+    ///
+    /// # Errors
+    /// [`Error::Output`] when the folder cannot be written.
+    pub fn begin(&mut self) -> Result<()> {
+        self.made.clear();
+        if self.start == Start::Overwrite {
+            REPLACED.iter().try_for_each(|name| disk::remove(&self.path.join(name)))?;
+        }
+        disk::replace_file(&self.path.join(DAY), format!("{}\n", self.day).as_bytes())
     }
 }
 
-impl RunFolder {
-    /// The day the run began: templates that print a date print this one, also when the run goes on another day.
-    ///
-    /// # Errors
-    /// [`Error::Output`] when it cannot be noted, [`Error::State`] when the note is not a date.
-    pub fn day(&self) -> Result<jiff::civil::Date> {
-        let path = self.path.join(DAY);
-        if self.start == Start::Resume
-            && let Ok(noted) = std::fs::read_to_string(&path)
-        {
-            return noted.trim().parse().map_err(|error| Error::State(Fault::at(&path, error)));
+impl Drop for RunFolder {
+    fn drop(&mut self) {
+        for path in &self.made {
+            // Only an empty folder can be removed this way. What cannot be removed is no reason for a second error.
+            let _ = std::fs::remove_file(path).or_else(|_| std::fs::remove_dir(path));
         }
-        let today = jiff::Zoned::now().date();
-        disk::replace_file(&path, format!("{today}\n").as_bytes())?;
-        Ok(today)
     }
+}
+
+fn noted_day(folder: &Path) -> Result<Option<jiff::civil::Date>> {
+    let path = folder.join(DAY);
+    let Ok(noted) = std::fs::read_to_string(&path) else { return Ok(None) };
+    noted.trim().parse().map(Some).map_err(|error| Error::State(Fault::at(&path, error)))
 }
 
 fn refuse_another_run(path: &Path, states: &States) -> Result<()> {
@@ -144,9 +181,38 @@ mod tests {
         drop(RunFolder::open(path, Start::Resume).unwrap());
         assert!(!path.join("state/.tmp-step-000130").exists(), "what a killed save left is removed");
         assert!(path.join("state/step-000120").exists());
-        drop(RunFolder::open(path, Start::Overwrite).unwrap());
-        assert!(!path.join("state").exists());
+        fs::write(path.join("manifest.json"), "{}").unwrap();
+        let mut again = RunFolder::open(path, Start::Overwrite).unwrap();
+        assert!(path.join("state/step-000120").exists(), "what may still be refused removes nothing");
+        again.begin().unwrap();
+        assert!(!path.join("state").exists() && !path.join("manifest.json").exists());
         assert!(path.join("adapter").exists(), "results stay until new ones replace them");
+    }
+
+    #[test]
+    fn what_ends_before_it_begins_leaves_nothing_and_keeps_what_was_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let deep = folder.path().join("a/b/c");
+        drop(RunFolder::open(&deep, Start::Fresh).unwrap());
+        assert!(!folder.path().join("a").exists());
+        let mut begun = RunFolder::open(&deep, Start::Fresh).unwrap();
+        begun.begin().unwrap();
+        drop(begun);
+        assert!(deep.join(DAY).exists());
+        fs::write(deep.join(DAY), "2026-02-03\n").unwrap();
+        drop(RunFolder::open(&deep, Start::Overwrite).unwrap());
+        assert_eq!(RunFolder::open(&deep, Start::Resume).unwrap().day, jiff::civil::date(2026, 2, 3));
+        fs::write(deep.join(DAY), "today").unwrap();
+        assert!(matches!(RunFolder::open(&deep, Start::Resume), Err(Error::State(_))));
+    }
+
+    #[test]
+    fn a_run_without_a_state_is_no_existing_one_and_nothing_is_made_to_find_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = RunFolder::existing(&folder.path().join("nothing")).unwrap_err();
+        assert!(matches!(&error, Error::State(_)) && error.to_string().contains("no saved state"), "{error}");
+        RunFolder::existing(folder.path()).unwrap_err();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 
     #[test]

@@ -1,13 +1,16 @@
 //! What a run has done so far and what it is a run of: the part of a state that is not tensors.
 
+use std::path::Path;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::Scaler;
 use crate::data::Cursor;
+use crate::{Error, Fault, Result};
 
 /// The layout of `state.json` and of the tensors beside it.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// What a run has done so far. With the tensors this is all there is: dropout is a function of the seed and the step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -29,8 +32,10 @@ pub struct Ledger {
     pub trained_tokens: u64,
     /// Seconds of all parts of the run, up to here.
     pub elapsed_seconds: f64,
-    /// Loss of the last logged step.
+    /// The last logged loss.
     pub loss: Option<f64>,
+    /// Loss since then: a state may be saved between two logged steps.
+    pub unlogged: LossSum,
     /// Loss of the last evaluation.
     pub eval_loss: Option<f64>,
     /// Step of the last evaluation.
@@ -47,6 +52,29 @@ pub struct Ledger {
     pub nonfinite_in_a_row: u32,
     /// Length of `metrics.jsonl`: what lies beyond was written by steps this state has not done.
     pub metrics_bytes: u64,
+}
+
+/// Losses of steps, weighed by their trained tokens.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LossSum {
+    /// Sum over the trained tokens, in nats.
+    pub nats: f64,
+    /// Those tokens.
+    pub trained_tokens: u64,
+}
+
+impl LossSum {
+    /// Adds a step: its mean loss over its trained tokens.
+    pub fn add(&mut self, loss: f64, trained_tokens: u64) {
+        self.nats += loss * trained_tokens as f64;
+        self.trained_tokens += trained_tokens;
+    }
+
+    /// The mean over all trained tokens; `None` where there are none.
+    pub fn mean(&self) -> Option<f64> {
+        (self.trained_tokens > 0).then(|| self.nats / self.trained_tokens as f64)
+    }
 }
 
 /// The best evaluation.
@@ -67,6 +95,8 @@ pub struct Identity {
     pub recipe: Value,
     /// Fingerprint of the dataset.
     pub data: String,
+    /// Fingerprint of the eval set, where there is one: it decides early stopping and which state is the best.
+    pub eval: Option<String>,
     /// Fingerprint of the base model.
     pub base: String,
     /// Where it runs, in words that tell apart what computes differently.
@@ -99,6 +129,7 @@ impl Ledger {
             trained_tokens: 0,
             elapsed_seconds: 0.0,
             loss: None,
+            unlogged: LossSum::default(),
             eval_loss: None,
             evaluated_at: None,
             best: None,
@@ -108,6 +139,11 @@ impl Ledger {
             nonfinite_in_a_row: 0,
             metrics_bytes: 0,
         }
+    }
+
+    /// The step whose parameters are the run's result: the last, or the best with `load_best_model_at_end`.
+    pub fn taken(&self, load_best: bool) -> u64 {
+        self.best.filter(|_| load_best).map_or(self.step, |best| best.step)
     }
 
     /// Takes note of an evaluation: the best so far, and whether patience runs out (transformers' rule: the best
@@ -126,22 +162,34 @@ impl Ledger {
 }
 
 impl Identity {
-    /// What differs between this run and the one a state belongs to, one line each; empty when the state may continue it.
-    pub fn differences(&self, state: &Identity) -> Vec<String> {
-        let mut found = state.recipe_differences(&self.recipe);
-        for (what, then, now) in [("the dataset", &state.data, &self.data), ("the base model", &state.base, &self.base)]
-        {
-            if then != now {
-                found.push(format!("{what} has changed: its fingerprint was {then}, it is {now}"));
-            }
+    /// Refuses the state in `path` when it is one of another run.
+    ///
+    /// # Errors
+    /// [`Error::State`] that names everything that differs.
+    pub fn check(&self, state: &Identity, path: &Path) -> Result<()> {
+        let differences = self.differences(state);
+        if differences.is_empty() {
+            return Ok(());
         }
-        found
+        let what = format!("belongs to another run:\n  {}", differences.join("\n  "));
+        let hint = "bring back what has changed, or begin a new run in another output.dir";
+        Err(Error::State(Fault::at(path, what).hint(hint)))
     }
 
-    /// How `recipe` differs from the one of this state, in keys that change a number of the training.
-    pub fn recipe_differences(&self, recipe: &Value) -> Vec<String> {
+    /// What differs between this run and the one a state belongs to, one line each; empty when the state may continue it.
+    pub fn differences(&self, state: &Identity) -> Vec<String> {
         let mut found = Vec::new();
-        compare("", &self.recipe, recipe, &mut found);
+        compare("", &state.recipe, &self.recipe, &mut found);
+        let none = String::from("none");
+        let eval = |identity: &Identity| identity.eval.clone().unwrap_or(none.clone());
+        let fingerprints = [
+            ("the dataset", state.data.clone(), self.data.clone()),
+            ("the eval set", eval(state), eval(self)),
+            ("the base model", state.base.clone(), self.base.clone()),
+        ];
+        for (what, then, now) in fingerprints.into_iter().filter(|(_, then, now)| then != now) {
+            found.push(format!("{what} has changed: its fingerprint was {then}, it is {now}"));
+        }
         found
     }
 }
@@ -171,7 +219,7 @@ mod tests {
     use super::*;
 
     fn identity(recipe: Value) -> Identity {
-        Identity { recipe, data: "d".into(), base: "b".into(), device: "cpu".into() }
+        Identity { recipe, data: "d".into(), eval: None, base: "b".into(), device: "cpu".into() }
     }
 
     #[test]
@@ -182,12 +230,14 @@ mod tests {
         let mut now =
             identity(json!({"dtype": "bf16", "training": {"learning_rate": 2e-4, "seed": 1}, "adapter": {"r": 16}}));
         now.data = "e".into();
+        now.eval = Some("f".into());
         assert_eq!(
             now.differences(&then),
             [
                 "training.learning_rate was 0.0001, it is 0.0002",
                 "adapter.r was 8, it is 16",
-                "the dataset has changed: its fingerprint was d, it is e"
+                "the dataset has changed: its fingerprint was d, it is e",
+                "the eval set has changed: its fingerprint was none, it is f"
             ]
         );
     }
@@ -226,6 +276,7 @@ mod tests {
         let mut ledger = Ledger::new(identity(Value::Null), true);
         ledger.best = Some(Best { step: 7, eval_loss: 0.1 + 0.2 });
         ledger.loss = Some(f64::from(2.5f32.sqrt()) / 3.0);
+        ledger.unlogged.add(f64::from(2.7f32.sqrt()), 7);
         ledger.elapsed_seconds = 1.0 / 3.0;
         let text = serde_json::to_string(&ledger).unwrap();
         assert_eq!(serde_json::from_str::<Ledger>(&text).unwrap(), ledger);

@@ -10,8 +10,9 @@ use tch::Device;
 use super::disk;
 use super::progress::Progress;
 use super::tensorboard::TensorBoard;
-use crate::Result;
+use crate::data::DatasetReport;
 use crate::torch_ext::cuda_memory;
+use crate::{Error, Result};
 
 /// The file of all logged numbers: one JSON object per line.
 pub const FILE: &str = "metrics.jsonl";
@@ -23,11 +24,12 @@ pub struct StepRecord {
     pub step: u64,
     /// Passes over the data done, with the part of the current one.
     pub epoch: f64,
-    /// Mean cross-entropy over the trained tokens of this step, in nats; null when it was not finite.
+    /// Mean cross-entropy over the trained tokens of the steps since the last logged one, in nats. Steps that were skipped as
+    /// not finite are left out; null when all were.
     pub loss: f64,
     /// The rate this step was made with.
     pub learning_rate: f64,
-    /// L2 norm of all gradients before clipping; null when it was not finite.
+    /// L2 norm of all gradients of this step before clipping; null when it was not finite.
     pub grad_norm: f64,
     /// Tokens seen since the run began.
     pub tokens: u64,
@@ -64,6 +66,16 @@ pub struct EvalRecord {
 #[derive(Debug, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event<'a> {
+    /// A dataset is open.
+    Dataset {
+        /// `training` or `eval`.
+        set: &'a str,
+        /// Rows left out, whatever the reason.
+        dropped: u64,
+        /// What it holds.
+        #[serde(flatten)]
+        report: &'a DatasetReport,
+    },
     /// Training begins or continues.
     Start {
         /// Steps done before.
@@ -91,8 +103,58 @@ pub enum Event<'a> {
         /// What.
         message: &'a str,
     },
-    /// The run is over.
+    /// The training is over.
     End(&'a super::Outcome),
+    /// A result is written.
+    Wrote {
+        /// Its folder or file.
+        path: &'a Path,
+    },
+    /// The command ends with an error: one such event per fault.
+    Error {
+        /// The exit code.
+        code: u8,
+        /// File, line, row, tensor or key; empty where there is none.
+        place: &'a str,
+        /// What is wrong.
+        what: &'a str,
+        /// The way out; empty where there is none to offer.
+        hint: &'a str,
+    },
+}
+
+/// Events for a program, on standard output; nothing where none is asked for.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Events {
+    printed: bool,
+}
+
+impl Events {
+    /// Prints events if `json` asks for them.
+    pub fn new(json: bool) -> Self {
+        Self { printed: json }
+    }
+
+    /// Prints an event as one line of JSON. A closed standard output is no reason to stop.
+    pub fn tell(&self, event: &Event) {
+        if self.printed {
+            let line = serde_json::to_string(event).expect("plain structs with string keys always serialise");
+            let _ = writeln!(std::io::stdout(), "{line}");
+        }
+    }
+
+    /// A dataset is open; `set` says which.
+    pub fn dataset(&self, set: &str, report: &DatasetReport) {
+        self.tell(&Event::Dataset { set, dropped: report.dropped(), report });
+    }
+
+    /// The command ends with an error.
+    pub fn error(&self, error: &Error) {
+        for fault in error.faults() {
+            let (place, what, hint) = (&fault.place, &fault.what, &fault.hint);
+            self.tell(&Event::Error { code: error.exit_code(), place, what, hint });
+        }
+    }
 }
 
 /// All places a run tells things to.
@@ -102,7 +164,7 @@ pub struct Metrics {
     bytes: u64,
     tensorboard: Option<TensorBoard>,
     progress: Progress,
-    json: bool,
+    events: Events,
 }
 
 impl Metrics {
@@ -114,7 +176,7 @@ impl Metrics {
         bytes: u64,
         step: u64,
         tensorboard: bool,
-        json: bool,
+        events: Events,
         progress: Progress,
     ) -> Result<Self> {
         let path = folder.join(FILE);
@@ -129,7 +191,7 @@ impl Metrics {
         }
         let bytes = length.min(bytes);
         file.set_len(bytes).and_then(|()| file.seek(SeekFrom::End(0))).map_err(failed)?;
-        let mut metrics = Self { path, file, bytes, tensorboard: None, progress, json };
+        let mut metrics = Self { path, file, bytes, tensorboard: None, progress, events };
         if tensorboard {
             metrics.tensorboard = metrics.optional(TensorBoard::create(folder, step));
         }
@@ -152,10 +214,7 @@ impl Metrics {
                 self.tensorboard = None;
             }
         }
-        if self.json {
-            let line = serde_json::to_string(event).expect("plain structs with string keys always serialise");
-            let _ = writeln!(std::io::stdout(), "{line}");
-        }
+        self.events.tell(event);
         self.progress.tell(event);
         Ok(())
     }
@@ -222,7 +281,7 @@ mod tests {
     #[test]
     fn a_line_has_the_documented_fields() {
         let folder = tempfile::tempdir().unwrap();
-        let mut metrics = Metrics::open(folder.path(), 0, 0, false, false, Progress::silent()).unwrap();
+        let mut metrics = Metrics::open(folder.path(), 0, 0, false, Events::default(), Progress::silent()).unwrap();
         metrics.tell(&Event::Step(&record(1))).unwrap();
         let text = std::fs::read_to_string(folder.path().join(FILE)).unwrap();
         assert_eq!(
@@ -235,7 +294,9 @@ mod tests {
     #[test]
     fn what_a_killed_run_logged_after_its_state_is_cut_off() {
         let folder = tempfile::tempdir().unwrap();
-        let open = |bytes, step| Metrics::open(folder.path(), bytes, step, true, false, Progress::silent()).unwrap();
+        let open = |bytes, step| {
+            Metrics::open(folder.path(), bytes, step, true, Events::default(), Progress::silent()).unwrap()
+        };
         let mut metrics = open(0, 0);
         metrics.tell(&Event::Step(&record(1))).unwrap();
         let kept = metrics.flush().unwrap();
@@ -255,7 +316,7 @@ mod tests {
     #[test]
     fn metrics_that_got_shorter_do_not_stop_a_resume() {
         let folder = tempfile::tempdir().unwrap();
-        let mut metrics = Metrics::open(folder.path(), 5000, 3, false, false, Progress::silent()).unwrap();
+        let mut metrics = Metrics::open(folder.path(), 5000, 3, false, Events::default(), Progress::silent()).unwrap();
         metrics.tell(&Event::Step(&record(4))).unwrap();
         assert!(std::fs::read_to_string(folder.path().join(FILE)).unwrap().starts_with("{\"step\":4"));
     }

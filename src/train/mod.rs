@@ -24,9 +24,9 @@ mod trainer;
 
 pub use device::device_name;
 pub use folder::{RunFolder, Start};
-pub use ledger::{Best, Identity, Ledger};
+pub use ledger::{Best, Identity, Ledger, LossSum};
 pub use memory::recomputed_layers;
-pub use metrics::{EvalRecord, Event, Metrics, StepRecord, peak_memory_bytes};
+pub use metrics::{EvalRecord, Event, Events, Metrics, StepRecord, peak_memory_bytes};
 pub use optimizer::{AdamW, restore};
 pub use outcome::Outcome;
 pub use progress::Progress;

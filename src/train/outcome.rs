@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::Best;
+use super::{Best, Ledger, States};
 
 /// How a run went.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -14,7 +14,7 @@ pub struct Outcome {
     pub steps: u64,
     /// Of these, skipped for a non-finite loss or gradient.
     pub skipped_steps: u64,
-    /// Loss of the last logged step.
+    /// The last logged loss.
     pub loss: Option<f64>,
     /// Loss of the last evaluation.
     pub eval_loss: Option<f64>,
@@ -32,6 +32,25 @@ pub struct Outcome {
     pub stopped_early: bool,
     /// The last state.
     pub state: PathBuf,
+}
+
+impl Outcome {
+    /// How the run of `ledger` went, whose result are the parameters of the step `taken` ([`Ledger::taken`]).
+    pub fn of(ledger: &Ledger, taken: u64, states: &States) -> Self {
+        Self {
+            steps: ledger.step,
+            skipped_steps: ledger.skipped_steps,
+            loss: ledger.loss,
+            eval_loss: ledger.eval_loss,
+            best: ledger.best,
+            taken,
+            tokens: ledger.tokens,
+            trained_tokens: ledger.trained_tokens,
+            seconds: ledger.elapsed_seconds,
+            stopped_early: ledger.stopped_early,
+            state: states.path(ledger.step),
+        }
+    }
 }
 
 impl fmt::Display for Outcome {

@@ -25,7 +25,7 @@ const BOTTOM: f64 = 30.0;
 
 #[derive(Serialize)]
 struct Chart {
-    title: &'static str,
+    title: String,
     series: Vec<Series>,
     x_ticks: Vec<Tick>,
     y_ticks: Vec<Tick>,
@@ -45,29 +45,43 @@ struct Tick {
     label: String,
 }
 
-/// Writes the report of the run in `folder` from its `metrics.jsonl`; `facts` are rows of its table.
-pub fn write(folder: &Path, facts: &[(String, String)], outcome: &Outcome) -> Result<()> {
+/// How a chart's values are laid out from bottom to top.
+#[derive(Clone, Copy, PartialEq)]
+enum Scale {
+    Linear,
+    /// For values that fall fast and then slowly. Linear all the same where a value is not positive.
+    Logarithmic,
+}
+
+/// Writes the report of the run in `folder` from its `metrics.jsonl`; `facts` are rows of its table, `recipe` (keys and values,
+/// defaults filled in) is shown whole.
+pub fn write(folder: &Path, facts: &[(String, String)], recipe: &Value, outcome: &Outcome) -> Result<()> {
     let path = folder.join(metrics::FILE);
     let lines = std::fs::read_to_string(&path).map_err(|error| disk::failed("read", &path, &error))?;
-    let html = render(&lines, facts, outcome);
+    let html = render(&lines, facts, recipe, outcome);
     let html =
         html.map_err(|error| Error::Output(Fault::at(&folder.join(FILE), format!("cannot make it: {error:#}"))))?;
     disk::replace_file(&folder.join(FILE), html.as_bytes())
 }
 
-fn render(lines: &str, facts: &[(String, String)], outcome: &Outcome) -> Result<String, minijinja::Error> {
+fn render(
+    lines: &str,
+    facts: &[(String, String)],
+    recipe: &Value,
+    outcome: &Outcome,
+) -> Result<String, minijinja::Error> {
     let records: Vec<Value> = lines.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
     let column = |key: &str| -> Vec<(f64, f64)> {
         records.iter().filter_map(|record| Some((record["step"].as_f64()?, record.get(key)?.as_f64()?))).collect()
     };
     let charts: Vec<Chart> = [
-        ("Loss", vec![("training", column("loss")), ("evaluation", column("eval_loss"))]),
-        ("Learning rate", vec![("learning rate", column("learning_rate"))]),
-        ("Gradient norm before clipping", vec![("gradient norm", column("grad_norm"))]),
-        ("Trained tokens per second", vec![("tokens/s", column("trained_tokens_per_second"))]),
+        ("Loss", Scale::Logarithmic, vec![("training", column("loss")), ("evaluation", column("eval_loss"))]),
+        ("Learning rate", Scale::Linear, vec![("learning rate", column("learning_rate"))]),
+        ("Gradient norm before clipping", Scale::Linear, vec![("gradient norm", column("grad_norm"))]),
+        ("Trained tokens per second", Scale::Linear, vec![("tokens/s", column("trained_tokens_per_second"))]),
     ]
     .into_iter()
-    .filter_map(|(title, series)| chart(title, series))
+    .filter_map(|(title, scale, series)| chart(title, scale, series))
     .collect();
 
     let number = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.4}"));
@@ -92,18 +106,22 @@ fn render(lines: &str, facts: &[(String, String)], outcome: &Outcome) -> Result<
     }
     table.extend(facts.iter().cloned());
 
+    let typed = recipe.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null());
+    let recipe: Vec<(&String, String)> =
+        typed.map(|(key, value)| (key, value.as_str().map_or_else(|| value.to_string(), str::to_owned))).collect();
+
     // The name ends in .html, so minijinja escapes every value.
     let mut environment = Environment::new();
     environment.add_template("report.html", include_str!("report.html"))?;
     environment.get_template("report.html")?.render(context! {
         summary => outcome.to_string(),
-        charts => Serde(charts), table => Serde(table),
+        charts => Serde(charts), table => Serde(table), recipe => Serde(recipe),
         width => WIDTH, height => HEIGHT, left => LEFT, right => WIDTH - RIGHT, top => TOP, bottom => HEIGHT - BOTTOM,
     })
 }
 
 /// A chart of the series that have points; `None` when none has.
-fn chart(title: &'static str, series: Vec<(&'static str, Vec<(f64, f64)>)>) -> Option<Chart> {
+fn chart(title: &str, scale: Scale, series: Vec<(&'static str, Vec<(f64, f64)>)>) -> Option<Chart> {
     let series: Vec<_> = series.into_iter().filter(|(_, points)| !points.is_empty()).collect();
     let all = || series.iter().flat_map(|(_, points)| points.iter().copied());
     let range = |pick: fn((f64, f64)) -> f64| {
@@ -115,13 +133,17 @@ fn chart(title: &'static str, series: Vec<(&'static str, Vec<(f64, f64)>)>) -> O
         return None;
     }
     let (x_range, y_range) = (range(|(x, _)| x), range(|(_, y)| y));
+    let logarithmic = scale == Scale::Logarithmic && y_range.0 > 0.0;
+    let laid_out = |y: f64| if logarithmic { y.ln() } else { y };
+    let (bottom, top) = (laid_out(y_range.0), laid_out(y_range.1));
     let x_at = |x: f64| round(LEFT + (x - x_range.0) / (x_range.1 - x_range.0) * (WIDTH - LEFT - RIGHT));
-    let y_at = |y: f64| round(HEIGHT - BOTTOM - (y - y_range.0) / (y_range.1 - y_range.0) * (HEIGHT - TOP - BOTTOM));
+    let y_at = |y: f64| round(HEIGHT - BOTTOM - (laid_out(y) - bottom) / (top - bottom) * (HEIGHT - TOP - BOTTOM));
     let tick = |value: f64, at: f64| Tick { at, label: label(value) };
+    let y_ticks = if logarithmic { logarithmic_ticks(y_range) } else { ticks(y_range, 5) };
     Some(Chart {
-        title,
+        title: if logarithmic { format!("{title} (logarithmic)") } else { title.to_owned() },
         x_ticks: ticks(x_range, 8).into_iter().filter(|x| x.fract() == 0.0).map(|x| tick(x, x_at(x))).collect(),
-        y_ticks: ticks(y_range, 5).into_iter().map(|y| tick(y, y_at(y))).collect(),
+        y_ticks: y_ticks.into_iter().map(|y| tick(y, y_at(y))).collect(),
         series: series
             .into_iter()
             .map(|(name, points)| {
@@ -158,6 +180,16 @@ fn ticks((low, high): (f64, f64), count: usize) -> Vec<f64> {
     let first = (low / step).ceil() as i64;
     let last = (high / step).floor() as i64;
     (first..=last).map(|i| i as f64 * step).collect()
+}
+
+/// 1, 2 and 5 times powers of ten within a range of positive values (powers of ten alone where that is many); evenly spaced
+/// ones where the range is too narrow for these.
+fn logarithmic_ticks((low, high): (f64, f64)) -> Vec<f64> {
+    let powers = low.log10().floor() as i32..=high.log10().ceil() as i32;
+    let factors: &[f64] = if powers.clone().count() > 4 { &[1.0] } else { &[1.0, 2.0, 5.0] };
+    let all = powers.flat_map(|power| factors.iter().map(move |factor| factor * 10f64.powi(power)));
+    let within: Vec<f64> = all.filter(|value| (low..=high).contains(value)).collect();
+    if within.len() < 3 { ticks((low, high), 5) } else { within }
 }
 
 fn label(value: f64) -> String {
@@ -206,7 +238,11 @@ mod tests {
             .collect();
         lines += "{\"step\":20,\"eval_loss\":1.4}\n{\"step\":30,\"eval_loss\":1.5}\n{\"step\":31,\"lo";
         let facts = [("Base".to_owned(), "<script>alert('{{ x }}')</script>".to_owned())];
-        let html = render(&lines, &facts, &outcome()).unwrap();
+        let recipe = serde_json::json!({"dtype": "bf16", "adapter.r": 16, "training.max_steps": null, "name": "<b>"});
+        let html = render(&lines, &facts, &recipe, &outcome()).unwrap();
+        assert!(html.contains("<td>adapter.r</td><td>16</td>") && html.contains("<td>bf16</td>"));
+        assert!(!html.contains("training.max_steps") && !html.contains("<b>"), "what is not set is not shown");
+        assert!(html.contains("Loss (logarithmic)"));
         assert_eq!(html.matches("<polyline").count(), 5, "training and evaluation loss and three more curves");
         assert!(html.contains("1.00 GiB") && html.contains("1.4000 at step 20"));
         assert!(!html.contains("<script>alert"), "facts are escaped");
@@ -217,7 +253,7 @@ mod tests {
 
     #[test]
     fn a_run_that_logged_nothing_still_has_a_report() {
-        let html = render("", &[], &outcome()).unwrap();
+        let html = render("", &[], &Value::Null, &outcome()).unwrap();
         assert!(!html.contains("<polyline"));
     }
 
@@ -226,6 +262,24 @@ mod tests {
         assert_eq!(ticks((0.0, 10.0), 5), [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]);
         assert_eq!(ticks((1.0, 30.0), 8), [5.0, 10.0, 15.0, 20.0, 25.0, 30.0]);
         assert_eq!([label(0.0), label(2.5), label(1e-4), label(2e7)], ["0", "2.5", "1.0e-4", "2.0e7"]);
+    }
+
+    #[test]
+    fn a_loss_that_falls_fast_is_not_flat_for_the_rest() {
+        let heights = |scale| {
+            let points = vec![(1.0, 8.0), (2.0, 0.4), (3.0, 0.1)];
+            let chart = chart("Loss", scale, vec![("training", points)]).unwrap();
+            chart.series[0].points.iter().map(|point| point.1).collect::<Vec<f64>>()
+        };
+        let rise = |heights: &[f64]| (heights[2] - heights[1]) / (heights[2] - heights[0]);
+        assert!(rise(&heights(Scale::Linear)) < 0.05);
+        let logarithmic = heights(Scale::Logarithmic);
+        assert!(rise(&logarithmic) > 0.3 && logarithmic[0] == TOP && logarithmic[2] == HEIGHT - BOTTOM);
+        let zero = chart("Loss", Scale::Logarithmic, vec![("training", vec![(1.0, 0.0), (2.0, 1.0)])]).unwrap();
+        assert_eq!((zero.title.as_str(), zero.series[0].points[0].1), ("Loss", HEIGHT - BOTTOM));
+        assert_eq!(logarithmic_ticks((0.1, 8.0)), [0.1, 0.2, 0.5, 1.0, 2.0, 5.0]);
+        assert_eq!(logarithmic_ticks((1.1, 1.4)), ticks((1.1, 1.4), 5));
+        assert_eq!(logarithmic_ticks((0.003, 400.0)), [0.01, 0.1, 1.0, 10.0, 100.0]);
     }
 
     #[test]

@@ -21,6 +21,17 @@ impl Schedule {
         Self { shape: training.lr_scheduler, peak: training.learning_rate, warmup, total }
     }
 
+    /// What a person should know: a warmup that the run does not outlast.
+    pub fn notice(&self) -> Option<String> {
+        let Self { warmup, total, peak, .. } = *self;
+        (warmup > 0 && warmup >= total).then(|| {
+            format!(
+                "the warmup of {warmup} steps is not over when the run of {total} steps ends: the learning rate never reaches \
+                 {peak:e}; lower training.warmup_steps or training.warmup_ratio"
+            )
+        })
+    }
+
     /// The rate used by the update after `step` updates: `rate(0)` is the first one's.
     ///
     /// As in transformers, warmup starts at 0, so the first update of a run with warmup changes nothing.
@@ -52,6 +63,17 @@ mod tests {
         let training = TrainingRecipe { lr_scheduler: shape, warmup_steps: Some(warmup), ..Default::default() };
         let schedule = Schedule::new(&training, total);
         (0..total).map(|step| schedule.rate(step)).collect()
+    }
+
+    #[test]
+    fn a_warmup_the_run_does_not_outlast_is_noticed() {
+        let notice = |training: TrainingRecipe, total| Schedule::new(&training, total).notice();
+        let steps = |warmup_steps| TrainingRecipe { warmup_steps: Some(warmup_steps), ..Default::default() };
+        let said = notice(steps(12), 10).unwrap();
+        assert!(said.contains("12 steps") && said.contains("10 steps") && said.contains("2e-4"), "{said}");
+        assert!(notice(steps(10), 10).is_some(), "the peak would be the rate of step 11");
+        assert_eq!([notice(steps(9), 10), notice(steps(0), 0)], [None, None]);
+        assert!(notice(TrainingRecipe { warmup_ratio: Some(1.0), ..Default::default() }, 10).is_some());
     }
 
     // transformers 5.17: get_scheduler(name, SGD(lr=2e-4), warmup, total).get_last_lr() before each step.

@@ -283,7 +283,8 @@ mod tests {
     use crate::train::ledger::Identity;
 
     fn state(step: u64) -> State {
-        let identity = Identity { recipe: Value::Null, data: "d".into(), base: "b".into(), device: "cpu".into() };
+        let identity =
+            Identity { recipe: Value::Null, data: "d".into(), eval: None, base: "b".into(), device: "cpu".into() };
         let tensor = |value: f64| Tensor::full([3, 2], value, (Kind::Float, Device::Cpu));
         State {
             ledger: Ledger { step, ..Ledger::new(identity, true) },
@@ -417,7 +418,13 @@ mod tests {
         let mut other = state(5);
         other.ledger.version = 99;
         states.save(&other).unwrap();
-        assert!(states.load(5).unwrap_err().to_string().contains("version 99, this engraft reads version 1"));
+        assert!(
+            states
+                .load(5)
+                .unwrap_err()
+                .to_string()
+                .contains(&format!("version 99, this engraft reads version {VERSION}"))
+        );
     }
 
     #[test]

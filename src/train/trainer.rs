@@ -5,7 +5,7 @@ use std::time::Instant;
 use tch::{Device, Tensor, no_grad};
 
 use super::ledger::{Identity, Ledger};
-use super::metrics::{EvalRecord, Event, Metrics, StepRecord, peak_memory_bytes};
+use super::metrics::{EvalRecord, Event, Events, Metrics, StepRecord, peak_memory_bytes};
 use super::optimizer::{AdamW, restore};
 use super::state::{Newest, State, States};
 use super::{BatchSource, Interrupts, Outcome, Progress, RunFolder, Schedule, Start, report};
@@ -27,8 +27,8 @@ pub struct Run {
     pub half: bool,
     /// Whether to write TensorBoard events.
     pub tensorboard: bool,
-    /// Whether to print events as JSON on standard output.
-    pub json: bool,
+    /// Where a program reads what happens.
+    pub events: Events,
     /// What a person sees.
     pub progress: Progress,
     /// What asks it to stop.
@@ -58,6 +58,7 @@ pub struct Trainer<'a> {
 /// A step whose numbers have not been read: reading waits for the device, so it is done when they are needed.
 struct Pending {
     step: u64,
+    trained_tokens: u64,
     numbers: Tensor,
     rows: Vec<RowId>,
 }
@@ -69,7 +70,7 @@ struct Settled {
     learning_rate: f64,
 }
 
-/// Training since the last logged step.
+/// Speed since the last logged step; the loss since then is the ledger's, as a resumed run must log the same.
 #[derive(Default)]
 struct Window {
     seconds: f64,
@@ -104,28 +105,41 @@ impl<'a> Trainer<'a> {
     pub fn run(mut self, source: &dyn BatchSource) -> Result<Outcome> {
         let total = self.total_steps(source)?;
         let schedule = Schedule::new(&self.run.training, total);
-        let mut metrics = self.begin(total)?;
+        let mut metrics = self.begin(&schedule, total)?;
+        self.steps(source, &schedule, total, &mut metrics).map_err(|error| match error {
+            Error::Diverged(fault) => self.diverged(fault, &mut metrics),
+            error => error,
+        })
+    }
+
+    fn steps(
+        &mut self,
+        source: &dyn BatchSource,
+        schedule: &Schedule,
+        total: u64,
+        metrics: &mut Metrics,
+    ) -> Result<Outcome> {
         let mut batches = source.batches(self.ledger.cursor)?;
         loop {
             if let Some(signal) = self.run.interrupts.received() {
-                return Err(self.interrupted(signal, source, &mut metrics)?);
+                return Err(self.interrupted(signal, source, metrics)?);
             }
             if source.has_evaluation() && self.evaluation_is_due(total) {
-                self.evaluate(source, &mut metrics)?;
+                self.evaluate(source, metrics)?;
                 continue;
             }
             if self.is_over(total) {
                 break;
             }
             if self.save_is_due() {
-                self.save(source, &mut metrics)?;
+                self.save(source, metrics)?;
             }
-            self.step(&mut *batches, source, &schedule)?;
+            self.step(&mut *batches, source, schedule)?;
             if self.is_logged(total) {
-                self.log(source, &mut metrics)?;
+                self.log(source, metrics)?;
             }
         }
-        self.finish(source, &mut metrics)
+        self.finish(source, metrics)
     }
 
     /// One optimizer step: all its micro-batches first, so that each is weighed by the trained tokens of the whole step.
@@ -168,7 +182,7 @@ impl<'a> Trainer<'a> {
         self.window.tokens += tokens;
         self.window.trained_tokens += trained;
         let numbers = Tensor::stack(&[loss, verdict.gradient_norm], 0);
-        self.pending.push(Pending { step: self.ledger.step, numbers, rows });
+        self.pending.push(Pending { step: self.ledger.step, trained_tokens: trained, numbers, rows });
         self.last = Some(Settled { loss: f64::NAN, gradient_norm: f64::NAN, learning_rate });
         // The next step's loss scale depends on this one.
         if self.ledger.scaler.is_some() {
@@ -199,7 +213,8 @@ impl<'a> Trainer<'a> {
         Ok(group)
     }
 
-    /// Reads the numbers of all steps since the last time and counts those that were not finite.
+    /// Reads the numbers of all steps since the last time and counts those that were not finite. All of them are counted also
+    /// where too many were not: the ledger is then that of the last step, so that its state can still be saved.
     fn settle(&mut self, source: &dyn BatchSource) -> Result<()> {
         if self.pending.is_empty() {
             return Ok(());
@@ -207,7 +222,8 @@ impl<'a> Trainer<'a> {
         let pending = std::mem::take(&mut self.pending);
         let numbers: Vec<&Tensor> = pending.iter().map(|step| &step.numbers).collect();
         let numbers = Tensor::stack(&numbers, 0).to_device(Device::Cpu); // (steps, 2)
-        for (index, Pending { step, rows, .. }) in pending.into_iter().enumerate() {
+        let mut diverged = None;
+        for (index, Pending { step, trained_tokens, rows, .. }) in pending.into_iter().enumerate() {
             let loss = numbers.double_value(&[index as i64, 0]);
             let gradient_norm = numbers.double_value(&[index as i64, 1]);
             if let Some(last) = &mut self.last {
@@ -223,29 +239,34 @@ impl<'a> Trainer<'a> {
             self.ledger.skipped_steps += u64::from(!finite);
             if finite {
                 self.ledger.nonfinite_in_a_row = 0;
+                self.ledger.unlogged.add(loss, trained_tokens);
             } else if counts {
                 self.ledger.nonfinite_in_a_row += 1;
             }
-            if self.ledger.nonfinite_in_a_row >= self.run.training.max_nonfinite_steps.max(1) {
-                return Err(self.diverged(step, loss, gradient_norm, &list(&rows, source)));
+            let in_a_row = self.ledger.nonfinite_in_a_row;
+            if diverged.is_none() && in_a_row >= self.run.training.max_nonfinite_steps.max(1) {
+                let what = format!(
+                    "loss {loss}, gradient norm {gradient_norm} at rows {}: step {in_a_row} in a row that is not finite; \
+                     none of them changed the adapter",
+                    list(&rows, source)
+                );
+                diverged = Some(not_finite(step, what));
             }
         }
-        Ok(())
+        diverged.map_or(Ok(()), Err)
     }
 
-    fn diverged(&self, step: u64, loss: f64, gradient_norm: f64, rows: &str) -> Error {
-        let steps = self.states.steps().unwrap_or_default();
-        let state = steps.last().map_or_else(
-            || "no state was saved".into(),
-            |&step| format!("the last state is {}", self.states.path(step).display()),
-        );
-        let what = format!(
-            "loss {loss}, gradient norm {gradient_norm} at rows {rows}: step {} in a row that is not finite; \
-             none of them changed the adapter; {state}",
-            self.ledger.nonfinite_in_a_row
-        );
-        let hint = "lower training.learning_rate, look at these rows with `engraft preview`, or use dtype bf16 or fp32";
-        Error::Diverged(Fault::new(format_args!("step {step}"), what).hint(hint))
+    /// A run that diverged leaves the state it came to, which skipped steps have not changed, unless that is not finite
+    /// itself. No state before makes room for it: that may be the better one.
+    fn diverged(&mut self, fault: Fault, metrics: &mut Metrics) -> Error {
+        let unsaved = self.write_state(metrics).err().map(|error| error.faults()[0].what.clone());
+        let newest = self.states.steps().unwrap_or_default().last().map(|&step| self.states.path(step));
+        let kept = match (unsaved, newest) {
+            (_, Some(path)) => format!("the last state is {}", path.display()),
+            (Some(why), None) => format!("no state was saved: {why}"),
+            (None, None) => "no state was saved".into(),
+        };
+        Error::Diverged(Fault { what: format!("{}; {kept}", fault.what), ..fault })
     }
 
     fn log(&mut self, source: &dyn BatchSource, metrics: &mut Metrics) -> Result<()> {
@@ -254,11 +275,12 @@ impl<'a> Trainer<'a> {
         let Some(last) = self.last else { return Ok(()) };
         let window = std::mem::take(&mut self.window);
         let seconds = (window.seconds + reading.elapsed().as_secs_f64()).max(1e-9);
-        self.ledger.loss = Some(last.loss);
+        let loss = std::mem::take(&mut self.ledger.unlogged).mean();
+        self.ledger.loss = loss;
         let record = StepRecord {
             step: self.ledger.step,
             epoch: self.epoch(source)?,
-            loss: last.loss,
+            loss: loss.unwrap_or(f64::NAN),
             learning_rate: last.learning_rate,
             grad_norm: last.gradient_norm,
             tokens: self.ledger.tokens,
@@ -287,6 +309,12 @@ impl<'a> Trainer<'a> {
             return Err(Error::Data(Fault::new("the eval set", "has no trained token")));
         }
         let eval_loss = sum / tokens as f64;
+        if !eval_loss.is_finite() {
+            // Steps that were not finite say more, where there were too many.
+            self.settle(source)?;
+            let what = format!("the loss of the eval set is {eval_loss}, over {tokens} tokens");
+            return Err(not_finite(self.ledger.step, what));
+        }
         let training = &self.run.training;
         self.ledger.note_evaluation(eval_loss, training.early_stopping_patience, training.early_stopping_threshold);
         let record = EvalRecord {
@@ -306,10 +334,15 @@ impl<'a> Trainer<'a> {
 
     /// Writes a state, if there is none of this step yet.
     fn save(&mut self, source: &dyn BatchSource, metrics: &mut Metrics) -> Result<()> {
+        self.settle(source)?;
+        self.write_state(metrics)?;
+        self.states.retain(self.run.training.save_total_limit, self.ledger.best.map(|best| best.step))
+    }
+
+    fn write_state(&mut self, metrics: &mut Metrics) -> Result<()> {
         if self.saved_at == Some(self.ledger.step) {
             return Ok(());
         }
-        self.settle(source)?;
         self.ledger.metrics_bytes = metrics.flush()?;
         self.ledger.elapsed_seconds = self.elapsed();
         let cloned =
@@ -321,20 +354,22 @@ impl<'a> Trainer<'a> {
         };
         let path = self.states.save(&state)?;
         self.saved_at = Some(self.ledger.step);
-        self.states.retain(self.run.training.save_total_limit, self.ledger.best.map(|best| best.step))?;
         metrics.tell(&Event::State { step: self.ledger.step, path: &path })
     }
 
-    /// Opens the metrics and, on a resume, takes up the newest state.
-    fn begin(&mut self, total: u64) -> Result<Metrics> {
+    /// On a resume takes up the newest state; then, as nothing is left that could refuse the run, takes the folder over and
+    /// opens the metrics.
+    fn begin(&mut self, schedule: &Schedule, total: u64) -> Result<Metrics> {
         let mut notices = Vec::new();
         if self.run.folder.start == Start::Resume {
             self.resume(&mut notices)?;
         }
+        self.run.folder.begin()?;
+        notices.extend(schedule.notice());
         let progress = std::mem::take(&mut self.run.progress);
         let (bytes, step) = (self.ledger.metrics_bytes, self.ledger.step);
         let mut metrics =
-            Metrics::open(&self.run.folder.path, bytes, step, self.run.tensorboard, self.run.json, progress)?;
+            Metrics::open(&self.run.folder.path, bytes, step, self.run.tensorboard, self.run.events, progress)?;
         notices.iter().try_for_each(|notice| metrics.notice(notice))?;
         let trained_parameters = self.parameters.iter().map(|(_, tensor)| tensor.numel() as u64).sum();
         metrics.tell(&Event::Start {
@@ -352,12 +387,7 @@ impl<'a> Trainer<'a> {
             return Ok(());
         };
         let path = self.states.path(state.ledger.step);
-        let differences = self.run.identity.differences(&state.ledger.identity);
-        if !differences.is_empty() {
-            let what = format!("belongs to another run:\n  {}", differences.join("\n  "));
-            let hint = "bring back what has changed, or begin a new run in another output.dir";
-            return Err(Error::State(Fault::at(&path, what).hint(hint)));
-        }
+        self.run.identity.check(&state.ledger.identity, &path)?;
         restore(&self.parameters, &state.adapter, &path)?;
         restore(&self.optimizer.tensors(), &state.optimizer, &path)?;
         for (step, error) in damaged {
@@ -387,27 +417,23 @@ impl<'a> Trainer<'a> {
     }
 
     /// Saves the last state, takes the best parameters if the recipe says so, and writes the report.
-    fn finish(mut self, source: &dyn BatchSource, metrics: &mut Metrics) -> Result<Outcome> {
-        self.save(source, metrics)?;
-        let mut taken = self.ledger.step;
-        if let (true, Some(best)) = (self.run.training.load_best_model_at_end, self.ledger.best) {
-            restore(&self.parameters, &self.states.load(best.step)?.adapter, &self.states.path(best.step))?;
-            taken = best.step;
+    fn finish(&mut self, source: &dyn BatchSource, metrics: &mut Metrics) -> Result<Outcome> {
+        self.settle(source)?;
+        if self.ledger.nonfinite_in_a_row > 0 {
+            let what = format!(
+                "the run ends with {} step(s) in a row whose loss or gradient is not finite; none of them changed the adapter",
+                self.ledger.nonfinite_in_a_row
+            );
+            return Err(not_finite(self.ledger.step, what));
         }
-        let outcome = Outcome {
-            steps: self.ledger.step,
-            skipped_steps: self.ledger.skipped_steps,
-            loss: self.ledger.loss,
-            eval_loss: self.ledger.eval_loss,
-            best: self.ledger.best,
-            taken,
-            tokens: self.ledger.tokens,
-            trained_tokens: self.ledger.trained_tokens,
-            seconds: self.elapsed(),
-            stopped_early: self.ledger.stopped_early,
-            state: self.states.path(self.ledger.step),
-        };
-        report::write(&self.run.folder.path, &self.run.facts, &outcome)?;
+        self.save(source, metrics)?;
+        let taken = self.ledger.taken(self.run.training.load_best_model_at_end);
+        if taken != self.ledger.step {
+            restore(&self.parameters, &self.states.load(taken)?.adapter, &self.states.path(taken))?;
+        }
+        self.ledger.elapsed_seconds = self.elapsed();
+        let outcome = Outcome::of(&self.ledger, taken, &self.states);
+        report::write(&self.run.folder.path, &self.run.facts, &self.run.identity.recipe, &outcome)?;
         metrics.tell(&Event::End(&outcome))?;
         Ok(outcome)
     }
@@ -462,6 +488,11 @@ impl<'a> Trainer<'a> {
     fn device(&self) -> Device {
         self.parameters.first().map_or(Device::Cpu, |(_, tensor)| tensor.device())
     }
+}
+
+fn not_finite(step: u64, what: String) -> Error {
+    let hint = "lower training.learning_rate, look at the rows with `engraft preview`, or use dtype bf16 or fp32";
+    Error::Diverged(Fault::new(format_args!("step {step}"), what).hint(hint))
 }
 
 /// A seed of its own for every micro-batch of a run: a counter hashed (SplitMix64), so there is no generator whose state to save.

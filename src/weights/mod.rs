@@ -36,6 +36,8 @@ pub struct Checkpoint {
     /// The small files of a transformers folder by name, those that exist: `config.json`, `generation_config.json`, `tokenizer.json`,
     /// `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja`. Made from the metadata for a GGUF.
     pub sidecars: BTreeMap<String, Vec<u8>>,
+    /// The commit of a hub repository that the files are of, whatever branch or tag was asked for.
+    pub commit: Option<String>,
     /// The files that hold the weights, in a stable order.
     pub files: Vec<PathBuf>,
     /// The same files, opened: what was validated is what is read, even when a path is replaced meanwhile.
@@ -86,6 +88,7 @@ impl Checkpoint {
 
     /// [`Checkpoint::open`], telling `progress` how far a download is.
     pub fn open_with(source: &BaseSource, progress: &mut dyn FnMut(hub::Transfer)) -> Result<Self> {
+        let mut commit = None;
         let parts = match source {
             BaseSource::Folder(folder) => folder::open(folder)?,
             BaseSource::Gguf(path) => gguf::open(path)?,
@@ -93,6 +96,7 @@ impl Checkpoint {
                 let fetched = hub::Hub::from_environment()?.fetch(id, revision, progress)?;
                 let mut parts = folder::open(&fetched.folder)?;
                 parts.notices.extend(fetched.notice);
+                commit = Some(fetched.commit);
                 parts
             }
         };
@@ -107,7 +111,7 @@ impl Checkpoint {
                 ));
             }
         }
-        Ok(Self { source: source.clone(), config, sidecars, files, opened, tensors, by_name, notices })
+        Ok(Self { source: source.clone(), config, sidecars, commit, files, opened, tensors, by_name, notices })
     }
 
     /// Opens one safetensors file by itself, such as an adapter's: no config, no small files.
@@ -119,6 +123,7 @@ impl Checkpoint {
             source: BaseSource::Folder(path.parent().map(Path::to_path_buf).unwrap_or_default()),
             config: serde_json::Value::Null,
             sidecars: BTreeMap::new(),
+            commit: None,
             files: vec![path.to_path_buf()],
             opened: vec![file],
             tensors,

@@ -11,9 +11,9 @@ use tch::Kind;
 
 use super::*;
 use crate::model::Documents;
-use crate::train::MicroBatches;
 use crate::train::disk::faults;
 use crate::train::state::Newest;
+use crate::train::{LossSum, MicroBatches};
 
 const VOCABULARY: i64 = 11;
 const WIDTH: i64 = 6;
@@ -26,6 +26,8 @@ struct Toy {
     dropout: bool,
     /// Rows whose loss is not a number.
     poisoned: Vec<u64>,
+    /// Whether the loss of an evaluation is not a number.
+    eval_poisoned: bool,
     /// A loss scale beyond which gradients overflow, as fp16's do.
     overflows_beyond: f64,
 }
@@ -42,6 +44,7 @@ impl Toy {
             b: Tensor::zeros([VOCABULARY, 3], (Kind::Float, Device::Cpu)).set_requires_grad(true),
             dropout: true,
             poisoned: Vec::new(),
+            eval_poisoned: false,
             overflows_beyond: f64::INFINITY,
         }
     }
@@ -69,6 +72,9 @@ impl Learner for Toy {
         let chosen = logits.log_softmax(-1, Kind::Float).gather(-1, &batch.targets.unsqueeze(-1), false);
         let mut loss = chosen.sum(Kind::Float) * -scale;
         if batch.origins.iter().any(|origin| self.poisoned.contains(&origin.row)) && dropout_seed.is_some() {
+            loss *= f64::NAN;
+        }
+        if self.eval_poisoned && dropout_seed.is_none() {
             loss *= f64::NAN;
         }
         if scale * batch.rows.size()[0] as f64 > self.overflows_beyond {
@@ -194,13 +200,14 @@ fn run_of(folder: &Path, start: Start, training: &TrainingRecipe) -> Run {
         identity: Identity {
             recipe: json!({ "training": serde_json::to_value(training).unwrap() }),
             data: "toys".into(),
+            eval: Some("held out".into()),
             base: "toy".into(),
             device: "cpu".into(),
         },
         training: training.clone(),
         half: false,
         tensorboard: true,
-        json: false,
+        events: Events::default(),
         progress: Progress::silent(),
         interrupts: Interrupts::default(),
         facts: Vec::new(),
@@ -372,9 +379,10 @@ fn resuming_refuses_another_recipe_data_or_adapter_and_states_the_weaker_promise
         Trainer::new(run, &toy).resume(&mut notices).map(|()| notices)
     };
     type Change<'a> = &'a dyn Fn(&mut Run);
-    let changes: [(Change, &str); 3] = [
+    let changes: [(Change, &str); 4] = [
         (&|run| run.identity.recipe["training"]["seed"] = 7.into(), "training.seed was 42, it is 7"),
         (&|run| run.identity.data = "other".into(), "dataset has changed"),
+        (&|run| run.identity.eval = None, "eval set has changed: its fingerprint was held out, it is none"),
         (&|run| run.identity.base = "other".into(), "base model has changed"),
     ];
     for (change, expected) in changes {
@@ -417,24 +425,144 @@ fn accumulation_changes_neither_loss_nor_gradient() {
 
 #[test]
 fn a_loss_that_stays_not_finite_ends_the_run_with_step_rows_and_last_state() {
+    // With a state of every other step, room for one; with none at all; and with the numbers read late.
+    for (save_steps, logging_steps) in [(Some(2), 1), (None, 1), (None, 100)] {
+        let folder = tempfile::tempdir().unwrap();
+        let training = TrainingRecipe {
+            gradient_accumulation_steps: 1,
+            max_nonfinite_steps: 2,
+            save_steps,
+            save_total_limit: 1,
+            logging_steps,
+            eval_steps: Some(5),
+            ..training()
+        };
+        // Pass 0 reads rows 0 7, 4 1, 8 5, 2 9, 6 3.
+        let toy = Toy { poisoned: vec![8, 9], ..Toy::new() };
+        let error = Trainer::new(run_of(folder.path(), Start::Fresh, &training), &toy).run(&Toys::new()).unwrap_err();
+        let text = error.to_string();
+        assert!(matches!(error, Error::Diverged(_)));
+        assert!(
+            text.contains("step 4") && text.contains("toys row 2, toys row 9") && text.contains("2 in a row"),
+            "{text}"
+        );
+        // Read late, the numbers are those of step 5 and before.
+        let kept = if logging_steps == 1 { 4 } else { 5 };
+        assert!(
+            text.contains(&format!("the last state is {}", States::of(folder.path()).path(kept).display())),
+            "{text}"
+        );
+        let states = States::of(folder.path());
+        let all: Vec<u64> = save_steps.into_iter().chain([kept]).collect();
+        assert_eq!(states.steps().unwrap(), all, "the state before does not make room for it");
+        let Newest { state, .. } = states.newest().unwrap().unwrap();
+        assert_eq!(state.ledger.skipped_steps, 2);
+        let flat: Vec<_> = state.adapter.iter().map(|(_, tensor)| tensor.flatten(0, -1)).collect();
+        let saved = Vec::<f32>::try_from(Tensor::cat(&flat, 0)).unwrap();
+        assert_eq!(saved, toy.numbers(), "neither step changed the adapter");
+        if logging_steps == 1 {
+            assert_eq!(series(folder.path())[2]["loss"], Value::Null);
+        }
+    }
+}
+
+#[test]
+fn an_evaluation_or_a_last_step_that_is_not_finite_ends_the_run_as_diverged() {
     let folder = tempfile::tempdir().unwrap();
-    let training =
-        TrainingRecipe { gradient_accumulation_steps: 1, max_nonfinite_steps: 2, save_steps: Some(1), ..training() };
-    // Pass 0 reads rows 0 7, 4 1, 8 5, 2 9, 6 3.
-    let toy = Toy { poisoned: vec![8, 9], ..Toy::new() };
+    let toy = Toy { eval_poisoned: true, ..Toy::new() };
+    let error = train(folder.path(), Start::Fresh, &toy, &Toys::new()).unwrap_err();
+    let expected = "step 3: the loss of the eval set is NaN";
+    assert!(matches!(&error, Error::Diverged(_)) && error.to_string().starts_with(expected), "{error}");
+    assert!(error.to_string().contains("step-000003"), "{error}");
+    // It is judged again by a run that goes on, and no number of it was logged.
+    let again = train(folder.path(), Start::Resume, &toy, &Toys::new()).unwrap_err();
+    assert!(again.to_string().starts_with(expected), "{again}");
+    assert!(series(folder.path()).iter().all(|record| record.get("eval_loss").is_none()));
+    finishes_the_same(folder.path(), &uninterrupted(), "the eval set is good again");
+
+    // The last step reads rows 2 9.
+    let folder = tempfile::tempdir().unwrap();
+    let toy = Toy { poisoned: vec![9], ..Toy::new() };
+    let training = TrainingRecipe { max_steps: Some(2), ..training() };
     let error = Trainer::new(run_of(folder.path(), Start::Fresh, &training), &toy).run(&Toys::new()).unwrap_err();
-    let text = error.to_string();
-    assert!(matches!(error, Error::Diverged(_)));
-    assert!(
-        text.contains("step 4") && text.contains("toys row 2, toys row 9") && text.contains("2 in a row"),
-        "{text}"
-    );
-    assert!(text.contains("state/step-000003"), "{text}");
-    let Newest { state, .. } = States::of(folder.path()).newest().unwrap().unwrap();
-    assert_eq!(state.ledger.skipped_steps, 1);
-    let flat: Vec<_> = state.adapter.iter().map(|(_, tensor)| tensor.flatten(0, -1)).collect();
-    assert_eq!(Vec::<f32>::try_from(Tensor::cat(&flat, 0)).unwrap(), toy.numbers(), "neither step changed the adapter");
-    assert_eq!(series(folder.path())[2]["loss"], Value::Null);
+    assert!(error.to_string().starts_with("step 2: the run ends with 1 step(s)"), "{error}");
+    assert_eq!(error.exit_code(), 9);
+    assert!(!folder.path().join("report.html").exists());
+}
+
+#[test]
+fn parameters_that_are_not_finite_are_no_state() {
+    let folder = tempfile::tempdir().unwrap();
+    let toy = Toy::new();
+    let training = TrainingRecipe { learning_rate: f64::INFINITY, warmup_steps: None, ..training() };
+    let error = Trainer::new(run_of(folder.path(), Start::Fresh, &training), &toy).run(&Toys::new()).unwrap_err();
+    assert!(error.to_string().contains("no state was saved"), "{error}");
+    assert_eq!(error.exit_code(), 9);
+}
+
+#[test]
+fn the_logged_loss_is_that_of_all_steps_since_the_last_one() {
+    let losses = |logging_steps, poisoned: Vec<u64>| {
+        let folder = tempfile::tempdir().unwrap();
+        let toy = Toy { poisoned, ..Toy::new() };
+        let training = TrainingRecipe { logging_steps, ..training() };
+        Trainer::new(run_of(folder.path(), Start::Fresh, &training), &toy).run(&Toys::new()).unwrap();
+        let mut steps = series(folder.path());
+        steps.retain(|record| record.get("eval_loss").is_none());
+        (steps, toy.numbers())
+    };
+    // Row 8 is in step 2 of every pass.
+    for poisoned in [vec![], vec![8]] {
+        let (every, expected) = losses(1, poisoned.clone());
+        let (windows, numbers) = losses(4, poisoned);
+        assert_eq!(numbers, expected, "what is logged changes nothing");
+        assert_eq!(windows.iter().map(|record| record["step"].as_u64().unwrap()).collect::<Vec<_>>(), [4, 8, 9]);
+        let mut begin = 0;
+        for window in &windows {
+            let end = window["step"].as_u64().unwrap() as usize;
+            let tokens = |at: usize| if at == 0 { 0 } else { every[at - 1]["trained_tokens"].as_u64().unwrap() };
+            let mut sum = LossSum::default();
+            for (at, record) in every.iter().enumerate().take(end).skip(begin) {
+                if let Some(loss) = record["loss"].as_f64() {
+                    sum.add(loss, tokens(at + 1) - tokens(at));
+                }
+            }
+            let found = window["loss"].as_f64().unwrap();
+            assert!((found - sum.mean().unwrap()).abs() < 1e-12, "steps {begin} to {end}: {found} is not {sum:?}");
+            assert_eq!(window["grad_norm"], every[end - 1]["grad_norm"], "the norm is the last step's");
+            begin = end;
+        }
+    }
+}
+
+#[test]
+fn a_state_saved_between_two_logged_steps_resumes_to_the_same_metrics() {
+    let training = TrainingRecipe { logging_steps: 4, save_steps: Some(1), ..training() };
+    let run = |folder: &Path, start, toys: &Toys| {
+        let toy = Toy::new();
+        (Trainer::new(run_of(folder, start, &training), &toy).run(toys), toy.numbers())
+    };
+    let whole = tempfile::tempdir().unwrap();
+    let (_, expected) = run(whole.path(), Start::Fresh, &Toys::new());
+    for killed_before in 1..15 {
+        let folder = tempfile::tempdir().unwrap();
+        run(folder.path(), Start::Fresh, &Toys { killed_before: Some(killed_before), ..Toys::new() }).0.unwrap_err();
+        let (_, numbers) = run(folder.path(), Start::Resume, &Toys::new());
+        assert!(numbers == expected && series(folder.path()) == series(whole.path()), "killed before {killed_before}");
+    }
+}
+
+#[test]
+fn a_new_run_in_an_old_ones_folder_removes_it_only_when_nothing_can_refuse_it() {
+    let folder = tempfile::tempdir().unwrap();
+    train(folder.path(), Start::Fresh, &Toy::new(), &Toys::new()).unwrap();
+    let toy = Toy::new();
+    drop(Trainer::new(run_of(folder.path(), Start::Overwrite, &training()), &toy));
+    assert!(States::of(folder.path()).steps().unwrap().contains(&9), "a run that never began");
+    Trainer::new(run_of(folder.path(), Start::Overwrite, &training()), &toy)
+        .run(&Toys { killed_before: Some(0), ..Toys::new() })
+        .unwrap_err();
+    assert!(States::of(folder.path()).steps().unwrap().is_empty());
 }
 
 #[test]
