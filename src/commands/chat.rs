@@ -8,9 +8,10 @@ use serde_json::{Value, json};
 
 use super::console::Console;
 use super::loading;
-use super::speech::{Speaker, dataset_defaults};
+use super::speech::Speaker;
 use crate::cli::Chat;
 use crate::data::{Encoder, Tokenizer};
+use crate::recipe::DatasetRecipe;
 use crate::{Error, Fault, Result};
 
 /// Runs the verb: a line in, an answer out, until the end of input or `/quit`; `/reset` forgets what was said. A turn that
@@ -20,7 +21,7 @@ pub fn run(arguments: &Chat, out: &mut dyn Write) -> Result<()> {
     let console = Console::new(false);
     let loaded = loading::chosen(&arguments.model, &console)?;
     let tokenizer = Arc::new(Tokenizer::new(&loaded.checkpoint.sidecars)?);
-    let encoder = Encoder::new(tokenizer.clone(), &dataset_defaults())?;
+    let encoder = Encoder::new(tokenizer.clone(), &DatasetRecipe::defaults())?;
     if encoder.template().is_none() {
         let fault =
             Fault::new(&arguments.model.model, "the model has no chat template, so it cannot be talked to in turns");

@@ -25,6 +25,7 @@ pub fn run(arguments: &Eval, out: &mut dyn Write) -> Result<()> {
     let generates = arguments.generate || pattern.is_some();
     gates_can_be_judged(arguments, generates, pattern.is_some())?;
     let mut plan = Recipe::read(&arguments.recipe, &arguments.overrides.set)?.plan()?;
+    let device = plan.device()?;
     loading::has_eval_set(&plan)?;
     plan.dataset.limit = arguments.limit.or(plan.dataset.limit);
     loading::use_cpu(plan.training.threads);
@@ -34,7 +35,7 @@ pub fn run(arguments: &Eval, out: &mut dyn Write) -> Result<()> {
     let encoder = loading::encoder(&checkpoint, &plan.dataset)?;
     let eval = loading::dataset("eval", &plan.eval, &plan, &encoder, &console)?;
     console.say(eval.report());
-    let mut model = loading::decoder(&checkpoint, plan.kind, plan.device, &console)?;
+    let mut model = loading::decoder(&checkpoint, plan.kind, device, &console)?;
     let adapter = match (&arguments.adapter, arguments.base) {
         (_, true) => None,
         (Some(folder), _) => Some(folder.clone()),

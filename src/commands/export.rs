@@ -3,6 +3,8 @@
 
 use std::sync::Arc;
 
+use tch::Device;
+
 use super::console::{Console, Unit};
 use super::loading;
 use crate::Result;
@@ -41,7 +43,7 @@ pub fn run(arguments: &Export) -> Result<()> {
     };
     identity.check(&ledger.identity, &states.path(ledger.step))?;
 
-    let mut model = loading::decoder(&checkpoint, plan.kind, plan.device, &console)?;
+    let mut model = loading::decoder(&checkpoint, plan.kind, Device::Cpu, &console)?;
     let adapters = Adapters::attach(&mut model, &plan.adapter, plan.training.seed)?;
     let learner = Supervised { model: &model, noise_alpha: 0.0, recomputed_layers: 0 };
     let taken = ledger.taken(plan.training.load_best_model_at_end);

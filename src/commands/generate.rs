@@ -8,9 +8,10 @@ use serde_json::json;
 
 use super::console::Console;
 use super::loading;
-use super::speech::{Speaker, dataset_defaults};
+use super::speech::Speaker;
 use crate::cli::Generate;
 use crate::data::{BadRow, Encoder, Example, Tokenizer};
+use crate::recipe::DatasetRecipe;
 use crate::{Error, Fault, Result};
 
 /// Longest prompt read from standard input, in bytes.
@@ -23,7 +24,7 @@ pub fn run(arguments: &Generate, out: &mut dyn Write) -> Result<()> {
     let prompt = prompt(&arguments.prompt)?;
     let loaded = loading::chosen(&arguments.model, &console)?;
     let tokenizer = Arc::new(Tokenizer::new(&loaded.checkpoint.sidecars)?);
-    let encoder = Encoder::new(tokenizer.clone(), &dataset_defaults())?;
+    let encoder = Encoder::new(tokenizer.clone(), &DatasetRecipe::defaults())?;
     let bad = |bad: BadRow| Error::Data(Fault::new("the prompt", bad));
     // Without a template there is only one way to put a prompt.
     let ids = if arguments.raw || encoder.template().is_none() {

@@ -7,13 +7,12 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::console::{Console, Unit};
-use super::speech::dataset_defaults;
 use crate::adapter::LoadedAdapter;
 use crate::adapter::targets::overview;
 use crate::cli::Inspect;
 use crate::data::{ParquetFile, SourceFiles};
 use crate::model::families;
-use crate::recipe::{BaseSource, DataSource};
+use crate::recipe::{BaseSource, DataSource, DatasetRecipe};
 use crate::train::States;
 use crate::weights::Checkpoint;
 use crate::{Error, Fault, Result};
@@ -143,7 +142,7 @@ fn dataset(sources: &[DataSource]) -> Result<Value> {
     }
     let mut facts = json!({ "kind": "dataset", "files": sources.len(), "rows": rows, "columns": columns });
     // Columns that fit no format are still worth looking at.
-    match SourceFiles::open(sources, &dataset_defaults()) {
+    match SourceFiles::open(sources, &DatasetRecipe::defaults()) {
         Ok(files) => {
             facts["format"] = json!(files.sentences().join("; "));
             if let Some(Ok((_, Ok(example)))) = files.examples(1).next() {

@@ -6,7 +6,6 @@ use std::time::Instant;
 use crate::cli;
 use crate::data::Tokenizer;
 use crate::model::{Decoder, Finish, Sampling};
-use crate::recipe::DatasetRecipe;
 use crate::torch_ext::catching;
 use crate::{Error, Fault, Result};
 
@@ -95,11 +94,6 @@ fn safe(stops: &[String], text: &str) -> usize {
         (1..stop.len()).rev().filter(|n| stop.is_char_boundary(*n)).find(|n| text.ends_with(&stop[..*n])).unwrap_or(0)
     };
     text.len() - stops.iter().map(held).max().unwrap_or(0)
-}
-
-/// A dataset section with nothing in it but defaults, for verbs that have no recipe.
-pub(super) fn dataset_defaults() -> DatasetRecipe {
-    serde_json::from_value(serde_json::json!({"train": ""})).expect("every other key has a default")
 }
 
 #[cfg(test)]

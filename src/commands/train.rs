@@ -28,6 +28,7 @@ pub fn run(arguments: &Train) -> Result<()> {
 
 fn train(arguments: &Train, events: Events) -> Result<()> {
     let plan = Recipe::read(&arguments.recipe, &arguments.overrides.set)?.plan()?;
+    let device = plan.device()?;
     let silent = arguments.quiet || arguments.json;
     let console = Console::new(silent);
     loading::use_cpu(plan.training.threads);
@@ -51,7 +52,11 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
     let train = open("training", &plan.train)?;
     let eval = (!plan.eval.is_empty()).then(|| open("eval", &plan.eval)).transpose()?;
 
-    let mut model = loading::decoder(&checkpoint, plan.kind, plan.device, &console)?;
+    let mut model = loading::decoder(&checkpoint, plan.kind, device, &console)?;
+    let (longest, made_for) = (train.report().longest, model.spec.max_position_embeddings as u64);
+    if longest > made_for {
+        console.say(format_args!("note: the longest document has {longest} tokens; the base was made for {made_for}"));
+    }
     let adapters = Adapters::attach(&mut model, &plan.adapter, plan.training.seed)?;
     for notice in &adapters.notices {
         console.say(format_args!("note: {notice}"));
@@ -59,21 +64,21 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
 
     let tokens = u64::from(plan.training.micro_batch_size)
         * train.report().longest.max(if plan.dataset.packing { plan.dataset.max_length.into() } else { 0 });
-    let recomputed_layers = recomputed_layers(plan.training.recompute, &model.spec, plan.kind, plan.device, tokens);
+    let recomputed_layers = recomputed_layers(plan.training.recompute, &model.spec, plan.kind, device, tokens);
     if recomputed_layers > 0 {
         console.say(format_args!("{recomputed_layers} of {} layers are recomputed", model.spec.layers.len()));
     }
     let learner =
         Supervised { model: &model, noise_alpha: plan.training.neftune_noise_alpha.unwrap_or(0.0), recomputed_layers };
     let base_files = base_files.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-    let device = device_name(plan.device);
+    let device_name = device_name(device);
     let run = Run {
         identity: Identity {
             recipe: plan.recipe.canonical_json(),
             data: train.fingerprint(),
             eval: eval.as_ref().map(Dataset::fingerprint),
             base: manifest::base_fingerprint(&base_files, &checkpoint),
-            device: device.clone(),
+            device: device_name.clone(),
         },
         folder,
         training: plan.training.clone(),
@@ -87,7 +92,7 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
             ("recipe".into(), plan.path.display().to_string()),
             ("base".into(), plan.recipe.base_model.clone()),
             ("adapter".into(), format!("{} parameters", adapters.trainable())),
-            ("device".into(), device.clone()),
+            ("device".into(), device_name.clone()),
             ("training set".into(), train.report().to_string()),
             ("eval set".into(), eval.as_ref().map_or("none".into(), |eval| eval.report().to_string())),
         ],
@@ -105,7 +110,7 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
         eval: eval.as_ref(),
         chat_template: encoder.template().map(|template| template.source()),
         outcome,
-        device,
+        device: device_name,
     };
     let stage = console.stage("writing", Unit::Bytes);
     for folder in run::write(&finished, &plan.output.save, &|_, done, total| stage.at(done, total))? {

@@ -96,7 +96,11 @@ fn base(base: &BaseSource) -> String {
 }
 
 fn device(plan: &Plan) -> &'static str {
-    if plan.device.is_cuda() { "cuda" } else { "cpu" }
+    match plan.device() {
+        Ok(device) if device.is_cuda() => "cuda",
+        Ok(_) => "cpu",
+        Err(_) => "cuda (not on this machine)",
+    }
 }
 
 fn files(sources: &[DataSource]) -> String {

@@ -224,3 +224,22 @@ fn a_merge_that_cannot_be_right_writes_nothing() {
     assert!(code == 6 && text.contains("is the base model's own folder"), "{text}");
     assert_eq!(names(&folder), ["config.json", "model.safetensors"]);
 }
+
+/// A model that learned to end its turns with another token must be stopped there by servers.
+#[test]
+fn what_ends_a_turn_of_the_own_template_joins_the_generation_config() {
+    let mut checkpoint = base("tied");
+    let tokenizer = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizer/bytes");
+    for entry in fs::read_dir(tokenizer).unwrap() {
+        let path = entry.unwrap().path();
+        checkpoint.sidecars.insert(path.file_name().unwrap().to_string_lossy().into(), fs::read(&path).unwrap());
+    }
+    checkpoint.sidecars.insert("generation_config.json".into(), br#"{"eos_token_id": 0, "top_p": 0.9}"#.to_vec());
+    let template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}\
+                    {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+    let files = sidecars(&checkpoint, Some(template));
+    let config: serde_json::Value = serde_json::from_slice(&files["generation_config.json"]).unwrap();
+    let ids: Vec<u64> = serde_json::from_value(config["eos_token_id"].clone()).unwrap();
+    assert!(ids.len() > 1 && ids[0] == 0, "{config}");
+    assert_eq!(config["top_p"], 0.9);
+}

@@ -24,8 +24,8 @@ pub struct Plan {
     pub base: BaseSource,
     /// Number type of the base and the activations.
     pub kind: Kind,
-    /// Where to train.
-    pub device: Device,
+    /// Where to train, or why not: checking a recipe and looking at its data need no device.
+    device: Result<Device, Fault>,
     /// The adapter's part of the recipe, `adapter_name_or_path` made absolute.
     pub adapter: AdapterRecipe,
     /// The dataset's part of the recipe, `chat_template` made absolute where it is a file.
@@ -48,8 +48,7 @@ impl RecipeFile {
     ///
     /// # Errors
     ///
-    /// [`Error::Recipe`] with every path that is missing, is something else than it should be, or would be overwritten;
-    /// [`Error::Device`] when the device asked for is not there.
+    /// [`Error::Recipe`] with every path that is missing, is something else than it should be, or would be overwritten.
     pub fn plan(self) -> Result<Plan> {
         let mut resolver = Resolver { file: &self, problems: Vec::new() };
         let base = resolver.base();
@@ -66,11 +65,22 @@ impl RecipeFile {
         };
         let device = self.recipe.device.find().map_err(|fault| {
             let place = self.tree.place_of("device").show(&self.path.display().to_string());
-            Error::Device(Fault { place, ..fault })
-        })?;
+            Fault { place, ..fault }
+        });
         let (recipe, path) = (self.recipe, self.path);
         let (kind, training) = (recipe.dtype.kind(), recipe.training.clone());
         Ok(Plan { recipe, path, base, kind, device, adapter, dataset, train, eval, training, output })
+    }
+}
+
+impl Plan {
+    /// Where to train.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Device`] when the device asked for is not there.
+    pub fn device(&self) -> crate::Result<Device> {
+        self.device.clone().map_err(Error::Device)
     }
 }
 
@@ -280,7 +290,7 @@ mod tests {
         assert_eq!(plan.output.dir, root.join("runs/x"));
         assert_eq!(plan.adapter.adapter_name_or_path, Some(root.join("old/adapter")));
         assert_eq!(plan.dataset.chat_template, Some(root.join("chat.jinja").display().to_string()));
-        assert_eq!((plan.kind, plan.device), (Kind::BFloat16, Device::Cpu));
+        assert_eq!((plan.kind, plan.device().unwrap()), (Kind::BFloat16, Device::Cpu));
         assert_eq!(plan.recipe.base_model, "../model");
         assert!(!root.join("runs").exists(), "planning creates nothing");
     }
@@ -358,9 +368,10 @@ mod tests {
             return;
         }
         let (_guard, root) = home();
-        let error = plan(&root, &GOOD.replace("device: cpu", "device: cuda"), &[]).unwrap_err();
+        let plan_for = |device: &str| plan(&root, &GOOD.replace("device: cpu", device), &[]).unwrap();
+        let error = plan_for("device: cuda").device().unwrap_err();
         assert_eq!(error.exit_code(), 8);
         assert!(error.to_string().contains("recipes/r.yaml:2:9: CUDA is asked for, but"), "{error}");
-        assert_eq!(plan(&root, &GOOD.replace("device: cpu", "device: auto"), &[]).unwrap().device, Device::Cpu);
+        assert_eq!(plan_for("device: auto").device().unwrap(), Device::Cpu);
     }
 }

@@ -204,6 +204,13 @@ pub struct DatasetRecipe {
     pub limit: Option<u64>,
 }
 
+impl DatasetRecipe {
+    /// Nothing but defaults, for what needs no recipe.
+    pub fn defaults() -> Self {
+        serde_json::from_value(serde_json::json!({"train": ""})).expect("every other key has a default")
+    }
+}
+
 /// One source, or several.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]

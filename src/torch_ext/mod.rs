@@ -50,6 +50,7 @@ unsafe extern "C" {
         grad_scale: Raw,
         found_inf: Raw,
     ) -> *mut c_char;
+    fn engraft_clear_gradients(tensors: *const Raw, n: usize);
     fn engraft_global_norm(tensors: *const Raw, n: usize, out: *mut Raw) -> *mut c_char;
     fn engraft_keep_mask(like: Raw, keep: f64, seed: u64, out: *mut Raw) -> *mut c_char;
     fn engraft_uniform(like: Raw, low: f64, high: f64, seed: u64, out: *mut Raw) -> *mut c_char;
@@ -229,6 +230,13 @@ pub fn fused_adamw_(
             guard.map_or(std::ptr::null_mut(), |(_, skip)| raw(skip)),
         )
     })
+}
+
+/// Drops the gradient of every tensor: the next backward then gives its own away instead of adding it to zeros.
+pub fn clear_gradients(tensors: &[Tensor]) {
+    let list = raws(tensors.iter());
+    // SAFETY: live tensors.
+    unsafe { engraft_clear_gradients(list.as_ptr(), list.len()) }
 }
 
 /// L2 norm over all elements of all tensors: an fp32 scalar on their device.

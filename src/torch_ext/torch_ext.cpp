@@ -125,6 +125,10 @@ char* engraft_fused_adamw(at::Tensor** params, at::Tensor** grads, at::Tensor** 
   });
 }
 
+void engraft_clear_gradients(at::Tensor** tensors, size_t n) {
+  for (size_t i = 0; i < n; ++i) tensors[i]->mutable_grad().reset();
+}
+
 char* engraft_global_norm(at::Tensor** tensors, size_t n, at::Tensor** out) {
   return guarded([&] {
     c10::NoGradGuard no_grad;

@@ -31,6 +31,8 @@ char* engraft_fused_adamw(at::Tensor** params, at::Tensor** grads, at::Tensor** 
                           at::Tensor** steps, size_t n, double lr, double beta1, double beta2, double weight_decay,
                           double eps, at::Tensor* grad_scale, at::Tensor* found_inf);
 
+// Drops the gradient of every tensor.
+void engraft_clear_gradients(at::Tensor** tensors, size_t n);
 // L2 norm over all elements of all tensors, fp32 scalar on their device.
 char* engraft_global_norm(at::Tensor** tensors, size_t n, at::Tensor** out);
 

@@ -10,7 +10,7 @@
 use tch::{Kind, Tensor, no_grad};
 
 use crate::recipe::TrainingRecipe;
-use crate::torch_ext::{self, fused_adamw_, global_norm};
+use crate::torch_ext::{self, clear_gradients, fused_adamw_, global_norm};
 use crate::{Error, Fault, Result};
 
 /// The optimizer and its moments, all fp32.
@@ -53,7 +53,7 @@ impl AdamW {
         }
     }
 
-    /// One update from the gradients that backward left on the parameters, then zeroes them.
+    /// One update from the gradients that backward left on the parameters, then drops them.
     ///
     /// The gradients are those of a loss multiplied by `loss_scale`. Nothing changes (parameters, moments or
     /// step) when `loss`, a scalar, or the gradient norm is not finite.
@@ -87,7 +87,7 @@ impl AdamW {
                 settings,
                 Some((&divisor, &skip)),
             )?;
-            self.parameters.iter_mut().for_each(Tensor::zero_grad);
+            clear_gradients(&self.parameters);
             Ok(Verdict { gradient_norm })
         })
     }
