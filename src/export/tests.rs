@@ -234,6 +234,8 @@ fn what_ends_a_turn_of_the_own_template_joins_the_generation_config() {
         let path = entry.unwrap().path();
         checkpoint.sidecars.insert(path.file_name().unwrap().to_string_lossy().into(), fs::read(&path).unwrap());
     }
+    // The base's own config has fewer tokens than this tokenizer.
+    checkpoint.sidecars.insert("config.json".into(), b"{}".to_vec());
     checkpoint.sidecars.insert("generation_config.json".into(), br#"{"eos_token_id": 0, "top_p": 0.9}"#.to_vec());
     let template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}\
                     {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
