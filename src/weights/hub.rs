@@ -3,22 +3,25 @@
 //! Only what is needed is fetched: config, tokenizer, safetensors; never a pickle. The environment says where and as whom:
 //! `HF_ENDPOINT`, `HF_HOME`, `HF_HUB_CACHE`, `HF_TOKEN` (or the token file of `hf auth login`), `HF_HUB_OFFLINE`.
 
+mod transfer;
+
 use std::collections::BTreeSet;
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use hf_hub::api::Progress;
-use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 
+use self::transfer::{Client, Trouble};
 use super::folder::{self, INDEX, Index, SIDECARS, SINGLE};
 use super::sha256_file;
 use crate::{Error, Fault, Result};
 
 /// Attempts per file when the network fails; each continues where the last one stopped.
 const ATTEMPTS: u32 = 4;
+
+/// How long a hub may take to answer before it counts as out of reach.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A hub, its cache and who asks.
 #[derive(Debug, Clone)]
@@ -27,7 +30,9 @@ pub struct Hub {
     cache: PathBuf,
     token: Option<String>,
     offline: bool,
+    /// Before the second attempt; longer before each further one.
     pause: Duration,
+    patience: Duration,
 }
 
 /// A model in the cache.
@@ -92,6 +97,7 @@ impl Hub {
             token,
             offline: on("HF_HUB_OFFLINE") || on("TRANSFORMERS_OFFLINE"),
             pause: Duration::from_millis(500),
+            patience: PATIENCE,
         })
     }
 
@@ -148,15 +154,10 @@ impl Hub {
 
     fn download(&self, id: &str, revision: &str, progress: &mut dyn FnMut(Transfer)) -> Result<Fetched, Failure> {
         let remote = Remote { hub: self, id, revision };
-        let api = ApiBuilder::from_cache(Cache::new(self.cache.clone()))
-            .with_endpoint(self.endpoint.clone())
-            .with_token(self.token.clone())
-            .with_progress(false)
-            .with_user_agent("engraft", env!("CARGO_PKG_VERSION"))
-            .build()
-            .map_err(|error| remote.failure("", &error))?;
+        let client = Client::new(self.token.as_deref(), self.patience);
         let model = |revision: &str| Repo::with_revision(id.to_string(), RepoType::Model, revision.to_string());
-        let info = remote.repeat(|| api.repo(model(revision)).info().map_err(|error| remote.failure("", &error)))?;
+        let address = format!("{}/api/{}", self.endpoint, model(revision).api_url());
+        let info = remote.repeat(|| client.description(&address).map_err(|trouble| remote.failure("", &trouble)))?;
         let commit = info.sha;
         if !is_commit(&commit) {
             let fault = Fault::new(remote.place(""), format_args!("the hub answered with the commit {commit:?}"));
@@ -164,10 +165,10 @@ impl Hub {
         }
         let names: BTreeSet<String> = info.siblings.into_iter().map(|sibling| sibling.rfilename).collect();
         // All files of one commit, whatever happens to the branch meanwhile.
-        let repository = api.repo(model(&commit));
+        let addresses = format!("{}/{}/resolve/{commit}", self.endpoint, model(&commit).url());
         let cache = Cache::new(self.cache.clone());
         let folder = cache.repo(model(&commit)).pointer_path(&commit);
-        let mut fetch = |name: &str| remote.file(&api, &repository, &folder, name, progress);
+        let mut fetch = |name: &str| remote.file(&client, &format!("{addresses}/{name}"), &folder, name, progress);
 
         let place = PathBuf::from(remote.place(""));
         if !names.contains("config.json") {
@@ -231,8 +232,8 @@ impl Remote<'_> {
     /// Fetches one file into the cache, unless it is there, and checks its size and digest.
     fn file(
         &self,
-        api: &Api,
-        repository: &ApiRepo,
+        client: &Client,
+        address: &str,
         folder: &Path,
         name: &str,
         progress: &mut dyn FnMut(Transfer),
@@ -241,22 +242,21 @@ impl Remote<'_> {
         if path.is_file() {
             return Ok(path);
         }
+        let cache = Cache::new(self.hub.cache.clone()).repo(Repo::model(self.id.to_string()));
         self.repeat(|| {
-            let mut total = 0;
-            let report = Report { name, done: 0, total: &mut total, tell: progress };
-            let path = match repository.download_with_progress(name, report) {
-                Ok(path) => path,
-                Err(error) => {
-                    // A leftover that is already whole (or too long) makes the hub refuse the range that would complete it.
-                    if matches!(status(&error), Some(416)) || matches!(error, ApiError::InvalidResume) {
-                        self.forget_partial(api, repository, name);
-                        return Err(Failure::Unreachable(self.fault(name, &error)));
-                    }
-                    return Err(self.failure(name, &error));
-                }
-            };
-            self.verify(&path, name, total)?;
-            Ok(path)
+            let failure = |trouble| self.failure(name, &trouble);
+            let blob = client.blob(address).map_err(failure)?;
+            // It becomes a file's name in the cache, and comes from whoever answers.
+            check_digest(&blob.etag).map_err(|fault| Failure::Final(self.network(name, fault)))?;
+            let stored = cache.blob_path(&blob.etag);
+            client
+                .download(address, &stored, blob.size, &mut |done| {
+                    progress(Transfer { file: name, done, total: blob.size });
+                })
+                .map_err(failure)?;
+            transfer::link(&stored, &path).map_err(|error| failure(Trouble::Disk(error)))?;
+            self.verify(&path, name, blob.size)?;
+            Ok(path.clone())
         })
     }
 
@@ -284,15 +284,6 @@ impl Remote<'_> {
         Ok(())
     }
 
-    /// Removes what an interrupted download left of a file.
-    fn forget_partial(&self, api: &Api, repository: &ApiRepo, name: &str) {
-        if let Ok(metadata) = api.metadata(&repository.url(name)) {
-            let repo = Repo::model(self.id.to_string());
-            let blob = Cache::new(self.hub.cache.clone()).repo(repo).blob_path(metadata.etag());
-            let _ = fs::remove_file(blob.with_extension("part"));
-        }
-    }
-
     /// Tries again after failures that may pass.
     fn repeat<T>(&self, mut attempt: impl FnMut() -> Result<T, Failure>) -> Result<T, Failure> {
         for number in 1..ATTEMPTS {
@@ -304,107 +295,59 @@ impl Remote<'_> {
         attempt()
     }
 
-    fn failure(&self, file: &str, error: &ApiError) -> Failure {
-        let fault = self.fault(file, error);
-        match (error, status(error)) {
-            // Both the cache's disk and a connection that breaks off come as I/O errors.
-            (ApiError::IoError(error), _) if of_disk(error.kind()) => {
+    fn failure(&self, file: &str, trouble: &Trouble) -> Failure {
+        match trouble {
+            Trouble::Disk(error) => {
                 let what = format!("the hub's cache {} cannot be written: {error}", self.hub.cache.display());
                 let fault = Fault::new(self.place(file), what);
                 Failure::Final(Error::Output(fault.hint("free space, or set HF_HOME to another disk")))
             }
-            (ApiError::LockAcquisition(path), _) => {
+            Trouble::Taken(path) => {
                 let fault = Fault::at(path, "another process is fetching this file");
                 Failure::Final(Error::Output(fault.hint("wait for it, or end it")))
             }
-            (_, None | Some(408 | 429 | 500..)) => Failure::Unreachable(fault),
-            _ => Failure::Final(Error::Network(fault)),
+            Trouble::Connection(_) | Trouble::Status(408 | 429 | 500..) => {
+                Failure::Unreachable(self.fault(file, trouble))
+            }
+            Trouble::Status(_) | Trouble::Answer(_) => Failure::Final(Error::Network(self.fault(file, trouble))),
         }
     }
 
-    fn fault(&self, file: &str, error: &ApiError) -> Fault {
+    fn network(&self, file: &str, fault: Fault) -> Error {
+        Error::Network(Fault { place: self.place(file), ..fault })
+    }
+
+    fn fault(&self, file: &str, trouble: &Trouble) -> Fault {
         let page = format!("{}/{}", self.hub.endpoint, self.id);
-        let (what, hint) = match (status(error), &self.hub.token) {
-            (Some(404), _) => (
+        let (what, hint) = match (trouble, &self.hub.token) {
+            (Trouble::Status(404), _) => (
                 "not found (404)".to_string(),
                 format!("check the spelling and the revision {:?}; or name a folder as ./folder", self.revision),
             ),
-            (Some(401), None) => (
+            (Trouble::Status(401), None) => (
                 "the hub refuses (401): no such model, or it is private or gated".to_string(),
                 format!(
                     "check the spelling; accept its terms at {page}; then log in with `hf auth login` or set HF_TOKEN"
                 ),
             ),
-            (Some(code @ (401 | 403)), _) => (
+            (Trouble::Status(code @ (401 | 403)), _) => (
                 format!("the hub refuses this token ({code}): the model is private or gated, or there is none"),
                 format!("check the spelling; accept its terms at {page} with the account of HF_TOKEN"),
             ),
-            (Some(429), _) => ("the hub asks to slow down (429)".to_string(), "wait, or set HF_TOKEN".to_string()),
-            (Some(code), _) => (format!("the hub answered with the status {code}"), "try again later".to_string()),
-            (None, _) => (
-                error.to_string(),
+            (Trouble::Status(429), _) => {
+                ("the hub asks to slow down (429)".to_string(), "wait, or set HF_TOKEN".to_string())
+            }
+            (Trouble::Status(code), _) => {
+                (format!("the hub answered with the status {code}"), "try again later".to_string())
+            }
+            (trouble, _) => (
+                trouble.to_string(),
                 "check the network (HTTPS_PROXY, HF_ENDPOINT), or fetch the model elsewhere and name its folder"
                     .to_string(),
             ),
         };
         Fault::new(self.place(file), what).hint(hint)
     }
-}
-
-/// Whether an I/O error is the disk's rather than a connection's.
-fn of_disk(kind: io::ErrorKind) -> bool {
-    use io::ErrorKind::*;
-    matches!(
-        kind,
-        StorageFull
-            | QuotaExceeded
-            | ReadOnlyFilesystem
-            | PermissionDenied
-            | NotFound
-            | AlreadyExists
-            | NotADirectory
-            | IsADirectory
-    )
-}
-
-/// The HTTP status of a failed request.
-fn status(error: &ApiError) -> Option<u16> {
-    match error {
-        ApiError::RequestError(error) => match **error {
-            ureq::Error::StatusCode(code) => Some(code),
-            _ => None,
-        },
-        _ => None,
-    }
-}
-
-/// Passes progress on, and keeps the size the hub announced.
-struct Report<'a> {
-    name: &'a str,
-    done: u64,
-    total: &'a mut u64,
-    tell: &'a mut dyn FnMut(Transfer),
-}
-
-impl Report<'_> {
-    fn tell(&mut self) {
-        (self.tell)(Transfer { file: self.name, done: self.done, total: *self.total });
-    }
-}
-
-impl Progress for Report<'_> {
-    fn init(&mut self, size: usize, _file: &str) {
-        *self.total = size as u64;
-        self.done = 0;
-        self.tell();
-    }
-
-    fn update(&mut self, size: usize) {
-        self.done += size as u64;
-        self.tell();
-    }
-
-    fn finish(&mut self) {}
 }
 
 fn is_commit(revision: &str) -> bool {
@@ -426,6 +369,17 @@ fn check_name(id: &str, revision: &str) -> Result<()> {
         return Err(Error::Network(fault));
     }
     Ok(())
+}
+
+/// What a hub says a file is (its ETag) names it in the cache: one plain name, never a path.
+fn check_digest(etag: &str) -> Result<(), Fault> {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
+    if (1..=200).contains(&etag.len()) && !etag.starts_with('.') && etag.bytes().all(allowed) {
+        return Ok(());
+    }
+    let what =
+        format!("the hub calls this file's contents {etag:?} (ETag), expected letters, digits, `-`, `_` and `.`");
+    Err(Fault::new("", what).hint("do not use this hub: HF_ENDPOINT or a proxy (HTTPS_PROXY) leads to it"))
 }
 
 #[cfg(test)]

@@ -22,6 +22,9 @@ struct Repository {
     break_after: Option<usize>,
     /// What files are said to be, where it is not their SHA-256.
     etag: Option<String>,
+    /// Wait before each answer, and before each byte of a file.
+    silent: Option<Duration>,
+    drips: Option<Duration>,
     /// Requests so far: path, range, authorization.
     requests: Vec<(String, String, String)>,
 }
@@ -56,6 +59,7 @@ impl Server {
             token: None,
             offline: false,
             pause: Duration::from_millis(1),
+            patience: Duration::from_secs(5),
         }
     }
 
@@ -82,11 +86,19 @@ fn answer(mut stream: TcpStream, repository: &Mutex<Repository>) -> std::io::Res
             None => break,
         }
     }
+    let (silent, drips) = repository.lock().map(|repository| (repository.silent, repository.drips)).unwrap();
+    std::thread::sleep(silent.unwrap_or_default());
     let mut repository = repository.lock().unwrap();
     repository.requests.push((path.clone(), range.clone(), authorization));
     let mut reply = |status: u16, headers: &str, body: &[u8], sent: usize| -> std::io::Result<()> {
         let length = body.len();
         write!(stream, "HTTP/1.1 {status} x\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n")?;
+        if let Some(wait) = drips.filter(|_| status == 206) {
+            return body.iter().try_for_each(|byte| {
+                std::thread::sleep(wait);
+                stream.write_all(&[*byte])
+            });
+        }
         stream.write_all(&body[..sent.min(length)])
     };
     let refused = |status: u16| (status, b"refused".as_slice());
@@ -273,6 +285,45 @@ fn a_file_with_another_digest_is_removed() {
     assert!(text.contains("its SHA-256 is") && text.contains("abab"), "{text}");
     server.edit(|repository| repository.etag = None);
     fetch(&server.hub()).unwrap();
+}
+
+#[test]
+fn an_etag_never_becomes_a_path() {
+    let server = Server::start(SINGLE_MODEL);
+    let victim = tempfile::tempdir().unwrap();
+    let outside = victim.path().join("victim");
+    fs::write(&outside, "mine").unwrap();
+    let absolute = outside.to_str().unwrap();
+    for etag in [absolute, "../../../../evil", "..", ".", "", "a/b", "a\\b", "a b", &"a".repeat(201)] {
+        server.edit(|repository| repository.etag = Some(etag.to_string()));
+        let text = network_fault(&server.hub());
+        assert!(text.contains("config.json") && text.contains("ETag") && text.contains("HF_ENDPOINT"), "{text}");
+        assert!(fs::read_dir(server.cache.path()).unwrap().next().is_none(), "{etag}: something was written");
+    }
+    assert_eq!(fs::read(&outside).unwrap(), b"mine");
+    assert_eq!(fs::read_dir(victim.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn a_hub_that_says_nothing_or_drips_is_out_of_reach() {
+    let server = Server::start(SINGLE_MODEL);
+    let hub = Hub { patience: Duration::from_millis(200), ..server.hub() };
+    server.edit(|repository| repository.silent = Some(Duration::from_secs(2)));
+    let began = std::time::Instant::now();
+    let text = network_fault(&hub);
+    assert!(text.contains("timeout") && text.contains("check the network"), "{text}");
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+
+    let server = Server::start(&[("config.json", &[b' '; 1000])]);
+    server.edit(|repository| {
+        repository.files.insert("model.safetensors", Vec::new());
+        repository.drips = Some(Duration::from_millis(50));
+    });
+    let hub = Hub { patience: Duration::from_millis(200), ..server.hub() };
+    let began = std::time::Instant::now();
+    let text = network_fault(&hub);
+    assert!(text.contains("timeout") && text.contains("config.json"), "{text}");
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
 }
 
 #[test]
