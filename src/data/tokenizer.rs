@@ -5,19 +5,21 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::OnceLock;
 
 use regex::Regex;
 use serde_json::Value as Json;
 use sha2::{Digest, Sha256};
-use tokenizers::AddedToken;
+use tokenizers::{AddedToken, ModelWrapper};
 
+use super::source::quietly;
 use super::template::Rendered;
 use crate::{Error, Fault, Result};
 
 /// First of the private-use characters that stand for special tokens while text is encoded around them.
 const STAND_INS: u32 = 0xF0000;
+/// A character may become this many bytes by the tokenizer's own replacements: a space becomes `▁` (3), seldom more.
+const MOST_GROWTH: usize = 1000;
 /// The names transformers gives special tokens, in templates and in `tokenizer_config.json`.
 const NAMED: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
@@ -40,6 +42,7 @@ pub struct Tokenizer {
     adds_bos: bool,
     chat_templates: BTreeMap<String, String>,
     digest: String,
+    notices: Vec<String>,
 }
 
 /// The tokenizer with special tokens replaced by characters no text has.
@@ -64,7 +67,8 @@ impl Tokenizer {
     ///
     /// Errors name the file: missing, damaged, or with more tokens than the model's vocabulary.
     pub fn new(sidecars: &BTreeMap<String, Vec<u8>>) -> Result<Self> {
-        let mut inner = read_tokenizer(sidecars)?;
+        let mut notices = Vec::new();
+        let mut inner = read_tokenizer(sidecars, &mut notices)?;
         let config = read_json(sidecars, "config.json")?;
         let tokenizer_config = read_json(sidecars, "tokenizer_config.json")?;
         let special_tokens_map = read_json(sidecars, "special_tokens_map.json")?;
@@ -89,8 +93,9 @@ impl Tokenizer {
             return Err(Error::Model(fault.hint("the tokenizer and the configuration belong to different models")));
         }
 
+        let first = first_of_probe(&inner)?;
         let adds_bos = bos.is_some_and(|bos| match inner.get_post_processor() {
-            Some(_) => inner.encode("a", true).is_ok_and(|encoding| encoding.get_ids().first() == Some(&bos)),
+            Some(_) => first == Some(bos),
             None => tokenizer_config["add_bos_token"] == true,
         });
         inner.with_post_processor(None::<tokenizers::processors::PostProcessorWrapper>);
@@ -116,7 +121,13 @@ impl Tokenizer {
             eos,
             pad,
             adds_bos,
+            notices,
         })
+    }
+
+    /// What a person should know about it: what of its file is not obeyed.
+    pub fn notices(&self) -> &[String] {
+        &self.notices
     }
 
     /// The beginning-of-text token.
@@ -287,10 +298,7 @@ impl Tokenizer {
 
     /// The text of tokens; `skip_special` leaves special tokens out.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> String {
-        catch_unwind(AssertUnwindSafe(|| self.inner.decode(ids, skip_special)))
-            .ok()
-            .and_then(std::result::Result::ok)
-            .unwrap_or_default()
+        quietly(|| self.inner.decode(ids, skip_special)).ok().and_then(std::result::Result::ok).unwrap_or_default()
     }
 
     /// Decodes a generation token by token.
@@ -344,8 +352,8 @@ pub(super) fn pattern<'t>(texts: impl Iterator<Item = &'t str>) -> Option<Regex>
 }
 
 fn encode(inner: &tokenizers::Tokenizer, text: &str) -> Result<Tokens, String> {
-    let encoding = catch_unwind(AssertUnwindSafe(|| inner.encode(text, false)))
-        .map_err(|_| "the tokenizer failed on this text".to_string())?
+    let encoding = quietly(|| inner.encode(text, false))
+        .map_err(|panic| format!("the tokenizer failed on this text: {panic}"))?
         .map_err(|error| format!("the tokenizer failed on this text: {error}"))?;
     let spans = encoding.get_offsets().iter().map(|(begin, end)| *begin..*end).collect();
     Ok(Tokens { ids: encoding.get_ids().to_vec(), spans })
@@ -367,7 +375,7 @@ fn reject_stand_ins(text: &str, count: usize) -> Result<(), String> {
     }
 }
 
-fn read_tokenizer(sidecars: &BTreeMap<String, Vec<u8>>) -> Result<tokenizers::Tokenizer> {
+fn read_tokenizer(sidecars: &BTreeMap<String, Vec<u8>>, notices: &mut Vec<String>) -> Result<tokenizers::Tokenizer> {
     let Some(bytes) = sidecars.get("tokenizer.json") else {
         let what = if sidecars.contains_key("tokenizer.model") {
             "the model has only tokenizer.model (sentencepiece); engraft reads tokenizer.json"
@@ -383,12 +391,67 @@ fn read_tokenizer(sidecars: &BTreeMap<String, Vec<u8>>) -> Result<tokenizers::To
         let hint = "fetch the file again, or make it with transformers' save_pretrained";
         Error::Model(Fault::new("tokenizer.json", format!("not a tokenizer: {what}")).hint(hint))
     };
-    let mut inner = catch_unwind(AssertUnwindSafe(|| tokenizers::Tokenizer::from_bytes(bytes)))
-        .map_err(|_| damaged("its contents contradict one another".into()))?
+    let mut inner = quietly(|| tokenizers::Tokenizer::from_bytes(bytes))
+        .map_err(|panic| damaged(format!("its contents contradict one another ({panic})")))?
         .map_err(|error| damaged(error.to_string()))?;
+    let steps = [
+        ("normalizer", inner.get_normalizer().map(serde_json::to_value)),
+        ("decoder", inner.get_decoder().map(serde_json::to_value)),
+    ];
+    for (name, step) in steps {
+        let Some(step) = step else { continue };
+        let growth = growth(&step.map_err(|error| damaged(error.to_string()))?);
+        if growth > MOST_GROWTH {
+            let what = format!("its {name} makes one character up to {growth} bytes, more than {MOST_GROWTH}");
+            return Err(damaged(what));
+        }
+    }
+    if let ModelWrapper::BPE(model) = inner.get_model()
+        && let Some(dropout) = model.dropout.filter(|dropout| *dropout > 0.0)
+    {
+        // It leaves merges out by chance: the same text would have other tokens each time it is read.
+        let mut model = model.clone();
+        model.dropout = None;
+        inner.with_model(model);
+        notices.push(format!(
+            "tokenizer.json: its dropout of {dropout} is switched off, so that a text always has the same tokens"
+        ));
+    }
     inner.with_truncation(None).map_err(|error| damaged(error.to_string()))?;
     inner.with_padding(None);
     Ok(inner)
+}
+
+/// How many bytes one character may become by the replacements in a step and the steps within it, at most.
+fn growth(step: &Json) -> usize {
+    let length = |value: &Json| value.as_str().map(str::len);
+    let own = match step["type"].as_str() {
+        // An expression may match between any two characters.
+        Some("Replace") => match length(&step["pattern"]["String"]) {
+            Some(pattern) => length(&step["content"]).unwrap_or(0).div_ceil(pattern.max(1)),
+            None => length(&step["content"]).unwrap_or(0) + 1,
+        },
+        Some("Prepend") => length(&step["prepend"]).unwrap_or(0),
+        _ => 1,
+    };
+    let inner = match step {
+        Json::Array(steps) => steps.iter().map(growth).fold(1, usize::saturating_mul),
+        Json::Object(fields) => fields.values().map(growth).fold(1, usize::saturating_mul),
+        _ => 1,
+    };
+    own.max(1).saturating_mul(inner)
+}
+
+/// The first token of a text as the tokenizer itself begins one; what it cannot do with a letter it can do with no text.
+fn first_of_probe(inner: &tokenizers::Tokenizer) -> Result<Option<u32>> {
+    let unusable = |what: String| {
+        let hint = "fetch the file again, or make it with transformers' save_pretrained";
+        let what = format!("it fails on the text `a`: {what}");
+        Error::Model(Fault::new("tokenizer.json", what).hint(hint))
+    };
+    let encoding = quietly(|| inner.encode("a", true)).map_err(unusable)?;
+    let encoding = encoding.map_err(|error| unusable(error.to_string()))?;
+    Ok(encoding.get_ids().first().copied())
 }
 
 /// A JSON file, `null` when there is none.
@@ -492,6 +555,8 @@ fn chat_templates(sidecars: &BTreeMap<String, Vec<u8>>, tokenizer_config: &Json)
     if let Some(bytes) = sidecars.get("chat_template.jinja") {
         let text = std::str::from_utf8(bytes)
             .map_err(|_| Error::Model(Fault::new("chat_template.jinja", "the file is not UTF-8")))?;
+        // A byte-order mark is the editor's, not the template's.
+        let text = text.strip_prefix('\u{FEFF}').unwrap_or(text);
         templates.clear();
         templates.insert("default".into(), text.into());
     }
@@ -570,6 +635,52 @@ mod tests {
             let error = with("bytes", &[(name, &bytes)]).err().unwrap_or_else(|| panic!("{name}: {shown} was taken"));
             assert!(error.to_string().starts_with(name), "{name}: {error}");
         }
+    }
+
+    /// `tokenizer.json` of a fixture with one of its parts replaced.
+    fn changed(name: &str, edit: impl FnOnce(&mut Json)) -> Vec<u8> {
+        let mut file: Json = serde_json::from_slice(&sidecars(name)["tokenizer.json"]).unwrap();
+        edit(&mut file);
+        file.to_string().into_bytes()
+    }
+
+    #[test]
+    fn a_tokenizer_that_panics_or_swells_is_an_error() {
+        let replace = |pattern: &str, content: &str| json!({"type": "Replace", "pattern": {"String": pattern}, "content": content});
+        let thrice = vec![replace("a", &"a".repeat(2000)); 3];
+        let processor = json!({
+            "type": "TemplateProcessing", "special_tokens": {}, "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+            "single": [{"SpecialToken": {"id": "nobody", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        });
+        for (what, key, value) in [
+            ("", "normalizer", replace("", "x")),
+            ("8000000000 bytes", "normalizer", json!({"type": "Sequence", "normalizers": thrice})),
+            ("more than 1000", "decoder", replace("a", &"b".repeat(2000))),
+            ("", "post_processor", processor),
+        ] {
+            let bytes = changed("bytes", |file| file[key] = value);
+            let error = with("bytes", &[("tokenizer.json", &bytes)]).err().unwrap_or_else(|| panic!("{key} was taken"));
+            assert!(error.to_string().starts_with("tokenizer.json") && error.to_string().contains(what), "{error}");
+        }
+        let space = changed("bytes", |file| file["normalizer"] = replace(" ", "\u{2581}"));
+        assert!(with("bytes", &[("tokenizer.json", &space)]).is_ok());
+    }
+
+    #[test]
+    fn dropout_is_switched_off_and_said() {
+        let bytes = changed("bytes", |file| file["model"]["dropout"] = json!(0.9));
+        let tokenizer = with("bytes", &[("tokenizer.json", &bytes)]).unwrap();
+        let plain = with("bytes", &[]).unwrap();
+        let text = "The quick brown fox jumps over the lazy dog. ".repeat(5);
+        assert_eq!(tokenizer.encode(&text), plain.encode(&text));
+        assert!(tokenizer.notices()[0].contains("dropout of 0.9"), "{:?}", tokenizer.notices());
+        assert!(plain.notices().is_empty());
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_no_part_of_a_template() {
+        let tokenizer = with("bytes", &[("chat_template.jinja", b"\xEF\xBB\xBFhello")]).unwrap();
+        assert_eq!(tokenizer.chat_templates()["default"], "hello");
     }
 
     #[test]

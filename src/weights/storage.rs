@@ -119,6 +119,15 @@ pub(super) fn read_plain(source: Source, dtype: &Dtype, shape: &[i64], kind: Kin
     let Some(stored) = dtype.kind else {
         return Err(source.fault(format_args!("numbers of type {} are not supported", dtype.name)));
     };
+    if whole(stored) && !whole(kind) {
+        let fault = Fault::new(
+            format_args!("{}: {}", source.path.display(), source.name),
+            format_args!("holds whole numbers ({}), expected floating-point ones", dtype.name),
+        );
+        return Err(Error::Model(fault.hint(
+            "weights stored so are quantised, and their scales are elsewhere: name the model's unquantised version",
+        )));
+    }
     let mut tensor = allocate(shape, stored)?;
     let damaged = AtomicUsize::new(0);
     bytes_mut(&mut tensor).par_chunks_mut(CHUNK).enumerate().try_for_each(|(chunk, bytes)| {
@@ -128,6 +137,11 @@ pub(super) fn read_plain(source: Source, dtype: &Dtype, shape: &[i64], kind: Kin
     })?;
     source.finite(damaged.into_inner(), stored)?;
     convert(source, tensor, kind)
+}
+
+/// Whether a kind holds whole numbers only.
+fn whole(kind: Kind) -> bool {
+    matches!(kind, Kind::Bool | Kind::Uint8 | Kind::Int8 | Kind::Int16 | Kind::Int | Kind::Int64)
 }
 
 /// Converts a CPU tensor, refusing numbers that `kind` cannot hold.

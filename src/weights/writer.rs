@@ -202,6 +202,11 @@ impl<'a> Unfinished<'a> {
         let Some(name) = path.file_name() else {
             return Err(Error::Output(Fault::at(path, "is not a file's name")));
         };
+        // The rename below would put a file in the place of a device, a pipe or whatever else lives there.
+        if fs::metadata(path).is_ok_and(|there| !there.is_file()) {
+            let fault = Fault::at(path, "is there and is not a regular file, so it is not written over");
+            return Err(Error::Output(fault.hint("name a file")));
+        }
         // One name per file, so that what a killed process left is overwritten by the next.
         let mut temporary = OsString::from(".");
         temporary.push(name);
@@ -357,6 +362,18 @@ mod tests {
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
         let error = write_file(&folder.path().join("no/such"), b"").unwrap_err();
         assert!(error.to_string().contains("folder does not exist"));
+    }
+
+    #[test]
+    fn nothing_but_a_file_is_written_over() {
+        let folder = tempfile::tempdir().unwrap();
+        let fifo = folder.path().join("fifo");
+        assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+        for path in [fifo.as_path(), folder.path(), Path::new("/dev/full")] {
+            let error = write_file(path, b"new").unwrap_err();
+            assert!(error.exit_code() == 6 && error.to_string().contains("not a regular file"), "{error}");
+        }
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 
     #[test]

@@ -54,7 +54,9 @@ pub(super) fn spec(config: &Config<'_>) -> Result<ModelSpec> {
     let activation = activation(config)?;
     let rope = rope(config, head_size, max_position_embeddings)?;
 
-    let layers = (0..config.size("num_hidden_layers")?)
+    let layers = (0..config
+        .size("num_hidden_layers")
+        .and_then(|n| if n <= 10_000 { Ok(n) } else { Err(wrong("num_hidden_layers", &n.into(), "at most 10000")) })?)
         .map(|i| {
             let at = |part: &str| format!("model.layers.{i}.{part}");
             let linear = |part: &str, input, output, bias| LinearSpec { name: at(part), input, output, bias };

@@ -472,6 +472,12 @@ fn sentence_piece_tokenizers_merge_by_score() {
     assert_eq!(tokenizer.decode(&[1, 10, 6, 4, 5], true).unwrap(), "a é");
     gguf.set("tokenizer.ggml.add_space_prefix", 7, vec![0]).set("tokenizer.ggml.add_bos_token", 7, vec![0]);
     assert_eq!(encode(&gguf.open().unwrap(), "ab ab", true), [9, 11]);
+    let long = "a".repeat(2000);
+    let mut swollen = tokens;
+    swollen[12] = &long;
+    gguf.set("tokenizer.ggml.tokens", 9, texts(&swollen));
+    assert!(gguf.fault().contains("token 12 is 2000 bytes long, at most 1024"));
+    gguf.set("tokenizer.ggml.tokens", 9, texts(&tokens));
     assert!(gguf.without("tokenizer.ggml.scores").fault().contains("tokenizer.ggml.scores: is missing"));
 }
 

@@ -12,6 +12,10 @@ use super::header::Value;
 use super::{Metadata, Sidecars, pretty};
 use crate::{Error, Result};
 
+/// Longest token that merges are found for, in bytes: every way to cut it in two is tried. Known vocabularies have tokens of
+/// some 200 bytes.
+const LONGEST_TOKEN: usize = 1024;
+
 /// Kinds of tokens (`tokenizer.ggml.token_type`).
 mod kind {
     pub const NORMAL: i64 = 1;
@@ -314,7 +318,10 @@ fn sentence_piece(metadata: &Metadata, vocabulary: &Vocabulary, special: &Specia
         vocabulary.tokens.iter().enumerate().map(|(id, token)| (token.clone(), json!(id))).collect();
     let merges = match written_merges(metadata, &tokens)? {
         Some(merges) => merges,
-        None => scored_merges(vocabulary, &scores(metadata, vocabulary.tokens.len())?),
+        None => {
+            check_lengths(metadata, vocabulary)?;
+            scored_merges(vocabulary, &scores(metadata, vocabulary.tokens.len())?)
+        }
     };
     // The token of kind 2 is the unknown one where no id says so.
     let unknown = special.role("unk_token").map(|(_, token)| token).or_else(|| {
@@ -412,6 +419,13 @@ fn scores(metadata: &Metadata, tokens: usize) -> Result<Vec<f64>> {
         return Err(Error::Model(metadata.fault(key, what)));
     }
     Ok(scores)
+}
+
+fn check_lengths(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<()> {
+    let long = vocabulary.tokens.iter().enumerate().find(|(_, token)| token.len() > LONGEST_TOKEN);
+    let Some((id, token)) = long else { return Ok(()) };
+    let what = format_args!("token {id} is {} bytes long, at most {LONGEST_TOKEN} are read", token.len());
+    Err(Error::Model(metadata.fault("tokenizer.ggml.tokens", what).hint("use the model's safetensors")))
 }
 
 /// The merges that give SentencePiece's order: every way to make a token of two others, best-scored token first.
