@@ -19,6 +19,11 @@ const fn noted(key: &'static str, here: &'static str, note: &'static str) -> For
 }
 
 const NO_QUANTISATION: &str = "this version trains on a base that is not quantised: leave it out";
+const PREPARED: &str = "the data is prepared on all threads and keeps ahead on its own: leave it out";
+const FUSED: &str = "engraft's own kernels are always used: leave it out";
+const LOGS: &str = "runs are logged to metrics.jsonl, report.html and TensorBoard: leave it out";
+const HUB: &str = "engraft uploads nothing: leave it out, and upload the output folder with `hf upload`";
+const OWN_TOKENIZER: &str = "the model's own tokenizer is used: leave it out";
 const LAYOUT: &str = "the columns say what a row is; name them with `dataset.columns` where they are called otherwise";
 
 /// Keys that are not ours under any section, by the name that is looked up.
@@ -45,7 +50,20 @@ pub(super) const KEYS: &[ForeignKey] = &[
     noted("use_cpu", "device", ": `cpu`"),
     noted("trust_remote_code", "", "engraft never runs code from a model's repository: leave it out"),
     noted("model_type", "", "the model's own config.json says what it is: leave it out"),
-    noted("tokenizer_type", "", "the model's own tokenizer is used: leave it out"),
+    noted("tokenizer_type", "", OWN_TOKENIZER),
+    noted("tokenizer", "", OWN_TOKENIZER),
+    noted("special_tokens", "", "the model's own special tokens are used: leave it out"),
+    noted("compile", "", FUSED),
+    noted("torch_compile", "", FUSED),
+    noted("plugins", "", FUSED),
+    noted("use_liger_kernel", "", FUSED),
+    noted("liger_rope", "", FUSED),
+    noted("liger_rms_norm", "", FUSED),
+    noted("liger_glu_activation", "", FUSED),
+    noted("liger_swiglu", "", FUSED),
+    noted("liger_cross_entropy", "", FUSED),
+    noted("liger_fused_linear_cross_entropy", "", FUSED),
+    noted("checkpointer", "base_model", ": the model's folder"),
     noted("load_in_4bit", "", NO_QUANTISATION),
     noted("load_in_8bit", "", NO_QUANTISATION),
     noted("quantization_bit", "", NO_QUANTISATION),
@@ -206,7 +224,10 @@ pub(super) const KEYS: &[ForeignKey] = &[
     noted("saves_per_epoch", "training.save_steps", ""),
     noted("logging_strategy", "training.logging_steps", ""),
     noted("metric_for_best_model", "", "the best evaluation is the one with the lowest loss: leave it out"),
-    noted("dataloader_num_workers", "", "the data always keeps ahead on its own: leave it out"),
+    noted("dataloader_num_workers", "", PREPARED),
+    noted("dataset_num_proc", "", PREPARED),
+    noted("dataset_processes", "", PREPARED),
+    noted("preprocessing_num_workers", "", PREPARED),
     noted("resume", "", "resuming is said on the command line: `engraft train recipe.yaml --resume`"),
     noted("resume_from_checkpoint", "", "resuming is said on the command line: `engraft train recipe.yaml --resume`"),
     noted(
@@ -225,7 +246,17 @@ pub(super) const KEYS: &[ForeignKey] = &[
     noted("save_merged", "output.save", ": [adapter, merged]"),
     noted("use_tensorboard", "output.tensorboard", ""),
     noted("report_to", "output.tensorboard", ": true; a metrics.jsonl and a report.html are always written"),
-    noted("wandb_project", "", "runs are logged to metrics.jsonl, report.html and TensorBoard: leave it out"),
+    noted("wandb_project", "", LOGS),
+    noted("wandb_entity", "", LOGS),
+    noted("wandb_name", "", LOGS),
+    noted("wandb_run_id", "", LOGS),
+    noted("wandb_watch", "", LOGS),
+    noted("wandb_log_model", "", LOGS),
+    noted("mlflow_tracking_uri", "", LOGS),
+    noted("run_name", "output.dir", ", whose last part names the run"),
+    noted("push_to_hub", "", HUB),
+    noted("hub_model_id", "", HUB),
+    noted("hub_strategy", "", HUB),
     noted("save_safetensors", "", "everything is written as safetensors: leave it out"),
     noted(
         "overwrite_output_dir",
@@ -311,6 +342,26 @@ mod tests {
     fn overwriting_is_answered_with_the_option_there_is() {
         let foreign = KEYS.iter().find(|foreign| foreign.key == "overwrite_output_dir").unwrap();
         assert!(foreign.note.contains("--overwrite"), "{}", foreign.note);
+    }
+
+    #[test]
+    fn keys_that_many_bring_along_are_answered() {
+        for key in [
+            "wandb_entity",
+            "plugins",
+            "liger_rope",
+            "special_tokens",
+            "hub_model_id",
+            "push_to_hub",
+            "run_name",
+            "dataset_num_proc",
+            "preprocessing_num_workers",
+            "tokenizer",
+            "checkpointer",
+            "compile",
+        ] {
+            assert!(KEYS.iter().any(|foreign| foreign.key == key), "{key}");
+        }
     }
 
     #[test]

@@ -217,6 +217,8 @@ impl Resolver<'_> {
             _ if !matches!(paths::look(&dir), Found::Folder | Found::Nothing) => {
                 Some(refuse("is a file, not a folder".into()))
             }
+            // Reports and saved states name it as text, and would fail when the run is over.
+            _ if dir.to_str().is_none() => Some(refuse("is not UTF-8 text".into())),
             _ if dir.ancestors().skip(1).any(|above| matches!(paths::look(above), Found::File | Found::Special)) => {
                 Some(refuse("lies below a file".into()))
             }
@@ -360,6 +362,18 @@ mod tests {
         let text = GOOD.replace("../model", "../run/merged").replace("../runs/x", "../run");
         assert!(faults(&root, &format!("{text}  save: [merged]\n"), &[])[0].contains("would be written over"));
         assert!(plan(&root, &text, &[]).is_ok(), "an adapter beside its base harms nothing");
+    }
+
+    #[test]
+    fn an_output_folder_that_is_no_text_is_refused_before_the_run() {
+        use std::os::unix::ffi::OsStrExt;
+        let (_guard, root) = home();
+        let odd = root.join(std::ffi::OsStr::from_bytes(b"odd\xff"));
+        fs::rename(root.join("recipes"), &odd).unwrap();
+        let path = odd.join("r.yaml");
+        fs::write(&path, GOOD.replace("../runs/x", "run")).unwrap();
+        let error = Recipe::read(&path, &[]).unwrap().plan().unwrap_err().to_string();
+        assert!(error.contains("`output.dir`") && error.contains("is not UTF-8 text"), "{error}");
     }
 
     #[test]

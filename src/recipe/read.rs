@@ -293,7 +293,10 @@ mod tests {
             ),
             ("adapter", "rank_pattern: {q: 0}|alpha_pattern: {q: 0}|layers_to_transform: []|layers_to_transform: [-1]"),
             ("adapter", "target_modules: []|target_modules: ['']|target_modules: ''|rank_pattern: {'(': 4}"),
-            ("training", "epochs: 0|epochs: .nan|max_steps: 0|max_steps: -1|micro_batch_size: 0|learning_rate: 0"),
+            (
+                "training",
+                "epochs: 0|epochs: 10001|epochs: .nan|max_steps: 0|max_steps: -1|micro_batch_size: 0|learning_rate: 0",
+            ),
             (
                 "training",
                 "learning_rate: .nan|learning_rate: .inf|learning_rate: 1e999|learning_rate: -1e-4|adam_beta1: 1",
@@ -305,7 +308,7 @@ mod tests {
             ("training", "gradient_accumulation_steps: 0|gradient_accumulation_steps: 5000000000|save_total_limit: 0"),
             (
                 "training",
-                "neftune_noise_alpha: -1|max_grad_norm: -1|max_nonfinite_steps: 0|threads: 0|logging_steps: 0",
+                "neftune_noise_alpha: -1|max_grad_norm: -1|max_nonfinite_steps: 0|threads: 0|logging_steps: 0|threads: 1025",
             ),
         ];
         for (section, lines) in sections {
@@ -317,6 +320,10 @@ mod tests {
                 assert!(faults.len() == 1 && faults[0].place.starts_with("r.yaml:7:"), "{line}: {faults:?}");
             }
         }
+        refused(
+            &GOOD.replace("train: t.parquet", "train: [{path: t.parquet, weight: 1e7}]"),
+            &["3:37: `dataset.train[0].weight` is 1e7, expected a number, above 0 and at most 1000"],
+        );
         refused_with(
             "training: {max_steps: -1}\nadapter: {lora_dropout: 1.0}\n",
             &[

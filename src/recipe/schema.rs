@@ -239,7 +239,7 @@ pub struct WeightedSource {
     #[schemars(length(min = 1))]
     pub path: String,
     /// How often each row is seen per epoch: 2 sees every row twice, 0.5 a seeded half of them.
-    #[schemars(extend("exclusiveMinimum" = 0))]
+    #[schemars(range(max = 1000), extend("exclusiveMinimum" = 0))]
     #[serde(default = "one")]
     pub weight: f64,
 }
@@ -302,7 +302,7 @@ pub enum TrainOn {
 #[serde(deny_unknown_fields, default)]
 pub struct TrainingRecipe {
     /// Passes over the data; ignored when `max_steps` is given.
-    #[schemars(extend("exclusiveMinimum" = 0))]
+    #[schemars(range(max = 10000), extend("exclusiveMinimum" = 0))]
     pub epochs: f64,
     /// Optimizer steps.
     #[schemars(range(min = 1))]
@@ -371,7 +371,7 @@ pub struct TrainingRecipe {
     #[schemars(range(min = 1))]
     pub max_nonfinite_steps: u32,
     /// CPU threads; absent: all the machine (or its cgroup) allows.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1024))]
     pub threads: Option<u32>,
 }
 

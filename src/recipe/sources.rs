@@ -80,10 +80,16 @@ fn expand(typed: &str, folder: &Path) -> Result<Vec<PathBuf>, Fault> {
         Found::File | Found::Special => Ok(vec![parquet_file(path)?]),
         Found::Folder => in_folder(&path),
         Found::Nothing if typed.contains(['*', '?', '[']) => matching(typed, folder),
+        Found::Nothing if path.symlink_metadata().is_ok() => {
+            Err(Fault::new("", format!("{} is a link to nothing", path.display())))
+        }
         Found::Nothing => {
+            // Where not even the folder is there, what looks like a hub id was meant as one.
+            let owner = typed.split_once('/').map(|(owner, _)| folder.join(owner));
+            let hub = super::base::is_hub_id(typed) && !is_parquet(&path) && owner.is_some_and(|owner| !owner.exists());
             let hint = match paths::hint_for_missing(typed, folder) {
                 _ if typed.contains('{') => "braces are no part of a glob here: write a list".to_string(),
-                hint if hint.is_empty() && super::base::is_hub_id(typed) => {
+                _ if hub && !Path::new(typed).exists() => {
                     "a dataset is parquet on this machine: download it from the hub first".to_string()
                 }
                 hint => hint,
@@ -250,7 +256,8 @@ mod tests {
             ("pipe.parquet", "is a pipe", ""),
             ("/dev/null", "is a pipe, socket or device", ""),
             ("empty", "is a link to nothing", ""),
-            ("owner/name", "there is no", ""),
+            ("owner/name", "there is no", "download it from the hub first"),
+            ("empty/x.parquet", "is a link to nothing", ""),
             ("src/../Cargo.toml", "there is no", "current folder"),
         ] {
             let message = names(typed, &root).unwrap_err();
