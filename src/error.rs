@@ -39,16 +39,48 @@ impl Fault {
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.place.is_empty() {
-            write!(f, "{}", self.what)?;
+        let (place, what, hint) = (one_line(&self.place), printable(&self.what), printable(&self.hint));
+        if place.is_empty() {
+            write!(f, "{what}")?;
         } else {
-            write!(f, "{}: {}", self.place, self.what)?;
+            write!(f, "{place}: {what}")?;
         }
-        if !self.hint.is_empty() {
-            write!(f, "\n  help: {}", self.hint)?;
+        if !hint.is_empty() {
+            write!(f, "\n  help: {hint}")?;
         }
         Ok(())
     }
+}
+
+/// Longest line shown, in characters: names in files may have any length, and a list of all columns should fit.
+const LONGEST_LINE: usize = 2000;
+
+/// `text` as a terminal may be given it: control characters, which files and servers may put into what is quoted here, are
+/// shown and not obeyed; what is long is cut. Line ends stay, for lists.
+pub(crate) fn printable(text: &str) -> String {
+    let steers = |c: char| c.is_control() || is_invisible(c);
+    let line = |line: &str| {
+        let mut shown = String::with_capacity(line.len());
+        for (index, c) in line.chars().enumerate() {
+            if index == LONGEST_LINE {
+                shown += "...";
+                break;
+            }
+            if steers(c) { shown.extend(c.escape_default()) } else { shown.push(c) }
+        }
+        shown
+    };
+    text.split('\n').map(line).collect::<Vec<_>>().join("\n")
+}
+
+/// [`printable`] without line ends: what comes from a file can then not look like a message of its own.
+pub(crate) fn one_line(text: &str) -> String {
+    printable(&text.replace('\n', "\\n"))
+}
+
+/// Characters that turn the direction of the text around them.
+fn is_invisible(c: char) -> bool {
+    matches!(c, '\u{200E}' | '\u{200F}' | '\u{202A}'..='\u{202E}' | '\u{2066}'..='\u{2069}')
 }
 
 /// Everything that can end a command early.
@@ -141,6 +173,15 @@ fn list(faults: &[Fault]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_files_say_does_not_steer_the_terminal() {
+        let fault = Fault::new("x.gguf: blk.0.\x1b[2Jfoo\nerror: bar", "\x1b[31mred\u{202E}\r\na list").hint("\x07");
+        let shown = r"x.gguf: blk.0.\u{1b}[2Jfoo\nerror: bar: \u{1b}[31mred\u{202e}\r";
+        assert_eq!(fault.to_string(), format!("{shown}\na list\n  help: \\u{{7}}"));
+        let long = Fault::new("ü".repeat(5000), "what").to_string();
+        assert_eq!(long, format!("{}...: what", "ü".repeat(LONGEST_LINE)));
+    }
 
     #[test]
     fn a_fault_of_many_lines_is_one_error() {

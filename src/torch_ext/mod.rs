@@ -617,14 +617,20 @@ pub fn catching<T>(place: &str, body: impl FnOnce() -> Result<T>) -> Result<T> {
                 || text.contains("can't allocate memory")
                 || text.contains("DefaultCPUAllocator")
             {
-                let first = text.lines().find(|l| l.contains("memory")).unwrap_or("out of memory").trim().to_string();
-                return Err(Error::Device(Fault::new(place, first).hint(
-                    "lower training.micro_batch_size (and raise gradient_accumulation_steps by the same factor), set training.recompute: full, or lower dataset.max_length",
+                return Err(Error::Device(Fault::new(place, reason(&text)).hint(
+                    "training takes less with a lower training.micro_batch_size (and gradient_accumulation_steps raised by the same factor), \
+                     training.recompute: full, a lower dataset.max_length or a lower adapter.r; everything does with a smaller base or dtype",
                 )));
             }
             std::panic::resume_unwind(panic)
         }
     }
+}
+
+/// What libtorch's text says of memory, without the stack it adds. tch shows its errors with line ends spelled out.
+fn reason(text: &str) -> &str {
+    let lines = text.lines().flat_map(|line| line.split("\\n"));
+    lines.map(str::trim).find(|line| line.contains("memory")).unwrap_or("out of memory")
 }
 
 /// Where a device is, as an index libtorch understands.
@@ -791,6 +797,16 @@ mod tests {
         let y = custom(c"test::panic", &[&x], vec![x.detach() * 1.0], |_| panic!("the reason"));
         let error = y[0].sum(Kind::Float).f_backward().unwrap_err().to_string();
         assert!(error.contains("the reason") && error.contains("test::panic"), "{error}");
+    }
+
+    #[test]
+    fn running_out_of_memory_is_one_line_without_libtorchs_stack() {
+        let taken = catching("a place", || Ok(Tensor::zeros([1 << 50], (Kind::Float, Device::Cpu))));
+        let error = taken.unwrap_err();
+        assert_eq!(error.exit_code(), 8);
+        let text = error.to_string();
+        assert!(text.starts_with("a place: ") && text.contains("memory") && text.contains("adapter.r"), "{text}");
+        assert!(text.len() < 800 && !text.contains("frame #"), "{text}");
     }
 
     #[test]
