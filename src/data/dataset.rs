@@ -63,6 +63,8 @@ impl Dataset {
         progress: &dyn Fn(u64, u64),
     ) -> Result<Self> {
         let sources = SourceFiles::open(sources, recipe)?;
+        // Said before a row is: it is not the first row that must be mended.
+        sources.files.iter().try_for_each(|file| encoder.check(file.layout.format()))?;
         let datasets = cache_dir.join("datasets");
         let hashes: Vec<String> = sources
             .files
@@ -71,6 +73,7 @@ impl Dataset {
             .collect::<Result<_>>()?;
         let mut report =
             DatasetReport { inference: sources.sentences(), files: sources.files.len() as u64, ..Default::default() };
+        report.notices.extend(encoder.notices());
         let mut digest = Sha256::new();
         let (mut files, mut tokens, mut done) = (Vec::new(), Vec::new(), 0);
         for (index, (file, sha256)) in sources.files.iter().zip(hashes).enumerate() {
@@ -337,6 +340,7 @@ mod tests {
     use super::super::Batch;
     use super::super::fixtures::{BYTES, Bytes, one, optional_strings, pairs, recipe, source, strings, write};
     use super::*;
+    use crate::recipe::DataFormat;
 
     struct Room {
         folder: tempfile::TempDir,
@@ -627,6 +631,38 @@ mod tests {
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap());
         assert!(kept.into_iter().all(|name| !name.ends_with("building")));
+    }
+
+    /// Conversations without a chat template, say.
+    struct NoTemplate;
+
+    impl Encode for NoTemplate {
+        fn encode(&self, _: &Example) -> std::result::Result<crate::data::Encoded, BadRow> {
+            Err(BadRow::Malformed("no template".into()))
+        }
+
+        fn fingerprint(&self) -> String {
+            "no template".into()
+        }
+
+        fn check(&self, format: DataFormat) -> Result<()> {
+            match format {
+                DataFormat::Messages => Err(Error::Data(Fault::new("dataset.chat_template", "there is none"))),
+                _ => Ok(()),
+            }
+        }
+    }
+
+    #[test]
+    fn what_no_row_can_mend_is_said_before_the_first_row() {
+        let room = Room::new();
+        let path = room.file("data.parquet");
+        write(&path, vec![("messages", strings(&["[]"]))]);
+        let open = |more: &str| {
+            Dataset::open(&one(path.clone()), &recipe(more), &NoTemplate, &room.file("cache"), 1, &|_, _| {})
+        };
+        assert_eq!(open("").unwrap_err().to_string(), "dataset.chat_template: there is none");
+        assert!(open("columns: {text: messages}").unwrap_err().to_string().contains("no template"));
     }
 
     #[test]

@@ -16,11 +16,42 @@ use serde_json::{Map, Value};
 use super::layout::{Column, Layout, MessageKeys};
 use super::{BadRow, Example};
 
-/// Longest cell read; anything larger is not a row of text.
-const CELL_LIMIT: usize = 256 << 20;
+/// Most text of a row, in bytes (UTF-8): tokenizers take some 150 bytes of memory for each while they work.
+const ROW_LIMIT: usize = 8 << 20;
 
 /// What row `row` of a batch says; `system` is put before a conversation that has none.
 pub(super) fn read(layout: &Layout, batch: &RecordBatch, row: usize, system: Option<&str>) -> Result<Example, BadRow> {
+    let example = said(layout, batch, row, system)?;
+    match text_bytes(&example) {
+        ..=ROW_LIMIT => Ok(example),
+        bytes => Err(BadRow::Malformed(too_long("row", bytes))),
+    }
+}
+
+/// Bytes of text in an example.
+pub(super) fn text_bytes(example: &Example) -> usize {
+    fn of(value: &Value) -> usize {
+        match value {
+            Value::String(text) => text.len(),
+            Value::Array(items) => items.iter().map(of).sum(),
+            Value::Object(fields) => fields.iter().map(|(key, value)| key.len() + of(value)).sum(),
+            _ => 8,
+        }
+    }
+    match example {
+        Example::Conversation { messages, tools, .. } => {
+            messages.iter().map(of).sum::<usize>() + tools.as_ref().map_or(0, of)
+        }
+        Example::PromptCompletion { prompt, completion } => prompt.len() + completion.len(),
+        Example::Text(text) => text.len(),
+    }
+}
+
+fn too_long(what: &str, bytes: usize) -> String {
+    format!("{bytes} bytes of text in one {what}, more than the {ROW_LIMIT} that are read: split it into several rows")
+}
+
+fn said(layout: &Layout, batch: &RecordBatch, row: usize, system: Option<&str>) -> Result<Example, BadRow> {
     let cells = Cells { batch, row };
     match layout {
         Layout::Messages { messages, tools, system: own, keys } => {
@@ -308,8 +339,8 @@ fn string(array: &ArrayRef, row: usize) -> Result<String, String> {
         DataType::BinaryView => array.as_binary_view().value(row),
         other => return Err(format!("{other}, expected a string")),
     };
-    if bytes.len() > CELL_LIMIT {
-        return Err(format!("{} bytes in one cell, more than the {CELL_LIMIT} that are read", bytes.len()));
+    if bytes.len() > ROW_LIMIT {
+        return Err(too_long("cell", bytes.len()));
     }
     std::str::from_utf8(bytes).map(str::to_string).map_err(|error| format!("the text is not valid UTF-8 ({error})"))
 }
@@ -478,6 +509,19 @@ mod tests {
         assert_eq!(found.to_string(), tools);
         assert!(said(&rows[1]).contains("column `messages`: the text is not JSON"));
         assert!(said(&rows[2]).contains("expected a list of messages"));
+    }
+
+    #[test]
+    fn a_row_of_too_much_text_says_to_split_it() {
+        let (half, long) = ("a".repeat(ROW_LIMIT / 2), "a".repeat(ROW_LIMIT + 1));
+        let texts = rows(vec![("text", strings(&[&half, &long]))], "");
+        assert!(texts[0].is_ok());
+        let bytes = format!("{} bytes of text in one cell, more than the {ROW_LIMIT}", ROW_LIMIT + 1);
+        assert!(said(&texts[1]).contains(&bytes) && said(&texts[1]).contains("split"), "{}", said(&texts[1]));
+        // Each cell may pass, and the row not.
+        let more = half.clone() + "a";
+        let pairs = rows(vec![("prompt", strings(&[&half, &half])), ("completion", strings(&[&half, &more]))], "");
+        assert!(pairs[0].is_ok() && said(&pairs[1]).contains("in one row"), "{}", said(&pairs[1]));
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use arrow::datatypes::{DataType, Fields};
 
+use crate::error::one_line;
 use crate::recipe::{DataFormat, DatasetRecipe};
 use crate::{Error, Fault, Result};
 
@@ -33,6 +34,16 @@ pub(super) struct MessageKeys {
 }
 
 impl Layout {
+    /// What its rows need to be encoded: pairs of message lists are conversations.
+    pub fn format(&self) -> DataFormat {
+        match self {
+            Layout::Messages { .. } | Layout::Pair { conversational: true, .. } => DataFormat::Messages,
+            Layout::Pair { .. } => DataFormat::PromptCompletion,
+            Layout::Instruction { .. } => DataFormat::Instruction,
+            Layout::Text { .. } => DataFormat::Text,
+        }
+    }
+
     /// The columns that are read, by their index in the file.
     pub fn roots(&self) -> Vec<usize> {
         let columns = match self {
@@ -90,8 +101,10 @@ pub(super) fn find(path: &Path, fields: &Fields, recipe: &DatasetRecipe) -> Resu
     let layout = look.layout(format)?;
     let roots = layout.roots();
     let (used, unused): (Vec<_>, Vec<_>) = fields.iter().enumerate().partition(|(root, _)| roots.contains(root));
-    let used: Vec<String> =
-        used.iter().map(|(_, field)| format!("`{}` ({})", field.name(), type_name(field.data_type()))).collect();
+    let used: Vec<String> = used
+        .iter()
+        .map(|(_, field)| format!("`{}` ({})", one_line(field.name()), type_name(field.data_type())))
+        .collect();
     let mut sentence = format!("format `{}`, {why}: {}", format_name(format), used.join(", "));
     if !unused.is_empty() {
         let mut names: Vec<&str> = unused.iter().map(|(_, field)| field.name().as_str()).collect();
@@ -236,8 +249,8 @@ impl Look<'_> {
         match self.column(part) {
             // A column without a single value is written with the null type.
             Some(column) if matches!(self.kind(&column), DataType::Null) => Ok(None),
-            Some(column) if is_string(self.kind(&column)) => Ok(Some(column)),
-            Some(column) if mapped.is_some() => self.check(&column, false, "a string").map(|()| None),
+            // Of another type it is an error, mapped or not: it was meant to be read.
+            Some(column) => self.check(&column, is_string(self.kind(&column)), "a string").map(|()| Some(column)),
             None if mapped.is_some() => {
                 let name = mapped.map_or(part, String::as_str);
                 Err(Error::Data(Fault::at(self.path, format!("no column `{name}`; there are: {}", self.listing()))))
@@ -261,13 +274,16 @@ impl Look<'_> {
                 self.path,
                 format!("column `{}` is {found}, expected {expected}; there are: {}", column.name, self.listing()),
             )
-            .hint("map other columns with `dataset.columns`, or convert this one when writing the file"),
+            .hint("map other columns with `dataset.columns`, or convert or rename this one when writing the file"),
         ))
     }
 
     fn listing(&self) -> String {
-        let names: Vec<String> =
-            self.fields.iter().map(|field| format!("`{}` ({})", field.name(), type_name(field.data_type()))).collect();
+        let names: Vec<String> = self
+            .fields
+            .iter()
+            .map(|field| format!("`{}` ({})", one_line(field.name()), type_name(field.data_type())))
+            .collect();
         if names.is_empty() { "none".into() } else { names.join(", ") }
     }
 }
@@ -304,7 +320,7 @@ pub(super) fn type_name(kind: &DataType) -> String {
         DataType::BinaryView => "bytes".into(),
         DataType::List(item) => format!("list of {}", type_name(item.data_type())),
         DataType::Struct(fields) => {
-            let names: Vec<&str> = fields.iter().map(|field| field.name().as_str()).collect();
+            let names: Vec<String> = fields.iter().map(|field| one_line(field.name())).collect();
             format!("{{{}}}", names.join(", "))
         }
         DataType::Map(..) => "map".into(),
@@ -313,5 +329,5 @@ pub(super) fn type_name(kind: &DataType) -> String {
 }
 
 fn quoted(names: &[&str]) -> String {
-    names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
+    names.iter().map(|name| format!("`{}`", one_line(name))).collect::<Vec<_>>().join(", ")
 }

@@ -4,6 +4,10 @@ use std::fmt;
 
 use tch::Tensor;
 
+use crate::Result;
+use crate::error::one_line;
+use crate::recipe::DataFormat;
+
 mod batch;
 mod cache;
 mod dataset;
@@ -35,6 +39,14 @@ pub use tokenizer::{TextStream, Tokenizer, Tokens};
 pub trait Encode: Send + Sync {
     /// Normally one document; `text` longer than the limit gives several. Err is a malformed row (unknown role, no trained token, template error...), as plain text; the dataset adds file and row.
     fn encode(&self, example: &Example) -> std::result::Result<Encoded, BadRow>;
+    /// Refuses a format of which no row could be encoded, for a reason that is no row's.
+    fn check(&self, _format: DataFormat) -> Result<()> {
+        Ok(())
+    }
+    /// What a person should know about how rows are encoded.
+    fn notices(&self) -> Vec<String> {
+        Vec::new()
+    }
     /// A digest of everything that determines its output (tokenizer bytes, template, recipe options, code version of the encoding).
     fn fingerprint(&self) -> String;
 }
@@ -71,7 +83,8 @@ pub enum BadRow {
 impl fmt::Display for BadRow {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            BadRow::Malformed(what) | BadRow::NothingTrained(what) => f.write_str(what),
+            // It quotes what the row or the template says.
+            BadRow::Malformed(what) | BadRow::NothingTrained(what) => f.write_str(&one_line(what)),
             BadRow::Overlong { tokens, limit } => write!(f, "{tokens} tokens, more than max_length {limit}"),
             BadRow::Empty => f.write_str("the row is empty"),
         }

@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 use std::fs::{File, Metadata};
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -64,7 +65,7 @@ impl ParquetFile {
             let what = if status.is_dir() { "a folder" } else { "not a regular file" };
             return Err(Error::Data(Fault::at(path, format!("is {what}, expected a parquet file"))));
         }
-        let file = File::open(path).map_err(|error| Error::Data(Fault::at(path, error)))?;
+        let file = File::open(path).map_err(|error| unopened(path, "", &error))?;
         let identity = Identity::of(&file.metadata().map_err(|error| Error::Data(Fault::at(path, error)))?);
         magic::check(path, &file, identity.length)?;
         let damaged = |what: String| {
@@ -112,9 +113,8 @@ impl ParquetFile {
     /// # Errors
     /// [`Error::Data`] where the file has gone or is another one by now.
     pub(super) fn reopen(&self) -> Result<File> {
-        let file = File::open(&self.path).map_err(|error| {
-            Error::Data(Fault::at(&self.path, format!("the file has gone since it was first read: {error}")))
-        })?;
+        let file = File::open(&self.path)
+            .map_err(|error| unopened(&self.path, "the file has gone since it was first read: ", &error))?;
         let now = file.metadata().map_err(|error| Error::Data(Fault::at(&self.path, error)))?;
         if Identity::of(&now) == self.identity { Ok(file) } else { Err(self.changed()) }
     }
@@ -243,6 +243,9 @@ impl RowReader<'_> {
         if let Some((row, column)) = self.locate() {
             place += &format!(", row {row}, column `{column}`");
         }
+        if what.contains("Too many open files") {
+            return open_files(&self.source.path);
+        }
         let utf8 = what.to_lowercase().contains("utf-8") || what.to_lowercase().contains("utf8");
         if utf8 {
             return Error::Data(
@@ -271,6 +274,23 @@ impl RowReader<'_> {
             None
         };
         self.roots.iter().filter_map(|root| first_bad(*root)).min_by_key(|(row, _)| *row)
+    }
+}
+
+/// The error of a file that cannot be opened because too many are: no fault of the file.
+fn open_files(path: &Path) -> Error {
+    Error::Data(
+        Fault::at(path, "cannot be opened: this process holds as many files open as it may (too many open files)")
+            .hint("raise the limit with `ulimit -n`, or join small parquet files into larger ones"),
+    )
+}
+
+/// The error of a file that cannot be opened.
+fn unopened(path: &Path, what: &str, error: &io::Error) -> Error {
+    // EMFILE and ENFILE have no kind of their own.
+    match error.raw_os_error() {
+        Some(libc::EMFILE | libc::ENFILE) => open_files(path),
+        _ => Error::Data(Fault::at(path, format!("{what}{error}"))),
     }
 }
 
@@ -517,6 +537,10 @@ mod tests {
         let unknown = said("");
         assert!(unknown.contains("`question` (string), `answer` (string), `n` (int32)"), "{unknown}");
         assert!(unknown.contains("columns: {prompt: question, completion: answer}"), "{unknown}");
+        let steering = folder.path().join("steering.parquet");
+        write(&steering, vec![("text", strings(&["t"])), ("\x1b[31m\nx", strings(&["u"]))]);
+        let sources = SourceFiles::open(&one(steering), &recipe("")).unwrap();
+        assert!(sources.sentences()[0].ends_with(r"not used: `\u{1b}[31m\nx`"), "{:?}", sources.sentences());
         let missing = said("columns: {prompt: question, completion: nswer}");
         assert!(missing.contains("no column `nswer`") && missing.contains("`answer`"), "{missing}");
         let mistyped = said("columns: {prompt: question, completion: n}");
@@ -529,6 +553,23 @@ mod tests {
             sources.sentences(),
             ["format `prompt-completion`, from dataset.columns: `question` (string), `answer` (string); not used: `n`"]
         );
+    }
+
+    #[test]
+    fn an_optional_column_of_another_type_is_not_passed_over() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("data.parquet");
+        let numbers: ArrayRef = Arc::new(Int32Array::from(vec![1]));
+        for (name, found) in [("input", "int32"), ("system", "int32")] {
+            let texts = [("instruction", strings(&["q"])), ("output", strings(&["a"]))];
+            write(&path, texts.into_iter().chain([(name, numbers.clone())]).collect());
+            let said = SourceFiles::open(&one(path.clone()), &recipe("")).unwrap_err().to_string();
+            assert!(said.contains(&format!("column `{name}` is {found}, expected a string")), "{said}");
+        }
+        let lists = message_lists(["role", "content"], &[&[("user", Some("q")), ("assistant", Some("a"))]]);
+        write(&path, vec![("instruction", strings(&["q"])), ("output", strings(&["a"])), ("input", lists)]);
+        let said = SourceFiles::open(&one(path), &recipe("")).unwrap_err().to_string();
+        assert!(said.contains("column `input` is list of {role, content}, expected a string"), "{said}");
     }
 
     #[test]
@@ -568,6 +609,20 @@ mod tests {
         assert!(sources.examples(1).next().unwrap().unwrap_err().to_string().contains("changed"));
         fs::remove_file(&path).unwrap();
         assert!(sources.examples(1).next().unwrap().unwrap_err().to_string().contains("has gone"));
+    }
+
+    #[test]
+    fn too_many_open_files_are_not_called_damage() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("data.parquet");
+        pairs(&path, 3);
+        let file = ParquetFile::open(&path).unwrap();
+        let reader = file.read(vec![0], 0).unwrap();
+        let limit = io::Error::from_raw_os_error(libc::EMFILE);
+        for error in [unopened(&path, "it has gone: ", &limit), reader.damaged(&limit.to_string())] {
+            let said = error.to_string();
+            assert!(said.contains("ulimit -n") && !said.contains("damaged") && !said.contains("gone"), "{said}");
+        }
     }
 
     #[test]

@@ -1,12 +1,13 @@
 //! Tokenises a file's rows in parallel into the cache, or finds them there.
 
 use std::path::Path;
-use std::sync::mpsc;
+use std::sync::{Mutex, PoisonError, mpsc};
 
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::cache::{self, Summary, Tokens, Writer};
+use super::example::text_bytes;
 use super::files::SourceFiles;
 use super::source::quietly;
 use super::{BadRow, Encode, Encoded, Example, report::Tally};
@@ -17,6 +18,8 @@ use crate::{Error, Fault, Result};
 const BLOCK_ROWS: usize = 8192;
 /// ...or this much text, whichever comes first.
 const BLOCK_BYTES: usize = 32 << 20;
+/// Rows of more text than this are encoded one at a time: what one takes in memory is not multiplied by the threads.
+const LONG_ROW: usize = 1 << 20;
 /// A file may unpack to this many times its size in text beyond [`TEXT_LIMIT`]; a dictionary of one long string could
 /// otherwise stand for any amount of it.
 const TEXT_RATIO: u64 = 1000;
@@ -87,6 +90,7 @@ impl Job<'_> {
     fn build(&self, folder: &Path, progress: &dyn Fn(u64)) -> Result<()> {
         let mut writer = Writer::new(folder)?;
         let mut summary = Summary::default();
+        let long_rows = Mutex::new(());
         let (sources, file, recipe, encoder, path) = (self.sources, self.file, self.recipe, self.encoder, self.path());
         std::thread::scope(|scope| -> Result<()> {
             // One block is read while another is encoded.
@@ -94,8 +98,13 @@ impl Job<'_> {
             scope.spawn(move || read_blocks(sources, file, &sender));
             for block in receiver {
                 let Block { first, rows } = block?;
-                let encoded: Vec<_> =
-                    rows.into_par_iter().map(|row| row.and_then(|example| encode(encoder, &example, recipe))).collect();
+                let encode_row = |row: std::result::Result<Example, BadRow>| {
+                    let example = row?;
+                    let long = text_bytes(&example) > LONG_ROW;
+                    let _turn = long.then(|| long_rows.lock().unwrap_or_else(PoisonError::into_inner));
+                    encode(encoder, &example, recipe)
+                };
+                let encoded: Vec<_> = rows.into_par_iter().map(encode_row).collect();
                 for (row, encoded) in (first..).zip(encoded) {
                     summary.rows += 1;
                     match encoded {
@@ -167,24 +176,6 @@ fn read_blocks(sources: &SourceFiles, file: usize, sender: &mpsc::SyncSender<Res
     if let Err(error) = read() {
         // The receiver has gone only where it stopped for an error of its own.
         let _ = sender.send(Err(error));
-    }
-}
-
-fn text_bytes(example: &Example) -> usize {
-    fn of(value: &serde_json::Value) -> usize {
-        match value {
-            serde_json::Value::String(text) => text.len(),
-            serde_json::Value::Array(items) => items.iter().map(of).sum(),
-            serde_json::Value::Object(fields) => fields.iter().map(|(key, value)| key.len() + of(value)).sum(),
-            _ => 8,
-        }
-    }
-    match example {
-        Example::Conversation { messages, tools, .. } => {
-            messages.iter().map(of).sum::<usize>() + tools.as_ref().map_or(0, of)
-        }
-        Example::PromptCompletion { prompt, completion } => prompt.len() + completion.len(),
-        Example::Text(text) => text.len(),
     }
 }
 

@@ -126,8 +126,11 @@ pub(super) fn find_template(
     let named = tokenizer.named_tokens().to_vec();
     let own = tokenizer.chat_templates();
     let Some(name) = recipe.chat_template.as_deref() else {
-        let source = own.get("default").or_else(|| own.values().next());
-        return source.map(|source| ChatTemplate::new(source, "the model's chat template", named, now)).transpose();
+        // Of several none of which is the usual one, none is taken: which it is, the recipe must say.
+        return own
+            .get("default")
+            .map(|source| ChatTemplate::new(source, "the model's chat template", named, now))
+            .transpose();
     };
     if let Some(builtin) = BUILTIN.iter().find(|builtin| builtin.name == name) {
         let place = format!("chat template `{name}`");

@@ -18,7 +18,7 @@ impl Encoder {
         let trained_from = trained_from + with_system.len() - messages.len();
         let messages = with_system;
         self.check_messages(chat, &messages)?;
-        let selected = self.selected(&messages, trained_from)?;
+        let (selected, passed_over) = self.selected(&messages, trained_from)?;
 
         let rendered = self.render(chat, &messages, tools, false)?;
         let tokens = self.tokenizer.encode_rendered(&rendered).map_err(BadRow::Malformed)?;
@@ -29,8 +29,13 @@ impl Encoder {
             for (flag, span) in trained.iter_mut().zip(&tokens.spans) {
                 *flag = span.end > from;
             }
+            if !passed_over.is_empty() {
+                for span in self.turns(chat, &messages, tools, &passed_over, &rendered, &tokens)? {
+                    trained[span].fill(false);
+                }
+            }
         } else {
-            for span in self.trained_tokens(chat, &messages, tools, &selected, &rendered, &tokens)? {
+            for span in self.turns(chat, &messages, tools, &selected, &rendered, &tokens)? {
                 trained[span].fill(true);
             }
         }
@@ -45,14 +50,23 @@ impl Encoder {
         Ok(Document { ids: tokens.ids, trained })
     }
 
-    /// The messages whose turns are trained: all of the assistant's from `from` on, or the last one.
-    fn selected(&self, messages: &[Json], from: usize) -> Row<Vec<usize>> {
-        let mut selected: Vec<usize> = (from..messages.len()).filter(|at| is_assistant(&messages[*at])).collect();
+    /// The messages whose turns are trained: all of the assistant's from `from` on, or the last one. Besides, those of
+    /// them that the row itself says are not.
+    fn selected(&self, messages: &[Json], from: usize) -> Row<(Vec<usize>, Vec<usize>)> {
+        let mut asked: Vec<usize> = (from..messages.len()).filter(|at| is_assistant(&messages[*at])).collect();
         if self.recipe.train_on == TrainOn::LastAssistant {
-            selected = selected.split_off(selected.len().saturating_sub(1));
+            asked = asked.split_off(asked.len().saturating_sub(1));
+        }
+        if asked.is_empty() && self.recipe.train_on != TrainOn::All {
+            return Err(BadRow::NothingTrained("the conversation has no assistant turn to train on".into()));
+        }
+        let (mut selected, mut passed_over) = (Vec::new(), Vec::new());
+        for at in asked {
+            if is_trained(at, &messages[at])? { selected.push(at) } else { passed_over.push(at) }
         }
         if selected.is_empty() && self.recipe.train_on != TrainOn::All {
-            return Err(BadRow::NothingTrained("the conversation has no assistant turn to train on".into()));
+            let what = "every assistant turn that would be trained says `weight: 0` or `train: false`";
+            return Err(BadRow::NothingTrained(what.into()));
         }
         for at in &selected {
             let message = &messages[*at];
@@ -71,11 +85,11 @@ impl Encoder {
                 return Err(BadRow::NothingTrained(format!("message {at}: the assistant's turn is empty")));
             }
         }
-        Ok(selected)
+        Ok((selected, passed_over))
     }
 
     /// The tokens of the selected turns, each with its end-of-turn token.
-    fn trained_tokens(
+    fn turns(
         &self,
         chat: &Chat,
         messages: &[Json],
@@ -89,15 +103,17 @@ impl Encoder {
             return Ok(spans.into_iter().map(|span| tokens_of(tokens, &span, rendered, chat)).collect());
         }
         let assistants: Vec<usize> = (0..messages.len()).filter(|at| is_assistant(&messages[*at])).collect();
+        // Those between selected ones are looked for as well: a turn ends before the next one begins, whosever it is.
+        let from = |at: &usize| selected.first().is_some_and(|first| at >= first);
         let begins: Vec<(usize, Begin)> = match chat.headers(rendered).filter(|ends| ends.len() == assistants.len()) {
-            Some(ends) => assistants.into_iter().zip(ends).filter(|(at, _)| selected.contains(at)).collect(),
+            Some(ends) => assistants.into_iter().zip(ends).filter(|(at, _)| from(at)).collect(),
             None => {
-                let begin = |at: &usize| Ok((*at, self.begin(chat, messages, tools, *at, rendered)?));
-                selected.iter().map(begin).collect::<Row<_>>()?
+                let begin = |at: usize| Ok((at, self.begin(chat, messages, tools, at, rendered)?));
+                assistants.into_iter().filter(from).map(begin).collect::<Row<_>>()?
             }
         };
         let mut spans = Vec::with_capacity(begins.len());
-        for (turn, (message, begin)) in begins.iter().enumerate() {
+        for (turn, (message, begin)) in begins.iter().enumerate().filter(|(_, (at, _))| selected.contains(at)) {
             let first = tokens.spans.partition_point(|span| span.end <= *begin);
             let limit = begins.get(turn + 1).map_or(usize::MAX, |(_, next)| *next);
             let end = (first..tokens.ids.len())
@@ -142,7 +158,11 @@ impl Encoder {
             let chosen = assistants.iter().zip(spans).filter(|(at, _)| selected.contains(at));
             return Ok(chosen.map(|(_, span)| span.clone()).collect());
         }
-        // Several spans per turn: those of the turns before the first selected one are left out.
+        // Several spans per turn: those of the turns before the first selected one are left out. Which belong to a turn in
+        // between cannot be told.
+        if !assistants.ends_with(selected) {
+            return Err(uncertain(selected[0]));
+        }
         let before = self.render(chat, &messages[..selected[0]], tools, false)?;
         if before.generation.len() > spans.len() || spans[..before.generation.len()] != before.generation {
             return Err(uncertain(selected[0]));
@@ -205,6 +225,25 @@ fn tokens_of(tokens: &Tokens, span: &Range<usize>, rendered: &Rendered, chat: &C
         }
     }
     first..end.max(first)
+}
+
+/// What a row says about one of its turns, as OpenAI's (`weight: 0`) and Axolotl's (`train: false`) data do.
+const TURN_FLAGS: [&str; 3] = ["weight", "train", "training"];
+
+fn is_trained(at: usize, message: &Json) -> Row<bool> {
+    for flag in TURN_FLAGS {
+        match &message[flag] {
+            Json::Null | Json::Bool(true) => {}
+            Json::Bool(false) => return Ok(false),
+            Json::Number(number) if number.as_f64() == Some(1.0) => {}
+            Json::Number(number) if number.as_f64() == Some(0.0) => return Ok(false),
+            other => {
+                let what = format!("message {at}: its `{flag}` is {other}, expected 0 or 1, true or false");
+                return Err(BadRow::Malformed(what));
+            }
+        }
+    }
+    Ok(true)
 }
 
 pub(super) fn is_assistant(message: &Json) -> bool {

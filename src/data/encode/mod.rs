@@ -30,7 +30,7 @@ use crate::recipe::{DataFormat, DatasetRecipe, Overlong, TrainOn};
 use crate::{Error, Fault, Result};
 
 /// Changes whenever the same row may give other tokens or another mask.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Roles every template is given; others only where the template names them.
 const ROLES: [&str; 8] = ["system", "developer", "user", "assistant", "tool", "function", "ipython", "environment"];
 /// What a row gives, or why it gives nothing.
@@ -72,28 +72,6 @@ impl Encoder {
         };
         let fingerprint = fingerprint(&tokenizer, recipe, &[&chat, &tool_chat], now);
         Ok(Encoder { tokenizer, recipe: recipe.clone(), chat, tool_chat, fingerprint })
-    }
-
-    /// Checks that rows of a format can be encoded at all: conversations need a template, the others an end-of-text token.
-    pub fn check(&self, format: DataFormat) -> Result<()> {
-        match format {
-            DataFormat::Messages | DataFormat::Instruction if self.chat.is_none() => {
-                let names = BUILTIN.map(|builtin| builtin.name).join(", ");
-                let fault = Fault::new(
-                    "dataset.chat_template",
-                    "the rows are conversations, and the model has no chat template",
-                );
-                Err(Error::Data(fault.hint(format!("name a built-in one ({names}) or a .jinja file"))))
-            }
-            DataFormat::PromptCompletion | DataFormat::Text if self.tokenizer.eos().is_none() => {
-                let fault = Fault::new(
-                    "tokenizer_config.json",
-                    "the tokenizer names no eos_token, so a model could not learn to stop",
-                );
-                Err(Error::Model(fault.hint("add eos_token to tokenizer_config.json")))
-            }
-            _ => Ok(()),
-        }
     }
 
     /// The tokenizer.
@@ -253,10 +231,18 @@ impl Encoder {
     fn chat(&self, tools: Option<&Json>) -> Row<&Chat> {
         let chat = if tools.is_some() { self.tool_chat.as_ref().or(self.chat.as_ref()) } else { self.chat.as_ref() };
         chat.ok_or_else(|| {
-            BadRow::Malformed(
-                "a conversation, but there is no chat template: name one with dataset.chat_template".into(),
-            )
+            let why = self.no_template();
+            BadRow::Malformed(format!("a conversation, but {why}: name one with dataset.chat_template"))
         })
+    }
+
+    /// Why there is no chat template: the model has none, or several and none for want of another.
+    fn no_template(&self) -> String {
+        let names: Vec<&str> = self.tokenizer.chat_templates().keys().map(String::as_str).collect();
+        match names.as_slice() {
+            [] => "the model has no chat template".into(),
+            names => format!("the model's chat templates are {}, and none is called `default`", names.join(", ")),
+        }
     }
 
     /// The recipe's system message before conversations that have none.
@@ -340,6 +326,31 @@ impl Encoder {
 }
 
 impl Encode for Encoder {
+    /// Conversations need a template, the others an end-of-text token.
+    fn check(&self, format: DataFormat) -> Result<()> {
+        match format {
+            DataFormat::Messages | DataFormat::Instruction if self.chat.is_none() => {
+                let names = BUILTIN.map(|builtin| builtin.name).join(", ");
+                let what = format!("the rows are conversations, but {}", self.no_template());
+                let own = if self.tokenizer.chat_templates().is_empty() { "" } else { "one of the model's, " };
+                let hint = format!("name {own}a built-in one ({names}) or a .jinja file with `dataset.chat_template`");
+                Err(Error::Data(Fault::new("dataset.chat_template", what).hint(hint)))
+            }
+            DataFormat::PromptCompletion | DataFormat::Text if self.tokenizer.eos().is_none() => {
+                let fault = Fault::new(
+                    "tokenizer_config.json",
+                    "the tokenizer names no eos_token, so a model could not learn to stop",
+                );
+                Err(Error::Model(fault.hint("add eos_token to tokenizer_config.json")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn notices(&self) -> Vec<String> {
+        self.tokenizer.notices().to_vec()
+    }
+
     fn encode(&self, example: &Example) -> Row<Encoded> {
         match example {
             Example::Conversation { messages, tools, trained_from } => {

@@ -392,6 +392,67 @@ fn a_prompt_keeps_its_tokens_where_the_completion_would_merge_with_them() {
 }
 
 #[test]
+fn a_turn_that_says_it_is_not_trained_is_read_and_not_trained() {
+    let turns = |flag: Json| {
+        let mut turns = json!([
+            {"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."},
+            {"role": "user", "content": "Three?"}, {"role": "assistant", "content": "Four."},
+            {"role": "user", "content": "Five?"}, {"role": "assistant", "content": "Six."},
+        ]);
+        turns[3].as_object_mut().unwrap().extend(flag.as_object().unwrap().clone());
+        conversation(turns)
+    };
+    for name in ["chatml", "generation", "generation without end", "drops earlier thinking"] {
+        let encoder = encoder("bytes", Some(&template(name)), json!({}));
+        let whole = encoder.encode(&turns(json!({}))).unwrap().documents.remove(0).ids;
+        for flag in [json!({"weight": 0}), json!({"weight": 0.0}), json!({"train": false}), json!({"training": false})]
+        {
+            let example = turns(flag);
+            assert_eq!(encoder.encode(&example).unwrap().documents[0].ids, whole, "{name}");
+            let spans = trained(&encoder, &example);
+            assert!(spans.len() == 2 && spans[0].ends_with("Two.<|im_end|>"), "{name}: {spans:?}");
+            assert!(spans[1].ends_with("Six.<|im_end|>"), "{name}: {spans:?}");
+        }
+        for flag in [json!({"weight": 1}), json!({"train": true}), json!({"weight": null})] {
+            assert_eq!(trained(&encoder, &turns(flag)).len(), 3, "{name}");
+        }
+    }
+    let all = encoder("bytes", Some(&template("chatml")), json!({"train_on": "all"}));
+    let text = trained(&all, &turns(json!({"weight": 0}))).concat();
+    assert!(text.contains("Three?") && text.contains("Six.") && !text.contains("Four."), "{text}");
+    let last = encoder("bytes", Some(&template("chatml")), json!({"train_on": "last-assistant"}));
+    assert_eq!(trained(&last, &turns(json!({"weight": 0}))), ["Six.<|im_end|>"]);
+
+    let encoder = encoder("bytes", Some(&template("chatml")), json!({}));
+    let odd = encoder.encode(&turns(json!({"weight": 0.5})));
+    assert!(matches!(&odd, Err(BadRow::Malformed(what)) if what.contains("message 3: its `weight` is 0.5")), "{odd:?}");
+    let only = conversation(json!([
+        {"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two.", "train": false}
+    ]));
+    assert!(matches!(encoder.encode(&only), Err(BadRow::NothingTrained(what)) if what.contains("train: false")));
+}
+
+#[test]
+fn of_several_templates_without_a_default_none_is_taken() {
+    let named = json!({"eos_token": "<|im_end|>", "chat_template": [
+        {"name": "rag", "template": template("chatml")}, {"name": "other", "template": template("chatml")}]});
+    let folder = fixtures().join("tokenizer/bytes");
+    let sidecars = BTreeMap::from([
+        ("tokenizer.json".to_string(), std::fs::read(folder.join("tokenizer.json")).unwrap()),
+        ("tokenizer_config.json".to_string(), named.to_string().into_bytes()),
+    ]);
+    let tokenizer = Arc::new(Tokenizer::new(&sidecars).unwrap());
+    let none = Encoder::new(tokenizer.clone(), &recipe(json!({}))).unwrap();
+    for said in
+        [none.check(DataFormat::Messages).unwrap_err().to_string(), none.encode(&two_turns()).unwrap_err().to_string()]
+    {
+        assert!(said.contains("other, rag") && said.contains("dataset.chat_template"), "{said}");
+    }
+    let chosen = Encoder::new(tokenizer, &recipe(json!({"chat_template": "rag"}))).unwrap();
+    assert_eq!(trained(&chosen, &two_turns()).len(), 2);
+}
+
+#[test]
 fn the_system_message_of_the_recipe_comes_first() {
     let encoder = encoder("bytes", Some(&template("generation")), json!({"system": "Be brief."}));
     let ids = encoder.encode(&two_turns()).unwrap().documents.remove(0).ids;
