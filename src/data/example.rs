@@ -342,7 +342,9 @@ fn string(array: &ArrayRef, row: usize) -> Result<String, String> {
     if bytes.len() > ROW_LIMIT {
         return Err(too_long("cell", bytes.len()));
     }
-    std::str::from_utf8(bytes).map(str::to_string).map_err(|error| format!("the text is not valid UTF-8 ({error})"))
+    std::str::from_utf8(bytes)
+        .map(str::to_string)
+        .map_err(|error| format!("the text is not valid UTF-8 ({error}): decode it to UTF-8 when writing the file"))
 }
 
 /// Any cell as JSON. The null fields of structs are left out: arrow gives every struct the fields of all.

@@ -14,7 +14,9 @@ use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{
     ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder,
 };
-use parquet::file::metadata::ParquetMetaData;
+use parquet::basic::{ConvertedType, LogicalType};
+use parquet::file::metadata::{FileMetaData, ParquetMetaData};
+use parquet::schema::types::{SchemaDescriptor, Type, TypePtr};
 
 use super::{guard, layout, magic};
 use crate::{Error, Fault, Result};
@@ -30,6 +32,8 @@ pub struct ParquetFile {
     path: PathBuf,
     identity: Identity,
     metadata: ArrowReaderMetadata,
+    /// Its columns; text has a type of its own here, and is read as bytes.
+    fields: Fields,
 }
 
 /// What tells a file from another at the same path.
@@ -75,9 +79,9 @@ impl ParquetFile {
             )
         };
         guard::check_footer(&file, identity.length).map_err(damaged)?;
-        let metadata = quietly(|| read_metadata(&file)).unwrap_or_else(Err).map_err(damaged)?;
+        let (metadata, fields) = quietly(|| read_metadata(&file)).unwrap_or_else(Err).map_err(damaged)?;
         check_counts(metadata.metadata()).map_err(damaged)?;
-        Ok(Self { path: path.to_path_buf(), identity, metadata })
+        Ok(Self { path: path.to_path_buf(), identity, metadata, fields })
     }
 
     /// Where the file is.
@@ -92,16 +96,11 @@ impl ParquetFile {
 
     /// Its columns, each with its type in words.
     pub fn columns(&self) -> Vec<(String, String)> {
-        self.metadata
-            .schema()
-            .fields()
-            .iter()
-            .map(|field| (field.name().clone(), layout::type_name(field.data_type())))
-            .collect()
+        self.fields.iter().map(|field| (field.name().clone(), layout::type_name(field.data_type()))).collect()
     }
 
     pub(super) fn fields(&self) -> &Fields {
-        self.metadata.schema().fields()
+        &self.fields
     }
 
     pub(super) fn identity(&self) -> Identity {
@@ -246,12 +245,6 @@ impl RowReader<'_> {
         if what.contains("Too many open files") {
             return open_files(&self.source.path);
         }
-        let utf8 = what.to_lowercase().contains("utf-8") || what.to_lowercase().contains("utf8");
-        if utf8 {
-            return Error::Data(
-                Fault::new(place, "the text is not valid UTF-8").hint("decode it to UTF-8 when writing the file"),
-            );
-        }
         Error::Data(
             Fault::new(place, format!("the parquet data is damaged: {what}")).hint("fetch or write the file again"),
         )
@@ -318,15 +311,54 @@ pub(super) fn quietly<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     })
 }
 
+/// The footer for reading, and the columns with the types that it gives them.
+///
 /// The file's own schema for arrow is passed over, so that each parquet type has one arrow type here; strings are read
 /// as views into the pages, so that a dictionary of long strings is not copied out row by row.
-fn read_metadata(file: &File) -> Result<ArrowReaderMetadata, String> {
+fn read_metadata(file: &File) -> Result<(ArrowReaderMetadata, Fields), String> {
     let text = |error: parquet::errors::ParquetError| error.to_string();
     let options = || ArrowReaderOptions::new().with_skip_arrow_metadata(true);
-    let plain = ArrowReaderMetadata::load(file, options()).map_err(text)?;
-    let fields: Fields = plain.schema().fields().iter().map(with_views).collect();
-    let schema = Arc::new(Schema::new_with_metadata(fields, plain.schema().metadata().clone()));
-    ArrowReaderMetadata::try_new(plain.metadata().clone(), options().with_schema(schema)).map_err(text)
+    let typed = ArrowReaderMetadata::load(file, options()).map_err(text)?;
+    let views = |fields: &Fields| -> Fields { fields.iter().map(with_views).collect() };
+    // Text is read as bytes: the decoder refuses all rows together where one is not UTF-8, here it is one bad row.
+    let footer = typed.metadata().file_metadata();
+    let schema = untyped_text(footer.schema_descr().root_schema_ptr()).map_err(text)?;
+    let footer = FileMetaData::new(
+        footer.version(),
+        footer.num_rows(),
+        footer.created_by().map(str::to_string),
+        footer.key_value_metadata().cloned(),
+        Arc::new(SchemaDescriptor::new(schema)),
+        footer.column_orders().cloned(),
+    );
+    let metadata = Arc::new(ParquetMetaData::new(footer, typed.metadata().row_groups().to_vec()));
+    let plain = ArrowReaderMetadata::try_new(metadata.clone(), options()).map_err(text)?;
+    let schema = Arc::new(Schema::new_with_metadata(views(plain.schema().fields()), plain.schema().metadata().clone()));
+    let reading = ArrowReaderMetadata::try_new(metadata, options().with_schema(schema)).map_err(text)?;
+    Ok((reading, views(typed.schema().fields())))
+}
+
+/// A parquet type in which strings are byte arrays that promise nothing.
+fn untyped_text(kind: TypePtr) -> parquet::errors::Result<TypePtr> {
+    let info = kind.get_basic_info();
+    let id = info.has_id().then(|| info.id());
+    if kind.is_group() {
+        let fields = kind.get_fields().iter().cloned().map(untyped_text).collect::<parquet::errors::Result<_>>()?;
+        let group = Type::group_type_builder(kind.name())
+            .with_converted_type(info.converted_type())
+            .with_logical_type(info.logical_type_ref().cloned())
+            .with_fields(fields)
+            .with_id(id);
+        let group = if info.has_repetition() { group.with_repetition(info.repetition()) } else { group };
+        return group.build().map(Arc::new);
+    }
+    let text = matches!(info.logical_type_ref(), Some(LogicalType::String | LogicalType::Json))
+        || matches!(info.converted_type(), ConvertedType::UTF8 | ConvertedType::JSON);
+    if !text {
+        return Ok(kind);
+    }
+    let bytes = Type::primitive_type_builder(kind.name(), kind.get_physical_type()).with_id(id);
+    bytes.with_repetition(info.repetition()).build().map(Arc::new)
 }
 
 fn with_views(field: &FieldRef) -> FieldRef {
@@ -470,7 +502,7 @@ mod tests {
     }
 
     #[test]
-    fn invalid_utf8_is_named_by_row_and_column() {
+    fn invalid_utf8_is_one_bad_row_named_with_its_column() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("data.parquet");
         let schema = "message m { required binary prompt (STRING); required binary completion (STRING); }";
@@ -489,8 +521,22 @@ mod tests {
         }
         group.close().unwrap();
         writer.close().unwrap();
-        let said = read_all(&path).unwrap_err().to_string();
-        assert!(said.contains("row 17, column `completion`") && said.contains("UTF-8"), "{said}");
+        let sources = SourceFiles::open(&one(path), &recipe("")).unwrap();
+        assert_eq!(sources.files[0].parquet.columns()[1], ("completion".to_string(), "string".to_string()));
+        let rows: Vec<_> = sources.examples(u64::MAX).map(Result::unwrap).collect();
+        assert_eq!(rows.len(), 30);
+        for (id, row) in rows {
+            match row {
+                Ok(_) => assert_ne!(id.row, 17),
+                Err(bad) => {
+                    let said = bad.to_string();
+                    assert!(
+                        id.row == 17 && said.contains("column `completion`: the text is not valid UTF-8"),
+                        "{said}"
+                    );
+                }
+            }
+        }
     }
 
     #[test]
