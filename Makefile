@@ -27,6 +27,7 @@ help: ## What there is to make
 	echo "make lint        formatting and clippy, as CI runs them"
 	echo "make fmt         format the sources"
 	echo "make parity      compare with PEFT and transformers, live, on the demo model (installs them into the cache)"
+	echo "                 FAMILY=qwen3 [SEED=1 HIDDEN=48 LAYERS=6]: one family on a random model of that size"
 	echo "make bench       speed and memory beside PEFT and transformers; results go to bench/results"
 	echo "make datasets    write datasets/ anew from the committed programs, byte for byte"
 	echo "make fixtures    write tests/fixtures anew with transformers, PEFT and gguf"
@@ -71,9 +72,13 @@ fmt: ## Format the sources
 
 parity: ## Live comparison with PEFT and transformers
 	@source .ci/setup
-	toolchain; libtorch; demo_model
+	toolchain; libtorch
 	cargo build --release --locked
 	python_with torch==$$TORCH $(PEERS) $(PYARROW)
+	if [ -n "$(FAMILY)" ]; then
+		exec "$$PYTHON" -B tests/python/family_live.py --engraft "$(ENGRAFT)" --family "$(FAMILY)" $(if $(SEED),--seed $(SEED)) $(if $(HIDDEN),--hidden $(HIDDEN)) $(if $(LAYERS),--layers $(LAYERS))
+	fi
+	demo_model
 	"$$PYTHON" -B tests/python/parity.py --engraft "$(ENGRAFT)" --model "$$(cache_folder)/models/$$MODEL"
 
 bench: ## Speed and memory beside PEFT and transformers
@@ -91,7 +96,7 @@ datasets: ## The datasets, from their programs
 fixtures: ## Small models, adapters, templates and quantised blocks with their references
 	@source .ci/setup
 	python_with torch==$$TORCH $(PEERS)
-	for program in tiny_llama peft_adapter chat_templates gguf_quants; do
+	for program in tiny_llama families peft_adapter chat_templates gguf_quants; do
 		say "tests/python/$$program.py"
 		"$$PYTHON" -B tests/python/$$program.py
 	done

@@ -101,7 +101,7 @@ impl<'a> Plan<'a> {
                 shape: shape.clone(),
                 update: by_weight.remove(from),
             });
-            if unties && from == spec.embedding {
+            if unties && from == spec.embedding.weight {
                 tensors.push(Planned { name: head.clone(), from, shape, update: by_weight.remove(&head) });
             }
         }

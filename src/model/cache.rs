@@ -2,7 +2,8 @@
 
 use tch::{Device, IndexOp, Kind, Tensor};
 
-use crate::ops::{self, Documents};
+use super::spec::Mask;
+use crate::ops::{self, Documents, Scoring};
 
 /// The cache of a whole decoder for B sequences.
 #[derive(Debug)]
@@ -64,48 +65,40 @@ impl LayerCache {
         k: &Tensor,
         v: &Tensor,
         documents: &Documents,
-        scale: f64,
-        window: Option<i64>,
+        scoring: &Scoring,
+        mask: Mask,
     ) -> Tensor {
         let before = self.lengths.clone();
         self.append(k, v, documents);
         if before.iter().all(|length| *length == 0) {
-            return ops::attention(q, k, v, documents, scale, window);
+            return ops::attention(q, k, v, &mask.documents(documents), scoring);
         }
         if documents.spans().all(|(_, new)| new == 1) {
-            return self.attend_one_each(q, scale, window);
+            return self.attend_one_each(q, scoring, mask);
         }
         let output = q.empty_like();
         for (i, (start, new)) in documents.spans().enumerate().filter(|(_, (_, new))| *new > 0) {
             let seen = before[i] + new;
             let keys = self.keys.i(i as i64).narrow(1, 0, seen).unsqueeze(0); // (1, K, S, H)
             let values = self.values.i(i as i64).narrow(1, 0, seen).unsqueeze(0);
-            let query = q.narrow(0, start, new).transpose(0, 1).unsqueeze(0); // (1, N, L, H)
-            let queries_at = Tensor::arange(new, (Kind::Int64, q.device())).unsqueeze(1) + before[i]; // (L, 1)
-            let keys_at = Tensor::arange(seen, (Kind::Int64, q.device())).unsqueeze(0); // (1, S)
-            let mut allowed = keys_at.le_tensor(&queries_at);
-            if let Some(window) = window {
-                allowed = allowed.logical_and(&keys_at.gt_tensor(&(queries_at - window)));
-            }
-            let attended = masked(&query, &keys, &values, &allowed, scale); // (1, N, L, H)
+            let query = q.narrow(0, start, new).transpose(0, 1).unsqueeze(0).contiguous(); // (1, N, L, H)
+            let queries_at = (Tensor::arange(new, (Kind::Int64, q.device())) + before[i]).view([1, 1, -1, 1]);
+            let allowed = mask.allowed(&queries_at, seen); // (1, 1, L, S)
+            let attended = ops::attention_to_cache(&query, &keys, &values, &allowed, scoring); // (1, N, L, H)
             output.narrow(0, start, new).copy_(&attended.squeeze_dim(0).transpose(0, 1));
         }
         output
     }
 
     /// One new token of every sequence: one call over all of them, shorter ones masked.
-    fn attend_one_each(&self, q: &Tensor, scale: f64, window: Option<i64>) -> Tensor {
+    fn attend_one_each(&self, q: &Tensor, scoring: &Scoring, mask: Mask) -> Tensor {
         let longest = self.lengths.iter().copied().max().unwrap_or(0);
         let query = q.unsqueeze(2); // (B, N, 1, H)
         let keys = self.keys.narrow(2, 0, longest);
         let values = self.values.narrow(2, 0, longest);
-        let lengths = Tensor::from_slice(&self.lengths).to_device(q.device()).view([-1, 1, 1, 1]);
-        let keys_at = Tensor::arange(longest, (Kind::Int64, q.device())).view([1, 1, 1, -1]);
-        let mut allowed = keys_at.lt_tensor(&lengths); // (B, 1, 1, S)
-        if let Some(window) = window {
-            allowed = allowed.logical_and(&keys_at.ge_tensor(&(lengths - window)));
-        }
-        masked(&query, &keys, &values, &allowed, scale).squeeze_dim(2) // (B, N, H)
+        let queries_at = (Tensor::from_slice(&self.lengths).to_device(q.device()) - 1).view([-1, 1, 1, 1]);
+        let allowed = mask.allowed(&queries_at, longest); // (B, 1, 1, S)
+        ops::attention_to_cache(&query, &keys, &values, &allowed, scoring).squeeze_dim(2) // (B, N, H)
     }
 
     fn append(&mut self, k: &Tensor, v: &Tensor, documents: &Documents) {
@@ -129,11 +122,18 @@ impl LayerCache {
     }
 }
 
-/// Attention with a mask of who may look where; K and V are shared by their group of heads.
-fn masked(query: &Tensor, keys: &Tensor, values: &Tensor, allowed: &Tensor, scale: f64) -> Tensor {
-    let (b, kv_heads, s, h) = keys.size4().expect("(B, K, S, H)");
-    let heads = query.size()[1];
-    let spread =
-        |t: &Tensor| t.unsqueeze(2).expand([b, kv_heads, heads / kv_heads, s, h], false).reshape([b, heads, s, h]);
-    Tensor::scaled_dot_product_attention(query, &spread(keys), &spread(values), Some(allowed), 0.0, false, scale, false)
+impl Mask {
+    /// Whether queries at places (B, 1, L, 1) may look at each of `keys` keys from the start: (B, 1, L, S).
+    fn allowed(self, queries_at: &Tensor, keys: i64) -> Tensor {
+        let keys_at = Tensor::arange(keys, (Kind::Int64, queries_at.device())).view([1, 1, 1, -1]);
+        let before = keys_at.le_tensor(queries_at);
+        match self {
+            Mask::Full => before,
+            Mask::Sliding { window } => before.logical_and(&keys_at.gt_tensor(&(queries_at - window))),
+            Mask::Chunked { size } => {
+                let chunk = queries_at.divide_scalar_mode(size, "floor") * size;
+                before.logical_and(&keys_at.ge_tensor(&chunk))
+            }
+        }
+    }
 }

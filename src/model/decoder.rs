@@ -4,8 +4,9 @@ use tch::{Device, Kind, Tensor};
 
 use super::cache::Cache;
 use super::families;
-use super::layer::{Context, Layer, Reader};
+use super::layer::{Context, Layer};
 use super::linear::{Linear, Weight};
+use super::load::Reader;
 use super::spec::{ModelSpec, Position, Rope};
 use crate::Result;
 use crate::ops::{self, Documents, Norm, rope::Rotation};
@@ -23,6 +24,7 @@ pub struct Decoder {
     pub device: Device,
     /// (V, D).
     embedding: Tensor,
+    embedding_norm: Option<Norm>,
     layers: Vec<Layer>,
     /// The different rotary embeddings of the blocks, each made once per forward.
     ropes: Vec<Rope>,
@@ -48,23 +50,26 @@ impl Decoder {
     pub fn load(checkpoint: &Checkpoint, kind: Kind, device: Device, progress: &dyn Fn(u64, u64)) -> Result<Self> {
         let spec = families::spec(checkpoint)?;
         let numbers: i64 = spec.tensors().values().map(|shape| shape.iter().product::<i64>()).sum();
-        let total = numbers as u64 * kind.elt_size_in_bytes() as u64;
+        let bytes = |numbers: u64| numbers * kind.elt_size_in_bytes() as u64;
         let done = std::cell::Cell::new(0);
-        let read = |bytes| {
-            done.set(done.get() + bytes);
-            progress(done.get(), total);
+        let read = |count| {
+            done.set(done.get() + count);
+            progress(bytes(done.get()), bytes(numbers as u64));
         };
         let reader = Reader { checkpoint, kind, device, read: &read };
 
-        let embedding = reader.tensor(&spec.embedding)?;
+        let embedding = reader.tensor(&spec.embedding.weight)?;
+        let embedding_norm = reader.optional_norm(spec.embedding.norm.as_ref())?;
         let mut ropes: Vec<Rope> = Vec::new();
         let mut layers = Vec::with_capacity(spec.layers.len());
         for layer in &spec.layers {
-            let Position::Rope(rope) = &layer.position;
-            let rotation = ropes.iter().position(|known| known == rope).unwrap_or_else(|| {
-                ropes.push(rope.clone());
-                ropes.len() - 1
-            });
+            let rotation = match &layer.position {
+                Position::Rope(rope) => Some(ropes.iter().position(|known| known == rope).unwrap_or_else(|| {
+                    ropes.push(rope.clone());
+                    ropes.len() - 1
+                })),
+                Position::Alibi { .. } | Position::None => None,
+            };
             layers.push(Layer::load(layer, rotation, &reader)?);
         }
         let final_norm = reader.norm(&spec.final_norm)?;
@@ -73,8 +78,9 @@ impl Decoder {
         } else {
             reader.tensor(&format!("{}.weight", spec.head.name))?
         };
-        let head = Linear { name: spec.head.name.clone(), weight: Weight::Dense(head), bias: None, adapter: None };
-        Ok(Self { spec, kind, device, embedding, layers, ropes, final_norm, head })
+        let bias = if spec.head.bias { Some(reader.tensor(&format!("{}.bias", spec.head.name))?) } else { None };
+        let head = Linear { name: spec.head.name.clone(), weight: Weight::Dense(head), bias, adapter: None };
+        Ok(Self { spec, kind, device, embedding, embedding_norm, layers, ropes, final_norm, head })
     }
 
     /// The final hidden states (T, D) of documents laid end to end in `ids` (T), i64; `positions` (T), i64, restart at each.
@@ -82,7 +88,7 @@ impl Decoder {
         let mut h = self.embed(ids, documents, forward);
         let rotations = self.rotations(positions, documents);
         for (i, layer) in self.layers.iter().enumerate() {
-            let context = Context { documents, rotation: &rotations[layer.rotation], dropout_seed: forward.seed };
+            let context = self.context(layer, documents, positions, &rotations, forward.seed);
             h = if i < forward.recomputed_layers {
                 layer.forward_recomputed(&h, &context)
             } else {
@@ -110,7 +116,7 @@ impl Decoder {
             let rotations = self.rotations(&positions, documents);
             let mut h = self.embed(ids, documents, Forward::default());
             for (layer, cache) in self.layers.iter().zip(&mut cache.layers) {
-                let context = Context { documents, rotation: &rotations[layer.rotation], dropout_seed: None };
+                let context = self.context(layer, documents, &positions, &rotations, None);
                 h = layer.forward(&h, &context, Some(cache));
             }
             self.final_norm.apply(&h)
@@ -119,12 +125,15 @@ impl Decoder {
 
     /// The logits (S, V), fp32, of hidden states (S, D). No graph.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
-        tch::no_grad(|| ops::projection(hidden, None, &[self.head.operand(None)], None).remove(0).to_kind(Kind::Float))
+        tch::no_grad(|| {
+            let products = ops::projection(hidden, None, &[self.head.operand(None)], None).remove(0);
+            self.spec.head.map.logits(&products)
+        })
     }
 
     /// The summed cross-entropy, times `scale`, of predicting `targets` (S) from the hidden states (S, D).
     pub fn cross_entropy(&self, hidden: &Tensor, targets: &Tensor, forward: Forward, scale: f64) -> Tensor {
-        ops::cross_entropy(hidden, self.head.operand(forward.seed), targets, scale)
+        ops::cross_entropy(hidden, self.head.operand(forward.seed), self.spec.head.map, targets, scale)
     }
 
     /// Every linear of the model in checkpoint order, the head last.
@@ -138,7 +147,13 @@ impl Decoder {
     }
 
     fn embed(&self, ids: &Tensor, documents: &Documents, forward: Forward) -> Tensor {
-        let h = self.embedding.index_select(0, ids); // (T, D)
+        let mut h = self.embedding.index_select(0, ids); // (T, D)
+        if self.spec.embedding.scale != 1.0 {
+            h = h * Tensor::from(self.spec.embedding.scale).to_kind(self.kind).to_device(self.device);
+        }
+        if let Some(norm) = &self.embedding_norm {
+            h = norm.apply(&h);
+        }
         let Some(seed) = forward.seed.filter(|_| forward.noise_alpha > 0.0) else { return h };
         let noise = uniform(&h, -1.0, 1.0, seed ^ 0x006e_6f69_7365);
         for (start, length) in documents.spans() {
@@ -146,6 +161,18 @@ impl Decoder {
             let _ = noise.narrow(0, start, length).g_mul_scalar_(magnitude);
         }
         h + noise.to_kind(self.kind)
+    }
+
+    fn context<'a>(
+        &self,
+        layer: &Layer,
+        documents: &'a Documents,
+        positions: &'a Tensor,
+        rotations: &'a [Rotation],
+        dropout_seed: Option<u64>,
+    ) -> Context<'a> {
+        let rotation = layer.rotation.map(|which| &rotations[which]);
+        Context { documents, positions, rotation, kind: self.kind, dropout_seed }
     }
 
     fn rotations(&self, positions: &Tensor, documents: &Documents) -> Vec<Rotation> {

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use super::spec::{Attention, FeedForward, LinearSpec, ModelSpec, NormSpec, Residual};
+use super::spec::{
+    Attention, FeedForward, GateUp, LinearSpec, ModelSpec, NormSpec, Projection, QueryKeyNorm, Residual,
+};
 use crate::weights::Checkpoint;
 use crate::{Error, Fault, Result};
 
@@ -13,17 +15,46 @@ impl ModelSpec {
     /// Every tensor the decoder reads, by its checkpoint name, with its shape.
     pub fn tensors(&self) -> BTreeMap<String, Vec<i64>> {
         let mut all = Inventory::default();
-        all.add(self.embedding.clone(), &[self.vocab_size, self.hidden_size]);
+        all.add(self.embedding.weight.clone(), &[self.vocab_size, self.hidden_size]);
+        self.embedding.norm.iter().for_each(|norm| all.norm(norm));
         for layer in &self.layers {
-            let Attention::Grouped { query, key, value, output, .. } = &layer.attention;
-            let FeedForward::Gated { gate, up, down, .. } = &layer.feed_forward;
-            let Residual::Sequential { attention_norm, feed_forward_norm } = &layer.residual;
-            [query, key, value, output, gate, up, down].into_iter().for_each(|linear| all.linear(linear));
-            [attention_norm, feed_forward_norm].into_iter().for_each(|norm| all.norm(norm));
+            let Attention::Grouped(attention) = &layer.attention;
+            match &attention.projection {
+                Projection::Separate { query, key, value } => {
+                    [query, key, value].into_iter().for_each(|linear| all.linear(linear));
+                }
+                Projection::Fused(linear) | Projection::PerHead(linear) => all.linear(linear),
+            }
+            all.linear(&attention.output);
+            if let Some(QueryKeyNorm { query, key }) = &attention.query_key_norm {
+                [query, key].into_iter().for_each(|norm| all.norm(norm));
+            }
+            match &layer.feed_forward {
+                FeedForward::Plain { up, down, .. } => [up, down].into_iter().for_each(|linear| all.linear(linear)),
+                FeedForward::Gated { projection, down, .. } => {
+                    match projection {
+                        GateUp::Separate { gate, up } => [gate, up].into_iter().for_each(|linear| all.linear(linear)),
+                        GateUp::Fused(linear) => all.linear(linear),
+                    }
+                    all.linear(down);
+                }
+            }
+            match &layer.residual {
+                Residual::Sequential { attention, feed_forward, .. } => {
+                    let norms = [&attention.before, &attention.after, &feed_forward.before, &feed_forward.after];
+                    norms.into_iter().flatten().for_each(|norm| all.norm(norm));
+                }
+                Residual::Parallel { norm, feed_forward_norm } => {
+                    [Some(norm), feed_forward_norm.as_ref()].into_iter().flatten().for_each(|norm| all.norm(norm));
+                }
+            }
         }
         all.norm(&self.final_norm);
         if !self.head.tied {
             all.add(format!("{}.weight", self.head.name), &[self.vocab_size, self.hidden_size]);
+        }
+        if self.head.bias {
+            all.add(format!("{}.bias", self.head.name), &[self.vocab_size]);
         }
         all.0
     }
@@ -98,7 +129,10 @@ impl Inventory {
     }
 
     fn norm(&mut self, spec: &NormSpec) {
-        self.add(spec.weight.clone(), &[spec.width]);
+        spec.weights.iter().for_each(|weight| self.add(weight.clone(), &spec.shape));
+        if let Some(bias) = &spec.bias {
+            self.add(bias.clone(), &spec.shape);
+        }
     }
 }
 

@@ -1,150 +1,139 @@
-//! One block of the decoder: built from its spec, walked forward.
+//! One block of the decoder: attention and feed-forward, and how they are added to the stream.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
+use super::attention::Attention;
 use super::cache::LayerCache;
-use super::linear::{Linear, Weight};
-use super::spec::{Attention, FeedForward, LayerSpec, LinearSpec, Mask, NormSpec, Residual};
+use super::feed_forward::FeedForward;
+use super::linear::Linear;
+use super::load::Reader;
+use super::spec::{self, LayerSpec};
 use crate::Result;
-use crate::ops::{self, Activation, Documents, Norm, rope::Rotation};
-use crate::weights::Checkpoint;
+use crate::ops::{self, Documents, Norm, rope::Rotation};
 
 /// A block with its weights.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Layer {
-    heads: i64,
-    kv_heads: i64,
-    head_size: i64,
-    scale: f64,
-    mask: Mask,
-    activation: Activation,
-    /// Which of the decoder's rotations this block uses.
-    pub(super) rotation: usize,
-    attention_norm: Norm,
-    feed_forward_norm: Norm,
-    /// Query, key, value.
-    qkv: [Linear; 3],
-    output: Linear,
-    /// Gate, up.
-    gate_up: [Linear; 2],
-    down: Linear,
+    attention: Attention,
+    feed_forward: FeedForward,
+    residual: Residual,
+    /// Which of the decoder's rotations this block uses, if any.
+    pub(super) rotation: Option<usize>,
+}
+
+/// How the two halves are added to the stream.
+#[derive(Debug, Clone)]
+enum Residual {
+    Sequential { attention: Around, feed_forward: Around, multiplier: f64 },
+    Parallel { norm: Norm, feed_forward_norm: Option<Norm> },
+}
+
+/// Norms before and after a half.
+#[derive(Debug, Clone)]
+struct Around {
+    before: Option<Norm>,
+    after: Option<Norm>,
 }
 
 /// What every block of a forward shares.
 pub(super) struct Context<'a> {
     pub(super) documents: &'a Documents,
-    pub(super) rotation: &'a Rotation,
+    /// (T), i64, from each document's start.
+    pub(super) positions: &'a Tensor,
+    pub(super) rotation: Option<&'a Rotation>,
+    /// Number type of the stream.
+    pub(super) kind: Kind,
     /// Makes the dropout masks; `None` is evaluation.
     pub(super) dropout_seed: Option<u64>,
 }
 
 impl Layer {
-    pub(super) fn load(spec: &LayerSpec, rotation: usize, read: &Reader<'_>) -> Result<Self> {
-        let Attention::Grouped { heads, kv_heads, head_size, scale, query, key, value, output } = &spec.attention;
-        let FeedForward::Gated { activation, gate, up, down } = &spec.feed_forward;
-        let Residual::Sequential { attention_norm, feed_forward_norm } = &spec.residual;
-        Ok(Self {
-            heads: *heads,
-            kv_heads: *kv_heads,
-            head_size: *head_size,
-            scale: *scale,
-            mask: spec.mask,
-            activation: *activation,
-            rotation,
-            attention_norm: read.norm(attention_norm)?,
-            feed_forward_norm: read.norm(feed_forward_norm)?,
-            qkv: [read.linear(query)?, read.linear(key)?, read.linear(value)?],
-            output: read.linear(output)?,
-            gate_up: [read.linear(gate)?, read.linear(up)?],
-            down: read.linear(down)?,
-        })
+    pub(super) fn load(spec: &LayerSpec, rotation: Option<usize>, read: &Reader<'_>) -> Result<Self> {
+        let around = |around: &spec::Around| -> Result<Around> {
+            Ok(Around {
+                before: read.optional_norm(around.before.as_ref())?,
+                after: read.optional_norm(around.after.as_ref())?,
+            })
+        };
+        let residual = match &spec.residual {
+            spec::Residual::Sequential { attention, feed_forward, multiplier } => Residual::Sequential {
+                attention: around(attention)?,
+                feed_forward: around(feed_forward)?,
+                multiplier: *multiplier,
+            },
+            spec::Residual::Parallel { norm, feed_forward_norm } => Residual::Parallel {
+                norm: read.norm(norm)?,
+                feed_forward_norm: read.optional_norm(feed_forward_norm.as_ref())?,
+            },
+        };
+        let attention = Attention::load(spec, read)?;
+        Ok(Self { attention, feed_forward: FeedForward::load(&spec.feed_forward, read)?, residual, rotation })
     }
 
     /// The stream (T, D) after this block.
     pub(super) fn forward(&self, h: &Tensor, context: &Context<'_>, cache: Option<&mut LayerCache>) -> Tensor {
-        let seed = context.dropout_seed;
-        let tokens = h.size()[0];
-        let qkv = self.qkv.each_ref().map(|l| l.operand(seed));
-        let [q, k, v]: [Tensor; 3] = ops::projection(h, Some(&self.attention_norm), &qkv, None)
-            .try_into()
-            .expect("three projections give three outputs");
-        let q = q.view([tokens, self.heads, self.head_size]); // (T, N, H)
-        let k = k.view([tokens, self.kv_heads, self.head_size]); // (T, K, H)
-        let v = v.view([tokens, self.kv_heads, self.head_size]); // (T, K, H)
-        let (q, k) = ops::rope(&q, &k, context.rotation);
-        let attended = match cache {
-            None => ops::attention(&q, &k, &v, context.documents, self.scale, self.mask.window()),
-            Some(cache) => cache.attend(&q, &k, &v, context.documents, self.scale, self.mask.window()),
-        };
-        let attended = attended.view([tokens, self.heads * self.head_size]); // (T, N H)
-        let h = ops::projection(&attended, None, &[self.output.operand(seed)], Some(h)).remove(0);
-        let gate_up = self.gate_up.each_ref().map(|l| l.operand(seed));
-        let gate_up = ops::projection(&h, Some(&self.feed_forward_norm), &gate_up, None); // 2 x (T, F)
-        ops::gated_projection(self.activation, &gate_up[0], &gate_up[1], self.down.operand(seed), &h)
+        match &self.residual {
+            Residual::Sequential { attention, feed_forward, multiplier } => {
+                let attend = |norm: Option<&Norm>, residual: Option<&Tensor>| {
+                    self.attention.forward(h, norm, residual, context, cache)
+                };
+                let h = attention.add(h, *multiplier, attend);
+                feed_forward
+                    .add(&h, *multiplier, |norm, residual| self.feed_forward.forward(&h, norm, residual, context))
+            }
+            Residual::Parallel { norm, feed_forward_norm } => {
+                let attended = self.attention.forward(h, Some(norm), Some(h), context, cache);
+                let norm = feed_forward_norm.as_ref().unwrap_or(norm);
+                self.feed_forward.forward(h, Some(norm), Some(&attended), context)
+            }
+        }
     }
 
     /// [`Layer::forward`], keeping only `h` and running again in backward.
     pub(super) fn forward_recomputed(&self, h: &Tensor, context: &Context<'_>) -> Tensor {
         let trained: Vec<&Tensor> = self.linears().into_iter().flat_map(Linear::trained).collect();
-        let layer = self.shallow_clone();
-        let (documents, rotation) = (context.documents.clone(), context.rotation.shallow_clone());
-        let dropout_seed = context.dropout_seed;
+        let layer = self.clone();
+        let (documents, positions) = (context.documents.clone(), context.positions.shallow_clone());
+        let rotation = context.rotation.map(Rotation::shallow_clone);
+        let (kind, dropout_seed) = (context.kind, context.dropout_seed);
         ops::recompute(h, &trained, move |h| {
-            layer.forward(h, &Context { documents: &documents, rotation: &rotation, dropout_seed }, None)
+            let context = Context {
+                documents: &documents,
+                positions: &positions,
+                rotation: rotation.as_ref(),
+                kind,
+                dropout_seed,
+            };
+            layer.forward(h, &context, None)
         })
     }
 
     /// Linears in checkpoint order.
     pub(super) fn linears(&self) -> Vec<&Linear> {
-        self.qkv.iter().chain([&self.output]).chain(&self.gate_up).chain([&self.down]).collect()
+        [self.attention.linears(), self.feed_forward.linears()].concat()
     }
 
     /// Linears in checkpoint order.
     pub(super) fn linears_mut(&mut self) -> Vec<&mut Linear> {
-        self.qkv.iter_mut().chain([&mut self.output]).chain(&mut self.gate_up).chain([&mut self.down]).collect()
+        let mut all = self.attention.linears_mut();
+        all.extend(self.feed_forward.linears_mut());
+        all
     }
 
     /// (K, H): what a cache must hold per token.
     pub(super) fn cache_shape(&self) -> (i64, i64) {
-        (self.kv_heads, self.head_size)
+        self.attention.cache_shape()
     }
+}
 
-    fn shallow_clone(&self) -> Self {
-        Self {
-            attention_norm: self.attention_norm.shallow_clone(),
-            feed_forward_norm: self.feed_forward_norm.shallow_clone(),
-            qkv: self.qkv.each_ref().map(Linear::shallow_clone),
-            output: self.output.shallow_clone(),
-            gate_up: self.gate_up.each_ref().map(Linear::shallow_clone),
-            down: self.down.shallow_clone(),
-            ..*self
+impl Around {
+    /// The stream `h` (T, D) with what `half` gives added: in one go where nothing comes between.
+    fn add(&self, h: &Tensor, multiplier: f64, half: impl FnOnce(Option<&Norm>, Option<&Tensor>) -> Tensor) -> Tensor {
+        if self.after.is_none() && multiplier == 1.0 {
+            return half(self.before.as_ref(), Some(h));
         }
-    }
-}
-
-/// Reads weights by their spec; [`super::ModelSpec::prove`] has proved that they are there in their shapes.
-pub(super) struct Reader<'a> {
-    pub(super) checkpoint: &'a Checkpoint,
-    pub(super) kind: Kind,
-    pub(super) device: Device,
-    /// Called after each tensor with its bytes.
-    pub(super) read: &'a dyn Fn(u64),
-}
-
-impl Reader<'_> {
-    pub(super) fn tensor(&self, name: &str) -> Result<Tensor> {
-        let tensor = self.checkpoint.tensor(name, self.kind, self.device)?;
-        (self.read)((tensor.numel() * self.kind.elt_size_in_bytes()) as u64);
-        Ok(tensor)
-    }
-
-    pub(super) fn linear(&self, spec: &LinearSpec) -> Result<Linear> {
-        let weight = self.tensor(&format!("{}.weight", spec.name))?;
-        let bias = if spec.bias { Some(self.tensor(&format!("{}.bias", spec.name))?) } else { None };
-        Ok(Linear { name: spec.name.clone(), weight: Weight::Dense(weight), bias, adapter: None })
-    }
-
-    pub(super) fn norm(&self, spec: &NormSpec) -> Result<Norm> {
-        Ok(Norm { weight: self.tensor(&spec.weight)?, eps: spec.eps })
+        let y = half(self.before.as_ref(), None);
+        let y = self.after.as_ref().map_or_else(|| y.shallow_clone(), |norm| norm.apply(&y));
+        if multiplier == 1.0 { h + y } else { h + y * multiplier }
     }
 }

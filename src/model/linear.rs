@@ -25,6 +25,24 @@ pub enum Weight {
     Dense(Tensor),
 }
 
+impl Clone for Linear {
+    /// Another handle to the same tensors.
+    fn clone(&self) -> Self {
+        let Weight::Dense(weight) = &self.weight;
+        Self {
+            name: self.name.clone(),
+            weight: Weight::Dense(weight.shallow_clone()),
+            bias: self.bias.as_ref().map(Tensor::shallow_clone),
+            adapter: self.adapter.as_ref().map(|l| LowRank {
+                a: l.a.shallow_clone(),
+                b: l.b.shallow_clone(),
+                scale: l.scale,
+                dropout: l.dropout,
+            }),
+        }
+    }
+}
+
 impl Linear {
     /// (out, in).
     pub fn shape(&self) -> (i64, i64) {
@@ -41,22 +59,6 @@ impl Linear {
             bias: self.bias.as_ref(),
             low_rank: self.adapter.as_ref(),
             dropout_seed: micro_batch_seed.map(|seed| own_seed(seed, &self.name)),
-        }
-    }
-
-    /// Another handle to the same tensors.
-    pub(super) fn shallow_clone(&self) -> Self {
-        let Weight::Dense(weight) = &self.weight;
-        Self {
-            name: self.name.clone(),
-            weight: Weight::Dense(weight.shallow_clone()),
-            bias: self.bias.as_ref().map(Tensor::shallow_clone),
-            adapter: self.adapter.as_ref().map(|l| LowRank {
-                a: l.a.shallow_clone(),
-                b: l.b.shallow_clone(),
-                scale: l.scale,
-                dropout: l.dropout,
-            }),
         }
     }
 

@@ -8,12 +8,15 @@
 pub mod families;
 pub mod spec;
 
+mod attention;
 mod cache;
 mod decoder;
+mod feed_forward;
 mod fit;
 mod generate;
 mod layer;
 mod linear;
+mod load;
 mod position;
 
 pub use crate::ops::Documents;

@@ -12,12 +12,12 @@ use crate::ops::{Documents, rope::Rotation};
 impl Rope {
     /// Cosines and sines (T, rotated/2), fp32, of `positions` (T).
     ///
-    /// Dynamic scaling depends on how long a document is; each document gets its own, so that it does not matter
+    /// Dynamic scaling and LongRoPE depend on how long a document is; each document gets its own, so that it does not matter
     /// what it is packed with. `documents` end where their last position is.
     pub fn rotation(&self, positions: &Tensor, documents: &Documents) -> Rotation {
         let device = positions.device();
         let angles = match &self.scaling {
-            RopeScaling::Dynamic { original, .. } => {
+            RopeScaling::Dynamic { original, .. } | RopeScaling::LongRope { original, .. } => {
                 let parts: Vec<Tensor> = documents
                     .spans()
                     .filter(|(_, length)| *length > 0)
@@ -32,12 +32,14 @@ impl Rope {
             _ => angles(positions, &self.frequencies(0, device)),
         };
         let scale = self.attention_factor();
-        Rotation { cos: angles.cos() * scale, sin: angles.sin() * scale }
+        Rotation { layout: self.layout, cos: angles.cos() * scale, sin: angles.sin() * scale }
     }
 
     fn attention_factor(&self) -> f64 {
         match self.scaling {
-            RopeScaling::Yarn { attention_factor, .. } => attention_factor,
+            RopeScaling::Yarn { attention_factor, .. } | RopeScaling::LongRope { attention_factor, .. } => {
+                attention_factor
+            }
             RopeScaling::None
             | RopeScaling::Linear { .. }
             | RopeScaling::Dynamic { .. }
@@ -45,11 +47,16 @@ impl Rope {
         }
     }
 
-    /// Inverse frequencies (rotated/2), fp32; `length` matters to dynamic scaling only.
+    /// Inverse frequencies (rotated/2), fp32; `length` matters to dynamic scaling and LongRoPE only.
     fn frequencies(&self, length: i64, device: Device) -> Tensor {
         let dims = self.rotated as f64;
         let plain = |theta: f64| powers(theta, self.rotated, device).reciprocal();
         match self.scaling {
+            RopeScaling::LongRope { ref short, ref long, original, .. } => {
+                let factors = if length > original { long } else { short };
+                let factors = Tensor::from_slice(factors).to_kind(Kind::Float).to_device(device);
+                (factors * powers(self.theta, self.rotated, device)).reciprocal()
+            }
             RopeScaling::None => plain(self.theta),
             RopeScaling::Linear { factor } => plain(self.theta) / factor,
             RopeScaling::Dynamic { factor, original } => {

@@ -1,11 +1,14 @@
 //! What a decoder is, as data. Expanded per layer, so the forward does no layer-index arithmetic.
 //!
 //! ```text
-//! Residual::Sequential:   h ──┬─ norm ─ attention ──(+)──┬─ norm ─ feed-forward ──(+)──>
-//!                             └──────────────────────┘   └────────────────────────┘
+//! Residual::Sequential:   h ──┬─ norm? ─ attention ─ norm? ─ x m ──(+)──┬─ norm? ─ feed-forward ─ norm? ─ x m ──(+)──>
+//!                             └────────────────────────────────────┘   └───────────────────────────────────────┘
+//! Residual::Parallel:     h ──┬─ norm ─ attention ──────(+)──>
+//!                             ├─ norm ─ feed-forward ────┤
+//!                             └──────────────────────────┘
 //! ```
 
-use crate::ops::Activation;
+use crate::ops::{Activation, LogitMap, RopeLayout};
 
 /// A whole decoder.
 #[derive(Debug, Clone, PartialEq)]
@@ -18,8 +21,8 @@ pub struct ModelSpec {
     pub vocab_size: i64,
     /// Longest document the base was made for, in tokens.
     pub max_position_embeddings: i64,
-    /// Tensor name of the token embedding (V, D).
-    pub embedding: String,
+    /// From token ids to the stream.
+    pub embedding: EmbeddingSpec,
     /// The blocks, in order.
     pub layers: Vec<LayerSpec>,
     /// After the last block.
@@ -28,6 +31,17 @@ pub struct ModelSpec {
     pub head: HeadSpec,
     /// Tensors a checkpoint may hold that mean nothing here (old buffers), by the end of their name.
     pub ignored_suffixes: Vec<&'static str>,
+}
+
+/// From token ids to the stream.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EmbeddingSpec {
+    /// Tensor name of the token embedding (V, D).
+    pub weight: String,
+    /// Embeddings are multiplied by this, rounded to their number type first.
+    pub scale: f64,
+    /// Applied to the embeddings.
+    pub norm: Option<NormSpec>,
 }
 
 /// One block.
@@ -49,24 +63,69 @@ pub struct LayerSpec {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Attention {
     /// Grouped heads (arXiv:2305.13245); all heads their own when `kv_heads == heads`.
-    Grouped {
-        /// N.
-        heads: i64,
-        /// K.
-        kv_heads: i64,
-        /// H.
-        head_size: i64,
-        /// Scores are multiplied by this.
-        scale: f64,
+    Grouped(GroupedAttention),
+}
+
+/// Grouped heads.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GroupedAttention {
+    /// N.
+    pub heads: i64,
+    /// K.
+    pub kv_heads: i64,
+    /// H.
+    pub head_size: i64,
+    /// Scores are multiplied by this.
+    pub scale: f64,
+    /// Scores become `c tanh(score / c)`.
+    pub soft_cap: Option<f64>,
+    /// From the stream to queries, keys and values.
+    pub projection: Projection,
+    /// (D, N H).
+    pub output: LinearSpec,
+    /// Norms of queries and keys, before they are rotated.
+    pub query_key_norm: Option<QueryKeyNorm>,
+    /// Queries grow with their position.
+    pub temperature: Option<Temperature>,
+}
+
+/// How a checkpoint stores queries, keys and values. What is fused stays fused: a low-rank update of the whole is not one of
+/// its parts.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Projection {
+    /// Each its own.
+    Separate {
         /// (N H, D).
         query: LinearSpec,
         /// (K H, D).
         key: LinearSpec,
         /// (K H, D).
         value: LinearSpec,
-        /// (D, N H).
-        output: LinearSpec,
     },
+    /// One weight ((N + 2 K) H, D): all queries, then all keys, then all values.
+    Fused(LinearSpec),
+    /// One weight (K (G + 2) H, D): for each key/value head its G queries, its key, its value.
+    PerHead(LinearSpec),
+}
+
+/// Norms of queries and keys.
+#[derive(Debug, Clone, PartialEq)]
+pub struct QueryKeyNorm {
+    /// Of queries.
+    pub query: NormSpec,
+    /// Of keys.
+    pub key: NormSpec,
+}
+
+/// Queries at position p are multiplied by `1 + growth * ln(1 + floor((p + first) / every))` (arXiv:2501.19399).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Temperature {
+    /// How fast.
+    pub growth: f64,
+    /// Positions of a step.
+    pub every: i64,
+    /// Number of a document's first position.
+    pub first: i64,
 }
 
 /// How positions enter.
@@ -74,6 +133,17 @@ pub enum Attention {
 pub enum Position {
     /// Rotary (arXiv:2104.09864).
     Rope(Rope),
+    /// Biases linear in the distance (arXiv:2108.12409).
+    Alibi {
+        /// Of each head.
+        slopes: Vec<f64>,
+        /// Whether slopes and biases are rounded to bf16.
+        rounded: bool,
+        /// Biases are multiplied by this.
+        scale: f64,
+    },
+    /// Not at all: the mask alone tells tokens apart.
+    None,
 }
 
 /// Rotary position embedding.
@@ -81,8 +151,10 @@ pub enum Position {
 pub struct Rope {
     /// Base of the wavelengths.
     pub theta: f64,
-    /// How many of a head's H elements rotate.
+    /// How many of a head's H elements rotate: the first ones.
     pub rotated: i64,
+    /// Which of them turn together.
+    pub layout: RopeLayout,
     /// How it reaches beyond the length it was trained for.
     pub scaling: RopeScaling,
 }
@@ -119,6 +191,17 @@ pub enum RopeScaling {
         /// Whether the correction range is rounded to whole dimensions.
         truncate: bool,
     },
+    /// LongRoPE (arXiv:2402.13753): wavelengths stretched one by one, in documents longer than `original` by other factors.
+    LongRope {
+        /// Of documents of at most `original` tokens.
+        short: Vec<f64>,
+        /// Of longer ones.
+        long: Vec<f64>,
+        /// Length the base was trained for, in tokens.
+        original: i64,
+        /// Cosines and sines are multiplied by this.
+        attention_factor: f64,
+    },
     /// Llama 3.1's: long wavelengths divided, short ones kept, a ramp between.
     Llama3 {
         /// The factor.
@@ -142,55 +225,104 @@ pub enum Mask {
         /// Tokens in sight.
         window: i64,
     },
-}
-
-impl Mask {
-    /// Tokens in sight, where limited.
-    pub fn window(self) -> Option<i64> {
-        match self {
-            Mask::Full => None,
-            Mask::Sliding { window } => Some(window),
-        }
-    }
+    /// Every token at itself and those before it in its chunk; a document's chunks begin at multiples of `size`.
+    Chunked {
+        /// Tokens of a chunk.
+        size: i64,
+    },
 }
 
 /// What happens to each token alone.
 #[derive(Debug, Clone, PartialEq)]
 pub enum FeedForward {
-    /// `down(act(gate(x)) * up(x))` (arXiv:2002.05202).
-    Gated {
-        /// Of the gate.
+    /// `down(act(up(x)))`.
+    Plain {
+        /// Of what `up` gives.
         activation: Activation,
-        /// (F, D).
-        gate: LinearSpec,
         /// (F, D).
         up: LinearSpec,
         /// (D, F).
         down: LinearSpec,
     },
+    /// `down(act(gate(x)) * up(x))` (arXiv:2002.05202).
+    Gated {
+        /// Of the gate.
+        activation: Activation,
+        /// Gate and up.
+        projection: GateUp,
+        /// (D, F).
+        down: LinearSpec,
+    },
+}
+
+/// How a checkpoint stores gate and up.
+#[derive(Debug, Clone, PartialEq)]
+pub enum GateUp {
+    /// Each its own.
+    Separate {
+        /// (F, D).
+        gate: LinearSpec,
+        /// (F, D).
+        up: LinearSpec,
+    },
+    /// One weight (2 F, D): gate, then up.
+    Fused(LinearSpec),
 }
 
 /// How a block's two halves are added to the stream.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Residual {
-    /// Each half reads a norm of the stream and is added to it.
+    /// One after the other.
     Sequential {
-        /// Before attention.
-        attention_norm: NormSpec,
+        /// Around attention.
+        attention: Around,
+        /// Around the feed-forward.
+        feed_forward: Around,
+        /// What each half gives is multiplied by this.
+        multiplier: f64,
+    },
+    /// Both read the same stream (GPT-J's).
+    Parallel {
+        /// Before attention, and before the feed-forward unless that has its own.
+        norm: NormSpec,
         /// Before the feed-forward.
-        feed_forward_norm: NormSpec,
+        feed_forward_norm: Option<NormSpec>,
     },
 }
 
-/// An RMSNorm.
+/// Norms before and after a half of a block.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Around {
+    /// Of what it reads.
+    pub before: Option<NormSpec>,
+    /// Of what it gives, before that is added.
+    pub after: Option<NormSpec>,
+}
+
+/// A norm.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NormSpec {
-    /// Tensor name of its weight.
-    pub weight: String,
-    /// Elements of the weight.
-    pub width: i64,
+    /// Tensor names of its weights (D), or of each head's where there are several.
+    pub weights: Vec<String>,
+    /// Shape of each weight: (D), or (N, D) where one tensor holds those of all heads.
+    pub shape: Vec<i64>,
+    /// Tensor name of its bias (D).
+    pub bias: Option<String>,
     /// Added to the mean square.
     pub eps: f64,
+    /// What is computed.
+    pub kind: NormKind,
+}
+
+/// What a norm computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormKind {
+    /// `x / rms(x) * w`.
+    Rms,
+    /// `x / rms(x) * (1 + w)`.
+    RmsOffset,
+    /// `(x - mean(x)) / deviation(x) * w + b`.
+    Layer,
 }
 
 /// A linear layer.
@@ -213,4 +345,8 @@ pub struct HeadSpec {
     pub name: String,
     /// Whether it shares the embedding's weight.
     pub tied: bool,
+    /// Whether there is a bias (V).
+    pub bias: bool,
+    /// What becomes of its products.
+    pub map: LogitMap,
 }

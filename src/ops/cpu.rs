@@ -7,6 +7,7 @@ use multiversion::multiversion;
 use multiversion::target::target_cfg_f;
 use tch::{Device, Kind, Tensor};
 
+use super::rope::{RopeLayout, Rotation};
 use crate::torch_ext::{Element, elements, filled, filled_many, filled_pair};
 
 /// A stored number: widened to fp32 for arithmetic, rounded to nearest even when stored.
@@ -119,110 +120,148 @@ fn sigmoid(x: f32, fused: bool) -> f32 {
     1.0 / (1.0 + exp(-x, fused))
 }
 
-/// RMSNorm: y (T, D) and 1/rms (T, 1) of x (T, D) with w (D).
-pub(super) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
-    by_kind!(x.kind(), rms_norm_of(x, weight, eps as f32))
+/// RMSNorm, or LayerNorm where `centred`: y (T, D) and each row's mean and 1/deviation (T, 2), of x (T, D) with w (P, D), b (D).
+pub(super) fn norm(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64, centred: bool) -> (Tensor, Tensor) {
+    by_kind!(x.kind(), norm_of(x, weight, bias, eps as f32, centred))
 }
 
-fn rms_norm_of<S: Stored>(x: &Tensor, weight: &Tensor, eps: f32) -> (Tensor, Tensor) {
+fn norm_of<S: Stored>(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f32, centred: bool) -> (Tensor, Tensor) {
     let (rows, width) = x.size2().expect("(T, D)");
-    assert_eq!(weight.numel() as i64, width, "a norm's weight is as wide as what it norms");
-    let (x, weight, d) = (elements::<S>(x), elements::<S>(weight), width as usize);
-    let [y, rstd] = filled_pair::<S, f32>(&[rows, width], &[rows, 1], |range, y, rstd| {
-        rms_norm_rows(&x[range.start * d..range.end * d], weight, eps, y, rstd);
+    let (w, bias, d) = (Turns::new(weight, width), bias.map(elements::<f32>), width as usize);
+    let x = elements::<S>(x);
+    let [y, stats] = filled_pair::<S, f32>(&[rows, width], &[rows, 2], |range, y, stats| {
+        let x = &x[range.start * d..range.end * d];
+        norm_stats(x, d, eps, centred, stats);
+        norm_rows(x, w.from(range.start), bias, stats, y);
     });
-    (y, rstd)
+    (y, stats)
 }
 
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn rms_norm_rows<S: Stored>(x: &[S], weight: &[S], eps: f32, y: &mut [S], rstd: &mut [f32]) {
-    let d = weight.len();
-    for ((x, y), rstd) in x.chunks_exact(d).zip(y.chunks_exact_mut(d)).zip(rstd) {
-        let squares = sum(d, |i| x[i].wide() * x[i].wide());
-        *rstd = 1.0 / (squares / d as f32 + eps).sqrt();
-        for i in 0..d {
-            y[i] = S::rounded(x[i].wide() * *rstd * weight[i].wide());
-        }
-    }
+/// y (T, D) of [`norm`] again, from the kept statistics (T, 2).
+pub(super) fn norm_again(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, stats: &Tensor) -> Tensor {
+    by_kind!(x.kind(), norm_again_of(x, weight, bias, stats))
 }
 
-/// y (T, D) of [`rms_norm`] again, from the kept 1/rms (T, 1).
-pub(super) fn rms_norm_again(x: &Tensor, weight: &Tensor, rstd: &Tensor) -> Tensor {
-    by_kind!(x.kind(), rms_norm_again_of(x, weight, rstd))
-}
-
-fn rms_norm_again_of<S: Stored>(x: &Tensor, weight: &Tensor, rstd: &Tensor) -> Tensor {
-    let d = weight.numel();
-    let (size, x, weight, rstd) = (x.size(), elements::<S>(x), elements::<S>(weight), elements::<f32>(rstd));
+fn norm_again_of<S: Stored>(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, stats: &Tensor) -> Tensor {
+    let (size, d) = (x.size(), x.size()[1] as usize);
+    let (w, bias) = (Turns::new(weight, d as i64), bias.map(elements::<f32>));
+    let (x, stats) = (elements::<S>(x), elements::<f32>(stats));
     filled::<S>(&size, |range, y| {
-        rms_norm_again_rows(&x[range.start * d..range.end * d], weight, &rstd[range], y);
+        let stats = &stats[range.start * 2..range.end * 2];
+        norm_rows(&x[range.start * d..range.end * d], w.from(range.start), bias, stats, y);
     })
 }
 
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn rms_norm_again_rows<S: Stored>(x: &[S], weight: &[S], rstd: &[f32], y: &mut [S]) {
-    let d = weight.len();
-    for ((x, y), rstd) in x.chunks_exact(d).zip(y.chunks_exact_mut(d)).zip(rstd) {
-        for i in 0..d {
-            y[i] = S::rounded(x[i].wide() * rstd * weight[i].wide());
-        }
-    }
+/// dx (T, D) of [`norm`].
+pub(super) fn norm_backward(dy: &Tensor, x: &Tensor, weight: &Tensor, stats: &Tensor, centred: bool) -> Tensor {
+    by_kind!(x.kind(), norm_backward_of(dy, x, weight, stats, centred))
 }
 
-/// dx (T, D) of [`rms_norm`].
-pub(super) fn rms_norm_backward(dy: &Tensor, x: &Tensor, weight: &Tensor, rstd: &Tensor) -> Tensor {
-    by_kind!(x.kind(), rms_norm_backward_of(dy, x, weight, rstd))
-}
-
-fn rms_norm_backward_of<S: Stored>(dy: &Tensor, x: &Tensor, weight: &Tensor, rstd: &Tensor) -> Tensor {
-    let d = weight.numel();
-    let size = x.size();
-    let (dy, x, weight, rstd) = (elements::<S>(dy), elements::<S>(x), elements::<S>(weight), elements::<f32>(rstd));
+fn norm_backward_of<S: Stored>(dy: &Tensor, x: &Tensor, weight: &Tensor, stats: &Tensor, centred: bool) -> Tensor {
+    let (size, d) = (x.size(), x.size()[1] as usize);
+    let w = Turns::new(weight, d as i64);
+    let (dy, x, stats) = (elements::<S>(dy), elements::<S>(x), elements::<f32>(stats));
     filled::<S>(&size, |range, dx| {
         let span = range.start * d..range.end * d;
-        rms_norm_backward_rows(&dy[span.clone()], &x[span], weight, &rstd[range], dx);
+        let stats = &stats[range.start * 2..range.end * 2];
+        norm_backward_rows(&dy[span.clone()], &x[span], w.from(range.start), stats, centred, dx);
     })
 }
 
+/// Weights (P, D) of which row i takes the one numbered i mod P.
+#[derive(Clone, Copy)]
+struct Turns<'a> {
+    weights: &'a [f32],
+    width: usize,
+    /// Which one the first row takes.
+    first: usize,
+}
+
+impl<'a> Turns<'a> {
+    fn new(weight: &'a Tensor, width: i64) -> Self {
+        let of = weight.size().last().copied().unwrap_or(0);
+        assert_eq!(of, width, "a norm's weight is as wide as what it norms");
+        Self { weights: elements::<f32>(weight), width: width as usize, first: 0 }
+    }
+
+    fn from(self, row: usize) -> Self {
+        Self { first: row, ..self }
+    }
+
+    #[inline(always)]
+    fn of(&self, row: usize) -> &'a [f32] {
+        let turn = (self.first + row) % (self.weights.len() / self.width);
+        &self.weights[turn * self.width..(turn + 1) * self.width]
+    }
+}
+
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn rms_norm_backward_rows<S: Stored>(dy: &[S], x: &[S], weight: &[S], rstd: &[f32], dx: &mut [S]) {
-    let d = weight.len();
-    let rows = dy.chunks_exact(d).zip(x.chunks_exact(d)).zip(dx.chunks_exact_mut(d)).zip(rstd);
-    for (((dy, x), dx), rstd) in rows {
-        let dot = sum(d, |i| dy[i].wide() * weight[i].wide() * x[i].wide());
-        let mean = dot * rstd * rstd / d as f32;
-        for i in 0..d {
-            dx[i] = S::rounded((dy[i].wide() * weight[i].wide() - x[i].wide() * mean) * rstd);
+fn norm_stats<S: Stored>(x: &[S], d: usize, eps: f32, centred: bool, stats: &mut [f32]) {
+    for (x, stats) in x.chunks_exact(d).zip(stats.chunks_exact_mut(2)) {
+        let mean = if centred { sum(d, |i| x[i].wide()) / d as f32 } else { 0.0 };
+        let squares = sum(d, |i| (x[i].wide() - mean) * (x[i].wide() - mean));
+        stats[0] = mean;
+        stats[1] = 1.0 / (squares / d as f32 + eps).sqrt();
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
+fn norm_rows<S: Stored>(x: &[S], weights: Turns<'_>, bias: Option<&[f32]>, stats: &[f32], y: &mut [S]) {
+    let d = weights.width;
+    let rows = x.chunks_exact(d).zip(y.chunks_exact_mut(d)).zip(stats.chunks_exact(2));
+    for (row, ((x, y), stats)) in rows.enumerate() {
+        let (weight, mean, scale) = (weights.of(row), stats[0], stats[1]);
+        match bias {
+            None => (0..d).for_each(|i| y[i] = S::rounded((x[i].wide() - mean) * scale * weight[i])),
+            Some(bias) => (0..d).for_each(|i| y[i] = S::rounded((x[i].wide() - mean) * scale * weight[i] + bias[i])),
         }
     }
 }
 
-/// x (T, N, H) rotated by cos and sin (T, C), C at most H/2; `direction` -1 turns back.
-pub(super) fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor, direction: f32) -> Tensor {
-    by_kind!(x.kind(), rotate_of(x, cos, sin, direction))
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
+fn norm_backward_rows<S: Stored>(dy: &[S], x: &[S], weights: Turns<'_>, stats: &[f32], centred: bool, dx: &mut [S]) {
+    let d = weights.width;
+    let rows = dy.chunks_exact(d).zip(x.chunks_exact(d)).zip(dx.chunks_exact_mut(d)).zip(stats.chunks_exact(2));
+    for (row, (((dy, x), dx), stats)) in rows.enumerate() {
+        let (weight, mean, scale) = (weights.of(row), stats[0], stats[1]);
+        let dot = sum(d, |i| dy[i].wide() * weight[i] * (x[i].wide() - mean));
+        let along = dot * scale * scale / d as f32;
+        let shift = if centred { sum(d, |i| dy[i].wide() * weight[i]) / d as f32 } else { 0.0 };
+        for i in 0..d {
+            dx[i] = S::rounded((dy[i].wide() * weight[i] - shift - (x[i].wide() - mean) * along) * scale);
+        }
+    }
 }
 
-fn rotate_of<S: Stored>(x: &Tensor, cos: &Tensor, sin: &Tensor, direction: f32) -> Tensor {
+/// x (T, N, H) rotated; `direction` -1 turns back.
+pub(super) fn rotate(x: &Tensor, rotation: &Rotation, direction: f32) -> Tensor {
+    by_kind!(x.kind(), rotate_of(x, rotation, direction))
+}
+
+fn rotate_of<S: Stored>(x: &Tensor, rotation: &Rotation, direction: f32) -> Tensor {
     let (_, heads, head) = x.size3().expect("(T, N, H)");
-    let half = cos.size()[1] as usize;
+    let (half, layout) = (rotation.cos.size()[1] as usize, rotation.layout);
     let (size, row, head) = (x.size(), (heads * head) as usize, head as usize);
-    let (x, cos, sin) = (elements::<S>(x), elements::<f32>(cos), elements::<f32>(sin));
+    let (x, cos, sin) = (elements::<S>(x), elements::<f32>(&rotation.cos), elements::<f32>(&rotation.sin));
     filled::<S>(&size, |range, y| {
+        let x = &x[range.start * row..range.end * row];
         let angles = range.start * half..range.end * half;
-        rotate_rows(
-            &x[range.start * row..range.end * row],
-            &cos[angles.clone()],
-            &sin[angles],
-            row,
-            head,
-            direction,
-            y,
-        );
+        let tables = (&cos[angles.clone()], &sin[angles]);
+        match layout {
+            RopeLayout::Halves => rotate_halves(x, tables, (row, head), direction, y),
+            RopeLayout::Pairs => rotate_pairs(x, tables, (row, head), direction, y),
+        }
     })
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn rotate_rows<S: Stored>(x: &[S], cos: &[f32], sin: &[f32], row: usize, head: usize, direction: f32, y: &mut [S]) {
+fn rotate_halves<S: Stored>(
+    x: &[S],
+    (cos, sin): (&[f32], &[f32]),
+    (row, head): (usize, usize),
+    direction: f32,
+    y: &mut [S],
+) {
     let half = cos.len() * row / x.len().max(1);
     let tokens =
         x.chunks_exact(row).zip(y.chunks_exact_mut(row)).zip(cos.chunks_exact(half).zip(sin.chunks_exact(half)));
@@ -234,6 +273,31 @@ fn rotate_rows<S: Stored>(x: &[S], cos: &[f32], sin: &[f32], row: usize, head: u
                 let (c, s) = (cos[i], sin[i] * direction);
                 y1[i] = S::rounded(x1[i].wide() * c - x2[i].wide() * s);
                 y2[i] = S::rounded(x2[i].wide() * c + x1[i].wide() * s);
+            }
+            still_y.copy_from_slice(still);
+        }
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
+fn rotate_pairs<S: Stored>(
+    x: &[S],
+    (cos, sin): (&[f32], &[f32]),
+    (row, head): (usize, usize),
+    direction: f32,
+    y: &mut [S],
+) {
+    let half = cos.len() * row / x.len().max(1);
+    let tokens =
+        x.chunks_exact(row).zip(y.chunks_exact_mut(row)).zip(cos.chunks_exact(half).zip(sin.chunks_exact(half)));
+    for ((x, y), (cos, sin)) in tokens {
+        for (x, y) in x.chunks_exact(head).zip(y.chunks_exact_mut(head)) {
+            let ((x, still), (y, still_y)) = (x.split_at(2 * half), y.split_at_mut(2 * half));
+            for i in 0..half {
+                let (c, s) = (cos[i], sin[i] * direction);
+                let (first, second) = (x[2 * i].wide(), x[2 * i + 1].wide());
+                y[2 * i] = S::rounded(first * c - second * s);
+                y[2 * i + 1] = S::rounded(second * c + first * s);
             }
             still_y.copy_from_slice(still);
         }

@@ -12,13 +12,46 @@ use crate::torch_ext::custom;
 /// Bytes of fp32 logits that may exist at once.
 const CHUNK_BYTES: i64 = 64 << 20;
 
-/// The summed loss, times `scale`, of predicting `targets` (S) i64 from `hidden` (S, D) through `head` (V, D): an fp32 scalar.
-pub fn cross_entropy(hidden: &Tensor, head: Operand<'_>, targets: &Tensor, scale: f64) -> Tensor {
-    let rows = CHUNK_BYTES / (4 * head.weight.size()[0]);
-    in_chunks_of(rows.max(1), hidden, head, targets, scale)
+/// What becomes of the head's products before they are logits.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LogitMap {
+    /// They are multiplied by this.
+    pub scale: f64,
+    /// Then become `c tanh(logit / c)` (arXiv:2408.00118).
+    pub soft_cap: Option<f64>,
 }
 
-fn in_chunks_of(chunk: i64, hidden: &Tensor, head: Operand<'_>, targets: &Tensor, scale: f64) -> Tensor {
+impl LogitMap {
+    /// Products are logits.
+    pub const PLAIN: Self = Self { scale: 1.0, soft_cap: None };
+
+    /// Logits, fp32, of products (C, V).
+    pub fn logits(self, products: &Tensor) -> Tensor {
+        let logits = products.to_kind(Kind::Float);
+        let logits = if self.scale == 1.0 { logits } else { logits * self.scale };
+        match self.soft_cap {
+            Some(cap) => (logits / cap).tanh() * cap,
+            None => logits,
+        }
+    }
+
+    /// The gradient of the products from that of the logits.
+    fn backward(self, dlogits: Tensor, logits: &Tensor) -> Tensor {
+        let dlogits = match self.soft_cap {
+            Some(cap) => dlogits * ((logits / cap).square().neg() + 1.0),
+            None => dlogits,
+        };
+        if self.scale == 1.0 { dlogits } else { dlogits * self.scale }
+    }
+}
+
+/// The summed loss, times `scale`, of predicting `targets` (S) i64 from `hidden` (S, D) through `head` (V, D): an fp32 scalar.
+pub fn cross_entropy(hidden: &Tensor, head: Operand<'_>, map: LogitMap, targets: &Tensor, scale: f64) -> Tensor {
+    let rows = CHUNK_BYTES / (4 * head.weight.size()[0]);
+    in_chunks_of(rows.max(1), hidden, head, map, targets, scale)
+}
+
+fn in_chunks_of(chunk: i64, hidden: &Tensor, head: Operand<'_>, map: LogitMap, targets: &Tensor, scale: f64) -> Tensor {
     let mut inputs = vec![hidden];
     inputs.extend(factors(&[head]));
     let wants_gradients = crate::torch_ext::records_graph(&inputs);
@@ -36,7 +69,7 @@ fn in_chunks_of(chunk: i64, hidden: &Tensor, head: Operand<'_>, targets: &Tensor
             let h = hidden.narrow(0, start, length);
             let target = targets.narrow(0, start, length);
             let (logits, u) = group.forward(&h, None);
-            let (losses, dlogits) = softmax(&logits[0], &target, scale, wants_gradients);
+            let (losses, dlogits) = softmax(&logits[0], map, &target, scale, wants_gradients);
             loss += losses.sum(Kind::Float) * scale;
             if let Some(dlogits) = dlogits {
                 let (dh, df) = group.backward(|_| h.shallow_clone(), u.as_ref(), &[dlogits], wants_dhidden);
@@ -63,20 +96,26 @@ fn in_chunks_of(chunk: i64, hidden: &Tensor, head: Operand<'_>, targets: &Tensor
     .remove(0)
 }
 
-/// Each row's loss (C, 1), fp32, and, if wanted, `scale * (softmax - one-hot)` (C, V), of logits (C, V) and targets (C).
-fn softmax(logits: &Tensor, targets: &Tensor, scale: f64, wants_gradients: bool) -> (Tensor, Option<Tensor>) {
-    if wants_gradients && cpu::serves(&[logits]) {
-        let (losses, gradient) = cpu::softmax_cross_entropy(logits, targets, scale);
+/// Each row's loss (C, 1), fp32, and, if wanted, the gradient (C, V) of `scale` times it, of products (C, V) and targets (C).
+fn softmax(
+    products: &Tensor,
+    map: LogitMap,
+    targets: &Tensor,
+    scale: f64,
+    wants_gradients: bool,
+) -> (Tensor, Option<Tensor>) {
+    if wants_gradients && map == LogitMap::PLAIN && cpu::serves(&[products]) {
+        let (losses, gradient) = cpu::softmax_cross_entropy(products, targets, scale);
         return (losses, Some(gradient));
     }
     let targets = targets.unsqueeze(1); // (C, 1)
-    let wide = logits.to_kind(Kind::Float);
-    let logsumexp = wide.logsumexp([1i64].as_slice(), true); // (C, 1)
-    let losses = &logsumexp - wide.gather(1, &targets, false);
+    let logits = map.logits(products);
+    let logsumexp = logits.logsumexp([1i64].as_slice(), true); // (C, 1)
+    let losses = &logsumexp - logits.gather(1, &targets, false);
     let gradient = wants_gradients.then(|| {
-        let mut gradient = (wide - logsumexp).exp_();
+        let mut gradient = (&logits - logsumexp).exp_();
         let _ = gradient.scatter_add_(1, &targets, &Tensor::full_like(&targets, -1).to_kind(Kind::Float));
-        (gradient * scale).to_kind(logits.kind())
+        map.backward(gradient * scale, &logits).to_kind(products.kind())
     });
     (losses, gradient)
 }
@@ -87,8 +126,9 @@ mod tests {
     use crate::ops::LowRank;
     use crate::ops::testing::{check, randn};
 
-    fn twin(hidden: &Tensor, weight: &Tensor, targets: &Tensor, scale: f64) -> Tensor {
-        let logits = hidden.matmul(&weight.tr()).to_kind(Kind::Float);
+    fn twin(hidden: &Tensor, weight: &Tensor, map: LogitMap, targets: &Tensor, scale: f64) -> Tensor {
+        let logits = hidden.matmul(&weight.tr()).to_kind(Kind::Float) * map.scale;
+        let logits = map.soft_cap.map_or_else(|| logits.shallow_clone(), |cap| (&logits / cap).tanh() * cap);
         logits.cross_entropy_loss::<Tensor>(targets, None, tch::Reduction::Sum, -100, 0.0) * scale
     }
 
@@ -97,15 +137,19 @@ mod tests {
         let (rows, d, v) = (70, 8, 501);
         let weight = |kind| (randn(&[v, d], 2) * 0.3).to_kind(kind);
         let targets = Tensor::from_slice(&(0..rows).map(|i| i * 7001 % v).collect::<Vec<i64>>());
-        check(
-            &[randn(&[rows, d], 1)],
-            |kind, x| {
-                let w = weight(kind);
-                let head = Operand { weight: &w, bias: None, low_rank: None, dropout_seed: None };
-                vec![in_chunks_of(32, &x[0], head, &targets, 0.1)]
-            },
-            |kind, x| vec![twin(&x[0], &weight(kind), &targets, 0.1)],
-        );
+        for map in
+            [LogitMap::PLAIN, LogitMap { scale: 0.25, soft_cap: None }, LogitMap { scale: 1.5, soft_cap: Some(2.0) }]
+        {
+            check(
+                &[randn(&[rows, d], 1)],
+                |kind, x| {
+                    let w = weight(kind);
+                    let head = Operand { weight: &w, bias: None, low_rank: None, dropout_seed: None };
+                    vec![in_chunks_of(32, &x[0], head, map, &targets, 0.1)]
+                },
+                |kind, x| vec![twin(&x[0], &weight(kind), map, &targets, 0.1)],
+            );
+        }
     }
 
     #[test]
@@ -120,9 +164,9 @@ mod tests {
                 let l =
                     LowRank { a: x[1].to_kind(Kind::Float), b: x[2].to_kind(Kind::Float), scale: 2.0, dropout: 0.0 };
                 let head = Operand { weight: &w, bias: None, low_rank: Some(&l), dropout_seed: None };
-                vec![cross_entropy(&x[0], head, &targets, 0.1)]
+                vec![cross_entropy(&x[0], head, LogitMap::PLAIN, &targets, 0.1)]
             },
-            |kind, x| vec![twin(&x[0], &(weight(kind) + x[2].matmul(&x[1]) * 2.0), &targets, 0.1)],
+            |kind, x| vec![twin(&x[0], &(weight(kind) + x[2].matmul(&x[1]) * 2.0), LogitMap::PLAIN, &targets, 0.1)],
         );
     }
 
@@ -131,7 +175,8 @@ mod tests {
         let hidden = randn(&[0, 8], 1).set_requires_grad(true);
         let w = randn(&[5, 8], 2);
         let head = Operand { weight: &w, bias: None, low_rank: None, dropout_seed: None };
-        let loss = cross_entropy(&hidden, head, &Tensor::zeros([0], (Kind::Int64, tch::Device::Cpu)), 1.0);
+        let loss =
+            cross_entropy(&hidden, head, LogitMap::PLAIN, &Tensor::zeros([0], (Kind::Int64, tch::Device::Cpu)), 1.0);
         assert_eq!(loss.double_value(&[]), 0.0);
         loss.backward();
     }

@@ -1,4 +1,5 @@
-//! The gated feed-forward's second half: `Y = (act(G) * U) W^T + updates + residual` (arXiv:2002.05202).
+//! The feed-forward's second half: `Y = (act(G) * U) W^T + updates (+ residual)` (arXiv:2002.05202), or without U where there is
+//! no gate.
 //!
 //! Keeps G and U; the product is made again in backward and the gradients take the place of what they came from.
 
@@ -20,21 +21,24 @@ pub enum Activation {
 }
 
 impl Activation {
-    /// `act(gate) * up` (T, F). No graph.
-    fn gated(self, gate: &Tensor, up: &Tensor) -> Tensor {
-        if self == Self::Silu && cpu::serves(&[gate, up]) {
-            return cpu::swiglu(gate, up);
+    /// `act(gate) * up` (T, F), or `act(gate)` without `up`. No graph.
+    fn gated(self, gate: &Tensor, up: Option<&Tensor>) -> Tensor {
+        match up {
+            Some(up) if self == Self::Silu && cpu::serves(&[gate, up]) => cpu::swiglu(gate, up),
+            Some(up) => self.forward(gate) * up,
+            None => self.forward(gate),
         }
-        self.forward(gate) * up
     }
 
     /// The gradients of gate and up from that of [`Activation::gated`], and its value again.
-    fn gated_backward(self, grad: &Tensor, gate: &Tensor, up: &Tensor) -> [Tensor; 3] {
+    fn gated_backward(self, grad: &Tensor, gate: &Tensor, up: Option<&Tensor>) -> (Tensor, Option<Tensor>, Tensor) {
+        let Some(up) = up else { return (self.backward(grad, gate), None, self.forward(gate)) };
         if self == Self::Silu && cpu::serves(&[gate, up, grad]) {
-            return cpu::swiglu_backward(grad, gate, up);
+            let [dgate, dup, product] = cpu::swiglu_backward(grad, gate, up);
+            return (dgate, Some(dup), product);
         }
         let activated = self.forward(gate);
-        [self.backward(&(grad * up), gate), grad * &activated, activated * up]
+        (self.backward(&(grad * up), gate), Some(grad * &activated), activated * up)
     }
 
     fn forward(self, x: &Tensor) -> Tensor {
@@ -54,38 +58,38 @@ impl Activation {
     }
 }
 
-/// Projects `act(gate) * up` (both (T, F)) by `operand` and adds `residual` (T, D).
+/// Projects `act(gate) * up` (both (T, F)), or `act(gate)` without `up`, by `operand` and adds `residual` (T, D).
 pub fn gated_projection(
     activation: Activation,
     gate: &Tensor,
-    up: &Tensor,
+    up: Option<&Tensor>,
     operand: Operand<'_>,
-    residual: &Tensor,
+    residual: Option<&Tensor>,
 ) -> Tensor {
     let group = Group::of(&[operand]);
-    let (outputs, u) = tch::no_grad(|| group.forward(&activation.gated(gate, up), Some(residual)));
-    let mut inputs = vec![gate, up, residual];
+    let (outputs, u) = tch::no_grad(|| group.forward(&activation.gated(gate, up), residual));
+    let mut inputs = vec![gate];
+    inputs.extend(up);
+    inputs.extend(residual);
     inputs.extend(factors(&[operand]));
-    let wants_dx = gate.requires_grad() || up.requires_grad();
-    let (gate, up) = (gate.detach(), up.detach());
+    let wants_dx = gate.requires_grad() || up.is_some_and(Tensor::requires_grad);
+    let has_residual = residual.is_some();
+    let (gate, up) = (gate.detach(), up.map(Tensor::detach));
     custom(c"engraft::gated_projection", &inputs, outputs, move |grads| {
         // The gradients of gate and up and the product itself come out of one pass, so the product is made when it is asked for.
-        let mut passed = [None, None];
-        let (_, dfactors) = group.backward(
-            |dx| match dx {
-                Some(dx) => {
-                    let [dgate, dup, product] = activation.gated_backward(dx, &gate, &up);
-                    passed = [Some(dgate), Some(dup)];
-                    product
-                }
-                None => activation.gated(&gate, &up),
-            },
-            u.as_ref(),
-            grads,
-            wants_dx,
-        );
-        let [dgate, dup] = passed;
-        let mut out = vec![dgate, dup, Some(grads[0].shallow_clone())];
+        let mut passed = (None, up.as_ref().map(|_| None));
+        let x = |dx: Option<&Tensor>| match dx {
+            Some(dx) => {
+                let (dgate, dup, product) = activation.gated_backward(dx, &gate, up.as_ref());
+                passed = (Some(dgate), dup.map(Some));
+                product
+            }
+            None => activation.gated(&gate, up.as_ref()),
+        };
+        let (_, dfactors) = group.backward(x, u.as_ref(), grads, wants_dx);
+        let mut out = vec![passed.0];
+        out.extend(passed.1);
+        out.extend(has_residual.then(|| Some(grads[0].shallow_clone())));
         out.extend(dfactors.into_iter().map(Some));
         out
     })
@@ -119,11 +123,16 @@ mod tests {
                     let weight = weight(kind);
                     let operand =
                         Operand { weight: &weight, bias: None, low_rank: Some(&low_rank), dropout_seed: None };
-                    vec![gated_projection(activation, &x[0], &x[1], operand, &x[2])]
+                    vec![
+                        gated_projection(activation, &x[0], Some(&x[1]), operand, Some(&x[2])),
+                        gated_projection(activation, &x[0], None, operand, None),
+                    ]
                 },
                 |kind, x| {
-                    let h = activation.forward(&x[0]) * &x[1];
-                    vec![h.matmul(&weight(kind).tr()) + h.matmul(&x[3].tr()).matmul(&x[4].tr()) * 0.5 + &x[2]]
+                    let project =
+                        |h: &Tensor| h.matmul(&weight(kind).tr()) + h.matmul(&x[3].tr()).matmul(&x[4].tr()) * 0.5;
+                    let activated = activation.forward(&x[0]);
+                    vec![project(&(&activated * &x[1])) + &x[2], project(&activated)]
                 },
             );
         }

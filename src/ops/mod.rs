@@ -8,20 +8,22 @@ pub mod attention;
 mod cpu;
 pub mod cross_entropy;
 pub mod gated;
+pub mod norm;
 pub mod projection;
 pub mod recompute;
-pub mod rms_norm;
 pub mod rope;
+pub mod split;
 #[cfg(test)]
 pub(crate) mod testing;
 
-pub use attention::attention;
-pub use cross_entropy::cross_entropy;
+pub use attention::{Alibi, Scoring, attention, attention_to_cache};
+pub use cross_entropy::{LogitMap, cross_entropy};
 pub use gated::{Activation, gated_projection};
+pub use norm::Norm;
 pub use projection::{LowRank, Operand, projection};
 pub use recompute::recompute;
-pub use rms_norm::Norm;
-pub use rope::rope;
+pub use rope::{RopeLayout, rope};
+pub use split::split;
 
 /// Where each document of a micro-batch begins and ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,6 +41,13 @@ impl Documents {
     /// (start, length) of each document.
     pub fn spans(&self) -> impl Iterator<Item = (i64, i64)> + '_ {
         self.offsets.windows(2).map(|w| (w[0], w[1] - w[0]))
+    }
+
+    /// Documents cut into chunks of at most `size` tokens, counted from each document's start.
+    pub fn chunked(&self, size: i64) -> Self {
+        let cuts =
+            self.spans().flat_map(|(start, length)| (0..length).step_by(size as usize).map(move |at| start + at));
+        Self { offsets: cuts.chain(self.offsets.last().copied()).collect() }
     }
 
     /// Length of the longest document.

@@ -44,16 +44,16 @@ pub fn projection(
     residual: Option<&Tensor>,
 ) -> Vec<Tensor> {
     let group = Group::of(operands);
-    let (outputs, rstd, u) = tch::no_grad(|| {
-        let (x, rstd) = match norm {
+    let (outputs, stats, u) = tch::no_grad(|| {
+        let (x, stats) = match norm {
             Some(norm) => {
-                let (x, rstd) = norm.forward(input);
-                (x, Some(rstd))
+                let (x, stats) = norm.forward(input);
+                (x, Some(stats))
             }
             None => (input.shallow_clone(), None),
         };
         let (outputs, u) = group.forward(&x, residual);
-        (outputs, rstd, u)
+        (outputs, stats, u)
     });
 
     let mut inputs = vec![input];
@@ -62,14 +62,14 @@ pub fn projection(
     let wants_dx = input.requires_grad();
     let has_residual = residual.is_some();
     let saved = input.detach();
-    let normed = norm.map(Norm::shallow_clone).zip(rstd);
+    let normed = norm.cloned().zip(stats);
     custom(c"engraft::projection", &inputs, outputs, move |grads| {
         let x = |_: Option<&Tensor>| {
-            normed.as_ref().map_or_else(|| saved.shallow_clone(), |(norm, rstd)| norm.again(&saved, rstd))
+            normed.as_ref().map_or_else(|| saved.shallow_clone(), |(norm, stats)| norm.again(&saved, stats))
         };
         let (dx, dfactors) = group.backward(x, u.as_ref(), grads, wants_dx);
         let dinput = dx.map(|dx| match &normed {
-            Some((norm, rstd)) => norm.backward(&dx, &saved, rstd),
+            Some((norm, stats)) => norm.backward(&dx, &saved, stats),
             None => dx,
         });
         let mut out = vec![dinput];
@@ -249,7 +249,7 @@ impl Update {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::rms_norm::tests::twin as norm_twin;
+    use crate::ops::norm::tests::{rms, twin as norm_twin};
     use crate::ops::testing::{check, randn};
 
     const T: i64 = 19;
@@ -293,7 +293,7 @@ mod tests {
     #[test]
     fn three_projections_after_a_norm_equal_plain_autograd() {
         for dropout in [0.0, 0.3] {
-            let norm = |kind| Norm { weight: (randn(&[D], 2) * 0.1 + 1.0).to_kind(kind), eps: 1e-6 };
+            let norm = rms(D, 1e-6);
             check(
                 &leaves(&OUT),
                 |kind, x| {
@@ -308,10 +308,10 @@ mod tests {
                             dropout_seed: Some(70 + i as u64),
                         })
                         .collect();
-                    projection(&x[0], Some(&norm(kind)), &operands, None)
+                    projection(&x[0], Some(&norm), &operands, None)
                 },
                 |kind, x| {
-                    let normed = norm_twin(&x[0], &norm(kind).weight, 1e-6);
+                    let normed = norm_twin(&x[0], &norm.weight, 1e-6);
                     (0..3)
                         .map(|i| {
                             let l = low_rank(x, i, dropout);

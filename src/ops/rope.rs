@@ -1,14 +1,25 @@
-//! Rotary position embedding, half-split layout (arXiv:2104.09864): with x = [x1, x2] along the rotated part of a head,
-//! `y = [x1 cos - x2 sin, x2 cos + x1 sin]`. Linear in x, so backward is the rotation the other way and keeps nothing of x.
+//! Rotary position embedding (arXiv:2104.09864): pairs (x1, x2) of the rotated part of a head become
+//! `(x1 cos - x2 sin, x2 cos + x1 sin)`. Linear in x, so backward is the rotation the other way and keeps nothing of x.
 
 use tch::{Kind, Tensor};
 
 use super::cpu;
 use crate::torch_ext::custom;
 
+/// Which elements of the rotated part of a head turn together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RopeLayout {
+    /// i and i + H/2: GPT-NeoX's.
+    Halves,
+    /// 2i and 2i + 1: GPT-J's, also called interleaved.
+    Pairs,
+}
+
 /// Cosines and sines of a micro-batch's positions: (T, H/2) each, fp32; H the rotated part of a head.
 #[derive(Debug)]
 pub struct Rotation {
+    /// Which elements turn together.
+    pub layout: RopeLayout,
     /// (T, H/2).
     pub cos: Tensor,
     /// (T, H/2).
@@ -18,7 +29,7 @@ pub struct Rotation {
 impl Rotation {
     /// Another handle to the same tables.
     pub fn shallow_clone(&self) -> Self {
-        Self { cos: self.cos.shallow_clone(), sin: self.sin.shallow_clone() }
+        Self { layout: self.layout, cos: self.cos.shallow_clone(), sin: self.sin.shallow_clone() }
     }
 }
 
@@ -35,14 +46,20 @@ pub fn rope(q: &Tensor, k: &Tensor, rotation: &Rotation) -> (Tensor, Tensor) {
 
 fn rotate(x: &Tensor, rotation: &Rotation, direction: f64) -> Tensor {
     if cpu::serves(&[x]) {
-        return cpu::rotate(x, &rotation.cos, &rotation.sin, direction as f32);
+        return cpu::rotate(x, rotation, direction as f32);
     }
     let half = rotation.cos.size()[1];
     let head = x.size()[2];
     let (cos, sin) = (rotation.cos.unsqueeze(1), rotation.sin.unsqueeze(1) * direction); // (T, 1, H/2)
     let wide = x.to_kind(Kind::Float);
-    let (x1, x2) = (wide.narrow(2, 0, half), wide.narrow(2, half, half)); // (T, N, H/2)
+    let (x1, x2) = match rotation.layout {
+        RopeLayout::Halves => (wide.narrow(2, 0, half), wide.narrow(2, half, half)), // (T, N, H/2)
+        RopeLayout::Pairs => (wide.slice(2, 0, 2 * half, 2), wide.slice(2, 1, 2 * half, 2)), // (T, N, H/2)
+    };
     let mut parts = vec![&x1 * &cos - &x2 * &sin, &x2 * &cos + &x1 * &sin];
+    if rotation.layout == RopeLayout::Pairs {
+        parts = vec![Tensor::stack(&parts, 3).flatten(2, 3)]; // (T, N, H)
+    }
     if 2 * half < head {
         parts.push(wide.narrow(2, 2 * half, head - 2 * half));
     }
@@ -57,6 +74,13 @@ mod tests {
     /// The slow twin, as the paper's code writes it: x cos + rotate_half(x) sin.
     fn twin(x: &Tensor, rotation: &Rotation) -> Tensor {
         let half = rotation.cos.size()[1];
+        if rotation.layout == RopeLayout::Pairs {
+            let order: Vec<i64> = (0..half).flat_map(|i| [i, half + i]).chain(2 * half..x.size()[2]).collect();
+            let order = Tensor::from_slice(&order);
+            let halves = x.index_select(2, &order.argsort(0, false));
+            let halves_rotation = Rotation { layout: RopeLayout::Halves, ..rotation.shallow_clone() };
+            return twin(&halves, &halves_rotation).index_select(2, &order);
+        }
         let rotated = x.narrow(2, 0, 2 * half);
         let (x1, x2) = (rotated.narrow(2, 0, half), rotated.narrow(2, half, half));
         let double = |t: &Tensor| Tensor::cat(&[t, t], 1).unsqueeze(1);
@@ -67,9 +91,11 @@ mod tests {
 
     #[test]
     fn equals_plain_autograd_also_when_only_a_part_of_the_head_rotates() {
-        for half in [6, 4] {
+        for (half, layout) in
+            [(6, RopeLayout::Halves), (4, RopeLayout::Halves), (6, RopeLayout::Pairs), (4, RopeLayout::Pairs)]
+        {
             let angle = randn(&[9, half], 3);
-            let rotation = Rotation { cos: angle.cos(), sin: angle.sin() };
+            let rotation = Rotation { layout, cos: angle.cos(), sin: angle.sin() };
             check(
                 &[randn(&[9, 4, 12], 1), randn(&[9, 2, 12], 2)],
                 |_, x| {

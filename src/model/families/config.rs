@@ -1,5 +1,8 @@
 //! Typed reading of `config.json`: every error names the field, what was found and what is expected.
 
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+
 use serde_json::Value;
 
 use crate::{Error, Fault, Result};
@@ -8,18 +11,86 @@ use crate::{Error, Fault, Result};
 #[derive(Clone, Copy)]
 pub(super) struct Config<'a> {
     value: &'a Value,
+    /// Names of the fields that were asked for, at any depth.
+    asked: &'a RefCell<BTreeSet<String>>,
 }
+
+/// Fields that change what some family computes. One that is set in a config whose page never asks for it is an error, not
+/// something to pass over.
+const COMPUTES: &[(&str, &str)] = &[
+    ("attention_bias", "biases of the attention's projections"),
+    ("attention_multiplier", "a scale of the scores"),
+    ("attn_logit_softcapping", "soft caps of the scores"),
+    ("attn_temperature_tuning", "queries that grow with their position"),
+    ("attention_chunk_size", "attention in chunks"),
+    ("alibi", "linear biases"),
+    ("clip_qkv", "clipped queries, keys and values"),
+    ("embedding_multiplier", "scaled embeddings"),
+    ("final_logit_softcapping", "soft caps of the logits"),
+    ("full_attention_interval", "layers of different kinds"),
+    ("global_head_dim", "heads of different sizes"),
+    ("kv_lora_rank", "latent attention"),
+    ("layer_sharing", "shared blocks"),
+    ("layer_types", "layers of different kinds"),
+    ("linear_num_key_heads", "linear attention"),
+    ("logit_scale", "scaled logits"),
+    ("logits_scaling", "scaled logits"),
+    ("mlp_bias", "biases of the feed-forward"),
+    ("moe_intermediate_size", "experts"),
+    ("n_routed_experts", "experts"),
+    ("no_rope_layers", "layers without positions"),
+    ("num_experts", "experts"),
+    ("num_kv_shared_layers", "shared keys and values"),
+    ("num_local_experts", "experts"),
+    ("num_nextn_predict_layers", "heads for several tokens"),
+    ("partial_rotary_factor", "a part of each head rotating"),
+    ("qk_layernorm", "norms of queries and keys"),
+    ("qk_norm", "norms of queries and keys"),
+    ("quantization_config", "a quantised base"),
+    ("query_pre_attn_scalar", "a scale of the scores"),
+    ("residual_multiplier", "scaled halves of a block"),
+    ("rope_scaling", "stretched positions"),
+    ("rope_parameters", "positions of its own kind"),
+    ("rotary_pct", "a part of each head rotating"),
+    ("sliding_window", "a sliding window"),
+    ("use_bidirectional_attention", "attention to later tokens"),
+    ("use_qk_norm", "norms of queries and keys"),
+    ("vision_config", "pictures"),
+    ("audio_config", "sound"),
+];
 
 /// Larger sizes than any model's; keeps products of two of them within i64.
 const LARGEST: i64 = 1 << 30;
 
 impl<'a> Config<'a> {
-    pub(super) fn new(value: &'a Value) -> Self {
-        Self { value }
+    pub(super) fn new(value: &'a Value, asked: &'a RefCell<BTreeSet<String>>) -> Self {
+        Self { value, asked }
+    }
+
+    /// An error for the first field that changes the computation and was not asked for.
+    pub(super) fn prove_understood(&self) -> Result<()> {
+        let asked = self.asked.borrow();
+        let set = |value: &Value| match value {
+            Value::Null => false,
+            Value::Bool(on) => *on,
+            Value::Number(number) => number.as_f64().is_none_or(|number| number != 0.0 && number != 1.0),
+            Value::Array(list) => !list.is_empty(),
+            Value::Object(fields) => !fields.is_empty(),
+            Value::String(_) => true,
+        };
+        let found = COMPUTES.iter().find_map(|(name, feature)| {
+            let value = self.value.get(name).filter(|value| set(value) && !asked.contains(*name))?;
+            Some((name, feature, value))
+        });
+        found.map_or(Ok(()), |(name, feature, value)| {
+            let what = format!("{} asks for {feature}, which is not supported for this model_type", short(value));
+            Err(Error::Model(Fault::new(format!("config.json: {name}"), what).hint("use a base without it")))
+        })
     }
 
     /// The field, unless absent or null.
     pub(super) fn field(&self, name: &str) -> Option<&'a Value> {
+        self.asked.borrow_mut().insert(name.to_string());
         self.value.get(name).filter(|v| !v.is_null())
     }
 
@@ -39,6 +110,26 @@ impl<'a> Config<'a> {
 
     pub(super) fn size_or(&self, name: &str, default: i64) -> Result<i64> {
         if self.field(name).is_some() { self.size(name) } else { Ok(default) }
+    }
+
+    /// A whole number from 0 to 2^30.
+    pub(super) fn count_or(&self, name: &str, default: i64) -> Result<i64> {
+        match self.field(name) {
+            None => Ok(default),
+            Some(value) => value
+                .as_i64()
+                .filter(|n| (0..=LARGEST).contains(n))
+                .ok_or_else(|| wrong(name, value, "a whole number from 0 to 2^30")),
+        }
+    }
+
+    /// `sliding_window`: none where it is null, `default` where it is absent.
+    pub(super) fn window_or(&self, default: i64) -> Result<Option<i64>> {
+        let absent = self.value.get("sliding_window").is_none();
+        match self.field("sliding_window") {
+            Some(_) => self.size("sliding_window").map(Some),
+            None => Ok(absent.then_some(default)),
+        }
     }
 
     /// A finite number above 0.
@@ -64,27 +155,37 @@ impl<'a> Config<'a> {
     pub(super) fn object(&self, name: &str) -> Result<Option<Config<'a>>> {
         match self.field(name) {
             None => Ok(None),
-            Some(value) if value.is_object() => Ok(Some(Config { value })),
+            Some(value) if value.is_object() => Ok(Some(Config { value, asked: self.asked })),
             Some(value) => Err(wrong(name, value, "an object")),
         }
     }
 
-    /// An error for each field that is set to something this program does not compute.
-    pub(super) fn refuse(&self, fields: &[(&str, &str)]) -> Result<()> {
-        for (name, feature) in fields {
-            if let Some(value) = self.field(name)
-                && value != &Value::Bool(false)
-            {
-                return Err(Error::Model(
-                    Fault::new(
-                        format!("config.json: {name}"),
-                        format!("{} asks for {feature}, which is not supported", short(value)),
-                    )
-                    .hint("use a base without it"),
-                ));
-            }
-        }
-        Ok(())
+    /// A list of finite numbers.
+    pub(super) fn numbers(&self, name: &str) -> Result<Vec<f64>> {
+        let value = self.required(name)?;
+        let numbers: Option<Vec<f64>> = value
+            .as_array()
+            .and_then(|list| list.iter().map(|number| number.as_f64().filter(|number| number.is_finite())).collect());
+        numbers.ok_or_else(|| wrong(name, value, "a list of finite numbers"))
+    }
+
+    /// A list of true and false, also spelled 1 and 0.
+    pub(super) fn flags(&self, name: &str) -> Result<Vec<bool>> {
+        let value = self.required(name)?;
+        let flag = |value: &Value| value.as_bool().or_else(|| value.as_i64().map(|number| number != 0));
+        let flags: Option<Vec<bool>> = value.as_array().and_then(|list| list.iter().map(flag).collect());
+        flags.ok_or_else(|| wrong(name, value, "a list of 0 and 1"))
+    }
+
+    /// A finite number above 0: none where it is null, `default` where it is absent.
+    pub(super) fn optional_or(&self, name: &str, default: f64) -> Result<Option<f64>> {
+        let absent = self.value.get(name).is_none();
+        Ok(self.optional(name)?.or_else(|| absent.then_some(default)))
+    }
+
+    /// A finite number above 0, unless absent or null.
+    pub(super) fn optional(&self, name: &str) -> Result<Option<f64>> {
+        if self.field(name).is_some() { self.positive(name).map(Some) } else { Ok(None) }
     }
 
     fn required(&self, name: &str) -> Result<&'a Value> {

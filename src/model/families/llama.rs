@@ -1,186 +1,200 @@
-//! Llama 2 and 3 and what copies their architecture: Yi, SmolLM2, Falcon 3, TinyLlama, MobileLLM.
+//! Llama 2 and 3 and what keeps their layout: Yi, SmolLM2, Falcon 3, TinyLlama, MobileLLM; and with a difference or two SmolLM3,
+//! Mistral, Ministral, Qwen 2 and 3, Granite.
 
-use super::config::{Config, wrong};
+use super::common::{self, Heads, activation, layer_types, pre_norm};
+use super::config::Config;
 use crate::model::spec::{
-    Attention, FeedForward, HeadSpec, LayerSpec, LinearSpec, Mask, ModelSpec, NormSpec, Position, Residual, Rope,
-    RopeScaling,
+    Attention, EmbeddingSpec, FeedForward, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind, Position, QueryKeyNorm,
+    Residual, Temperature,
 };
-use crate::ops::Activation;
+use crate::ops::{Activation, LogitMap};
 use crate::{Error, Fault, Result};
 
-pub(super) const MODEL_TYPES: &[&str] = &["llama", "mobilellm"];
+/// What tells these families apart.
+struct Differences {
+    /// Biases of query, key, value, and of the attention's output.
+    biases: (bool, bool),
+    /// `head_dim` where the config has none; `None` is D / N.
+    head_size: Option<i64>,
+    theta: f64,
+    eps: f64,
+    tied: bool,
+    /// Whether queries and keys are normed, head by head.
+    query_key_norm: bool,
+    /// Of each layer: whether it rotates, and what it sees.
+    layers: Vec<(bool, Mask)>,
+    temperature: Option<Temperature>,
+}
 
 /// `transformers`' `LlamaConfig`, field by field.
-pub(super) fn spec(config: &Config<'_>) -> Result<ModelSpec> {
-    config.refuse(&[
-        ("quantization_config", "a quantised base"),
-        ("attn_logit_softcapping", "soft caps"),
-        ("final_logit_softcapping", "soft caps"),
-        ("num_local_experts", "experts"),
-        ("sliding_window", "a sliding window"),
-        ("layer_sharing", "shared blocks"),
-    ])?;
-    let hidden_size = config.size("hidden_size")?;
-    let heads = config.size("num_attention_heads")?;
-    let kv_heads = config.size_or("num_key_value_heads", heads)?;
-    if heads % kv_heads != 0 {
-        return Err(Error::Model(Fault::new(
-            "config.json: num_key_value_heads",
-            format!("{kv_heads} does not divide num_attention_heads = {heads}"),
-        )));
-    }
-    let head_size = match config.field("head_dim") {
-        Some(_) => config.size("head_dim")?,
-        None if hidden_size % heads != 0 => {
-            return Err(Error::Model(Fault::new(
-                "config.json: hidden_size",
-                format!("{hidden_size} is not divisible by num_attention_heads = {heads}, and there is no head_dim"),
-            )));
-        }
-        None => hidden_size / heads,
-    };
-    if head_size % 2 != 0 {
-        return Err(Error::Model(Fault::new(
-            "config.json: head_dim",
-            format!("{head_size} is odd; rotary embedding needs pairs"),
-        )));
-    }
-    let intermediate = config.size("intermediate_size")?;
-    let max_position_embeddings = config.size_or("max_position_embeddings", 2048)?;
-    let eps = config.positive_or("rms_norm_eps", 1e-6)?;
-    let attention_bias = config.flag_or("attention_bias", false)?;
-    let mlp_bias = config.flag_or("mlp_bias", false)?;
-    let tied = config.flag_or("tie_word_embeddings", false)? || config.flag_or("share_embedding", false)?;
-    let activation = activation(config)?;
-    let rope = rope(config, head_size, max_position_embeddings)?;
+pub(super) fn llama(config: &Config<'_>) -> Result<ModelSpec> {
+    let mut spec = build(config, plain(config)?)?;
+    // MobileLLM's name for a tied head.
+    spec.head.tied |= config.flag_or("share_embedding", false)?;
+    Ok(spec)
+}
 
-    let layers = (0..config
-        .size("num_hidden_layers")
-        .and_then(|n| if n <= 10_000 { Ok(n) } else { Err(wrong("num_hidden_layers", &n.into(), "at most 10000")) })?)
-        .map(|i| {
-            let at = |part: &str| format!("model.layers.{i}.{part}");
-            let linear = |part: &str, input, output, bias| LinearSpec { name: at(part), input, output, bias };
-            let norm = |part: &str| NormSpec { weight: at(part), width: hidden_size, eps };
-            LayerSpec {
-                attention: Attention::Grouped {
-                    heads,
-                    kv_heads,
-                    head_size,
-                    scale: (head_size as f64).powf(-0.5),
-                    query: linear("self_attn.q_proj", hidden_size, heads * head_size, attention_bias),
-                    key: linear("self_attn.k_proj", hidden_size, kv_heads * head_size, attention_bias),
-                    value: linear("self_attn.v_proj", hidden_size, kv_heads * head_size, attention_bias),
-                    output: linear("self_attn.o_proj", heads * head_size, hidden_size, attention_bias),
-                },
-                position: Position::Rope(rope.clone()),
-                mask: Mask::Full,
-                feed_forward: FeedForward::Gated {
-                    activation,
-                    gate: linear("mlp.gate_proj", hidden_size, intermediate, mlp_bias),
-                    up: linear("mlp.up_proj", hidden_size, intermediate, mlp_bias),
-                    down: linear("mlp.down_proj", intermediate, hidden_size, mlp_bias),
-                },
-                residual: Residual::Sequential {
-                    attention_norm: norm("input_layernorm.weight"),
-                    feed_forward_norm: norm("post_attention_layernorm.weight"),
-                },
-            }
-        })
-        .collect();
-    Ok(ModelSpec {
-        model_type: config.text("model_type")?.to_string(),
-        hidden_size,
-        vocab_size: config.size("vocab_size")?,
-        max_position_embeddings,
-        embedding: "model.embed_tokens.weight".into(),
-        layers,
-        final_norm: NormSpec { weight: "model.norm.weight".into(), width: hidden_size, eps },
-        head: HeadSpec { name: "lm_head".into(), tied },
-        ignored_suffixes: vec!["rotary_emb.inv_freq"],
+/// `SmolLM3Config`: some layers do not rotate.
+pub(super) fn smollm3(config: &Config<'_>) -> Result<ModelSpec> {
+    let count = common::layer_count(config, "num_hidden_layers")?;
+    let interval = config.size_or("no_rope_layer_interval", 4)?;
+    let rotates: Vec<bool> = match config.field("no_rope_layers") {
+        Some(_) => config.flags("no_rope_layers")?,
+        None => (0..count).map(|i| (i + 1) % interval != 0).collect(),
+    };
+    if rotates.len() as i64 != count {
+        let what = format!("{} entries for num_hidden_layers = {count}", rotates.len());
+        return Err(Error::Model(Fault::new("config.json: no_rope_layers", what)));
+    }
+    let window = window(config, config.flag_or("use_sliding_window", false)?)?;
+    let slides = layer_types(config, count, |i| window.is_some() && !rotates.get(i as usize).is_some_and(|r| *r))?;
+    let layers = rotates.iter().zip(masks(&slides, window)).map(|(rotates, mask)| (*rotates, mask)).collect();
+    build(config, Differences { theta: 2e6, tied: true, layers, ..plain(config)? })
+}
+
+/// `MistralConfig`: every layer slides where there is a window, which is 4096 where the config does not say.
+pub(super) fn mistral(config: &Config<'_>) -> Result<ModelSpec> {
+    let window = config.window_or(4096)?;
+    let _ = config.field("layer_types"); // transformers passes over it, too
+    build(config, Differences { layers: every(config, window)?, biases: (false, false), ..plain(config)? })
+}
+
+/// `MinistralConfig`: some layers slide.
+pub(super) fn ministral(config: &Config<'_>) -> Result<ModelSpec> {
+    let count = common::layer_count(config, "num_hidden_layers")?;
+    let window = config.window_or(4096)?;
+    let slides = layer_types(config, count, |_| window.is_some())?;
+    let layers = masks(&slides, window).into_iter().map(|mask| (true, mask)).collect();
+    build(config, Differences { layers, biases: (false, false), ..plain(config)? })
+}
+
+/// `Ministral3Config`: queries grow with their position.
+pub(super) fn ministral3(config: &Config<'_>) -> Result<ModelSpec> {
+    let parameters = match config.object("rope_parameters")? {
+        Some(parameters) => parameters,
+        None => config.object("rope_scaling")?.ok_or_else(|| {
+            Error::Model(Fault::new("config.json: rope_parameters", "missing; this family needs them"))
+        })?,
+    };
+    let temperature = match parameters.optional("llama_4_scaling_beta")? {
+        Some(growth) => {
+            Some(Temperature { growth, every: parameters.size("original_max_position_embeddings")?, first: 0 })
+        }
+        None => None,
+    };
+    let window = window(config, true)?;
+    let differences = Differences {
+        layers: every(config, window)?,
+        biases: (false, false),
+        head_size: Some(128),
+        eps: 1e-5,
+        temperature,
+        ..plain(config)?
+    };
+    build(config, differences)
+}
+
+/// `Qwen2Config`: biases of query, key and value; later layers may slide.
+pub(super) fn qwen2(config: &Config<'_>) -> Result<ModelSpec> {
+    build(config, Differences { biases: (true, false), layers: qwen_layers(config)?, ..plain(config)? })
+}
+
+/// `Qwen3Config`: queries and keys are normed.
+pub(super) fn qwen3(config: &Config<'_>) -> Result<ModelSpec> {
+    let differences =
+        Differences { query_key_norm: true, head_size: Some(128), layers: qwen_layers(config)?, ..plain(config)? };
+    build(config, differences)
+}
+
+/// `GraniteConfig`: four multipliers.
+pub(super) fn granite(config: &Config<'_>) -> Result<ModelSpec> {
+    let mut spec = build(config, plain(config)?)?;
+    spec.embedding.scale = config.positive_or("embedding_multiplier", 1.0)?;
+    spec.head.map.scale = 1.0 / config.positive_or("logits_scaling", 1.0)?;
+    let scale = config.positive_or("attention_multiplier", 1.0)?;
+    let added = config.positive_or("residual_multiplier", 1.0)?;
+    for layer in &mut spec.layers {
+        let Attention::Grouped(attention) = &mut layer.attention;
+        attention.scale = scale;
+        if let Residual::Sequential { multiplier, .. } = &mut layer.residual {
+            *multiplier = added;
+        }
+    }
+    Ok(spec)
+}
+
+/// Llama's own.
+fn plain(config: &Config<'_>) -> Result<Differences> {
+    let bias = config.flag_or("attention_bias", false)?;
+    Ok(Differences {
+        biases: (bias, bias),
+        head_size: None,
+        theta: 10_000.0,
+        eps: 1e-6,
+        tied: false,
+        query_key_norm: false,
+        layers: every(config, None)?,
+        temperature: None,
     })
 }
 
-fn activation(config: &Config<'_>) -> Result<Activation> {
-    let Some(value) = config.field("hidden_act") else { return Ok(Activation::Silu) };
-    match value.as_str() {
-        Some("silu" | "swish") => Ok(Activation::Silu),
-        Some("gelu") => Ok(Activation::Gelu),
-        Some("gelu_new" | "gelu_pytorch_tanh") => Ok(Activation::GeluTanh),
-        _ => Err(wrong("hidden_act", value, "one of silu, gelu, gelu_new, gelu_pytorch_tanh")),
-    }
+fn qwen_layers(config: &Config<'_>) -> Result<Vec<(bool, Mask)>> {
+    let count = common::layer_count(config, "num_hidden_layers")?;
+    let window = window(config, config.flag_or("use_sliding_window", false)?)?;
+    let first = config.count_or("max_window_layers", 28)?;
+    let slides = layer_types(config, count, |i| window.is_some() && i >= first)?;
+    Ok(masks(&slides, window).into_iter().map(|mask| (true, mask)).collect())
 }
 
-/// `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before), as `standardize_rope_params` reads them.
-fn rope(config: &Config<'_>, head_size: i64, max_position_embeddings: i64) -> Result<Rope> {
-    let (place, parameters) = match config.object("rope_parameters")? {
-        Some(parameters) => ("rope_parameters", Some(parameters)),
-        None => ("rope_scaling", config.object("rope_scaling")?),
-    };
-    let theta = match &parameters {
-        Some(p) if p.field("rope_theta").is_some() => p.positive("rope_theta")?,
-        _ => config.positive_or("rope_theta", 10_000.0)?,
-    };
-    let plain = Rope { theta, rotated: head_size, scaling: RopeScaling::None };
-    let Some(p) = parameters else { return Ok(plain) };
-    p.refuse(&[("partial_rotary_factor", "partial rotation")])?;
-    let key = if p.field("rope_type").is_some() { "rope_type" } else { "type" };
-    let kind = p.field(key);
-    let factor = || p.positive("factor");
-    let original = || -> Result<i64> {
-        if config.field("original_max_position_embeddings").is_some() {
-            return config.size("original_max_position_embeddings");
-        }
-        p.size_or("original_max_position_embeddings", max_position_embeddings)
-    };
-    let scaling = match kind.map(|k| (k, k.as_str())) {
-        None | Some((_, Some("default"))) => RopeScaling::None,
-        Some((_, Some("linear"))) => RopeScaling::Linear { factor: factor()? },
-        Some((_, Some("dynamic"))) => RopeScaling::Dynamic { factor: factor()?, original: max_position_embeddings },
-        Some((_, Some("llama3"))) => RopeScaling::Llama3 {
-            factor: factor()?,
-            original: original()?,
-            low_freq_factor: p.positive("low_freq_factor")?,
-            high_freq_factor: p.positive("high_freq_factor")?,
-        },
-        Some((_, Some("yarn"))) => {
-            let original = original()?;
-            let factor = p.positive_or("factor", max_position_embeddings as f64 / original as f64)?;
-            let mscale = |mscale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 };
-            let inferred = match (p.field("mscale"), p.field("mscale_all_dim")) {
-                (Some(_), Some(_)) => mscale(p.positive("mscale")?) / mscale(p.positive("mscale_all_dim")?),
-                _ => mscale(1.0),
-            };
-            RopeScaling::Yarn {
-                factor,
-                original,
-                beta_fast: p.positive_or("beta_fast", 32.0)?,
-                beta_slow: p.positive_or("beta_slow", 1.0)?,
-                attention_factor: p.positive_or("attention_factor", inferred)?,
-                truncate: p.flag_or("truncate", true)?,
-            }
-        }
-        Some((value, _)) => {
-            return Err(wrong(&format!("{place}.{key}"), value, "one of default, linear, dynamic, yarn, llama3"));
-        }
-    };
-    Ok(Rope { scaling, ..plain })
+/// `sliding_window`, where it is `used`.
+fn window(config: &Config<'_>, used: bool) -> Result<Option<i64>> {
+    let window = if config.field("sliding_window").is_some() { Some(config.size("sliding_window")?) } else { None };
+    Ok(window.filter(|_| used))
 }
 
-#[cfg(test)]
-mod tests {
-    use serde_json::{Value, json};
+fn every(config: &Config<'_>, window: Option<i64>) -> Result<Vec<(bool, Mask)>> {
+    let mask = window.map_or(Mask::Full, |window| Mask::Sliding { window });
+    Ok((0..common::layer_count(config, "num_hidden_layers")?).map(|_| (true, mask)).collect())
+}
 
-    use super::*;
+/// The mask of each layer by whether it slides; one without a window cannot.
+pub(super) fn masks(slides: &[bool], window: Option<i64>) -> Vec<Mask> {
+    let sliding = window.map_or(Mask::Full, |window| Mask::Sliding { window });
+    slides.iter().map(|slides| if *slides { sliding } else { Mask::Full }).collect()
+}
 
-    #[test]
-    fn an_unknown_rope_type_is_named_as_the_config_spells_it() {
-        let rope = |name: &str, parameters: Value| {
-            let config = json!({ name: parameters });
-            rope(&Config::new(&config), 64, 2048).unwrap_err().to_string()
-        };
-        for (name, key) in [("rope_parameters", "rope_type"), ("rope_scaling", "rope_type"), ("rope_scaling", "type")] {
-            let said = rope(name, json!({ key: "longrope" }));
-            assert!(said.starts_with(&format!("config.json: {name}.{key}: \"longrope\" found")), "{said}");
+fn build(config: &Config<'_>, differences: Differences) -> Result<ModelSpec> {
+    let heads = Heads::read(config, differences.head_size)?;
+    let hidden = heads.hidden_size;
+    let eps = config.positive_or("rms_norm_eps", differences.eps)?;
+    let intermediate = config.size("intermediate_size")?;
+    let mlp_bias = config.flag_or("mlp_bias", false)?;
+    let act = activation(config, "hidden_act", Activation::Silu)?;
+    let rope = heads.rope(config, differences.theta, heads.head_size)?;
+    let layers = differences.layers.iter().enumerate().map(|(i, (rotates, mask))| {
+        let at = |part: &str| format!("model.layers.{i}.{part}");
+        let norm = |part: &str, width| common::norm(at(part), width, eps, NormKind::Rms);
+        let (inward, outward) = differences.biases;
+        let projection = heads.separate(&at("self_attn"), inward);
+        let mut attention = heads.attention(projection, heads.output(at("self_attn.o_proj"), outward));
+        attention.query_key_norm = differences.query_key_norm.then(|| QueryKeyNorm {
+            query: norm("self_attn.q_norm", heads.head_size),
+            key: norm("self_attn.k_norm", heads.head_size),
+        });
+        attention.temperature = differences.temperature;
+        LayerSpec {
+            attention: Attention::Grouped(attention),
+            position: if *rotates { Position::Rope(rope.clone()) } else { Position::None },
+            mask: *mask,
+            feed_forward: FeedForward::Gated {
+                activation: act,
+                projection: common::gate_up(&at("mlp"), hidden, intermediate, mlp_bias),
+                down: LinearSpec { name: at("mlp.down_proj"), input: intermediate, output: hidden, bias: mlp_bias },
+            },
+            residual: pre_norm(norm("input_layernorm", hidden), norm("post_attention_layernorm", hidden)),
         }
-    }
+    });
+    let embedding = EmbeddingSpec { weight: "model.embed_tokens.weight".into(), scale: 1.0, norm: None };
+    let final_norm = common::norm("model.norm".into(), hidden, eps, NormKind::Rms);
+    common::model(config, embedding, layers.collect(), final_norm, ("lm_head", differences.tied), LogitMap::PLAIN)
 }

@@ -1,25 +1,64 @@
 //! One page of data per family: `config.json` to [`ModelSpec`] and tensor names.
 
+mod cohere;
+mod common;
 mod config;
+mod fused;
+mod gemma;
+mod layer_norm;
 mod llama;
+mod olmo;
+
+use std::cell::RefCell;
 
 use super::ModelSpec;
 use crate::weights::Checkpoint;
 use crate::{Error, Fault, Result};
 use config::Config;
 
-/// A family: the `model_type`s it answers to, and its page.
+/// A family: the `model_type` it answers to, what people know it by, and its page.
 struct Family {
-    model_types: &'static [&'static str],
+    model_type: &'static str,
+    known_as: &'static str,
     spec: fn(&Config<'_>) -> Result<ModelSpec>,
 }
 
-const FAMILIES: &[Family] = &[Family { model_types: llama::MODEL_TYPES, spec: llama::spec }];
+const FAMILIES: &[Family] = &[
+    Family { model_type: "llama", known_as: "Llama 2 and 3, Yi, SmolLM2, Falcon 3, TinyLlama", spec: llama::llama },
+    Family { model_type: "mobilellm", known_as: "MobileLLM without shared blocks", spec: llama::llama },
+    Family { model_type: "smollm3", known_as: "SmolLM3", spec: llama::smollm3 },
+    Family { model_type: "mistral", known_as: "Mistral 7B, Nemo, Small", spec: llama::mistral },
+    Family { model_type: "ministral", known_as: "Ministral", spec: llama::ministral },
+    Family { model_type: "ministral3", known_as: "Ministral 3", spec: llama::ministral3 },
+    Family { model_type: "qwen2", known_as: "Qwen 2 and 2.5", spec: llama::qwen2 },
+    Family { model_type: "qwen3", known_as: "Qwen 3", spec: llama::qwen3 },
+    Family { model_type: "granite", known_as: "Granite 3", spec: llama::granite },
+    Family { model_type: "gemma", known_as: "Gemma", spec: gemma::gemma },
+    Family { model_type: "gemma2", known_as: "Gemma 2", spec: gemma::gemma2 },
+    Family { model_type: "gemma3_text", known_as: "Gemma 3 (text)", spec: gemma::gemma3 },
+    Family { model_type: "phi3", known_as: "Phi-3, Phi-3.5, Phi-4", spec: fused::phi3 },
+    Family { model_type: "glm", known_as: "GLM-4 9B", spec: fused::glm },
+    Family { model_type: "glm4", known_as: "GLM-4 0414", spec: fused::glm4 },
+    Family { model_type: "olmo2", known_as: "OLMo 2", spec: olmo::olmo2 },
+    Family { model_type: "olmo3", known_as: "OLMo 3", spec: olmo::olmo3 },
+    Family { model_type: "cohere", known_as: "Command R", spec: cohere::cohere },
+    Family { model_type: "cohere2", known_as: "Command R7B, Command A", spec: cohere::cohere2 },
+    Family { model_type: "starcoder2", known_as: "StarCoder 2", spec: layer_norm::starcoder2 },
+    Family { model_type: "gpt_neox", known_as: "GPT-NeoX, Pythia", spec: layer_norm::gpt_neox },
+    Family { model_type: "stablelm", known_as: "StableLM", spec: layer_norm::stablelm },
+    Family { model_type: "phi", known_as: "Phi-1.5, Phi-2", spec: layer_norm::phi },
+    Family { model_type: "falcon", known_as: "Falcon 7B, 40B, 180B, RW", spec: layer_norm::falcon },
+];
+
+/// Every `model_type` that is supported, with what people know it by.
+pub fn supported() -> impl Iterator<Item = (&'static str, &'static str)> {
+    FAMILIES.iter().map(|family| (family.model_type, family.known_as))
+}
 
 /// The spec of a checkpoint, from its `config.json`, proved against its tensors.
 ///
-/// Errors: what [`ModelSpec::prove`] finds; a `model_type` that no family answers to (the answer lists those supported), a field that is missing, out of
-/// range or asks for something not supported.
+/// Errors: what [`ModelSpec::prove`] finds; a `model_type` that no family answers to (the answer lists those supported), a field
+/// that is missing, out of range or asks for something not supported.
 pub fn spec(checkpoint: &Checkpoint) -> Result<ModelSpec> {
     let spec = from_config(&checkpoint.config)?;
     spec.prove(checkpoint)?;
@@ -28,14 +67,17 @@ pub fn spec(checkpoint: &Checkpoint) -> Result<ModelSpec> {
 
 /// [`spec`] of a `config.json` alone.
 pub fn from_config(config: &serde_json::Value) -> Result<ModelSpec> {
-    let config = Config::new(config);
+    let asked = RefCell::default();
+    let config = Config::new(config, &asked);
     let model_type = config.text("model_type")?;
-    let family = FAMILIES.iter().find(|f| f.model_types.contains(&model_type)).ok_or_else(|| {
-        let known: Vec<&str> = FAMILIES.iter().flat_map(|f| f.model_types).copied().collect();
+    let family = FAMILIES.iter().find(|family| family.model_type == model_type).ok_or_else(|| {
+        let known: Vec<&str> = supported().map(|(model_type, _)| model_type).collect();
         Error::Model(
             Fault::new("config.json: model_type", format!("'{model_type}' is not supported"))
                 .hint(format!("supported: {}", known.join(", "))),
         )
     })?;
-    (family.spec)(&config)
+    let spec = (family.spec)(&config)?;
+    config.prove_understood()?;
+    Ok(spec)
 }

@@ -1,0 +1,68 @@
+//! Command R (cohere) and its successors: one LayerNorm without bias before both halves, pairs rotating, scaled logits.
+
+use super::common::{self, Heads, activation, layer_types};
+use super::config::Config;
+use super::llama::masks;
+use crate::Result;
+use crate::model::spec::{
+    Attention, EmbeddingSpec, FeedForward, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind, NormSpec, Position,
+    QueryKeyNorm, Residual, Rope,
+};
+use crate::ops::{Activation, LogitMap, RopeLayout};
+
+/// `CohereConfig`.
+pub(super) fn cohere(config: &Config<'_>) -> Result<ModelSpec> {
+    let count = common::layer_count(config, "num_hidden_layers")?;
+    let normed = config.flag_or("use_qk_norm", false)?;
+    build(config, 500_000.0, normed, &vec![(true, Mask::Full); count as usize])
+}
+
+/// `Cohere2Config`: sliding layers rotate, full ones do not.
+pub(super) fn cohere2(config: &Config<'_>) -> Result<ModelSpec> {
+    let count = common::layer_count(config, "num_hidden_layers")?;
+    let pattern = config.size_or("sliding_window_pattern", 4)?;
+    let slides = layer_types(config, count, |i| (i + 1) % pattern != 0)?;
+    let masks = masks(&slides, config.window_or(4096)?);
+    build(config, 10_000.0, false, &slides.into_iter().zip(masks).collect::<Vec<_>>())
+}
+
+fn build(config: &Config<'_>, theta: f64, normed: bool, layers: &[(bool, Mask)]) -> Result<ModelSpec> {
+    let heads = Heads::read(config, None)?;
+    let hidden = heads.hidden_size;
+    let eps = config.positive_or("layer_norm_eps", 1e-5)?;
+    let bias = config.flag_or("attention_bias", false)?;
+    let width = config.size("intermediate_size")?;
+    let act = activation(config, "hidden_act", Activation::Silu)?;
+    let rope = Rope { layout: RopeLayout::Pairs, ..heads.rope(config, theta, heads.head_size)? };
+    let layers = layers.iter().enumerate().map(|(i, (rotates, mask))| {
+        let at = |part: &str| format!("model.layers.{i}.{part}");
+        let of_heads = |part: &str, count| NormSpec {
+            shape: vec![count, heads.head_size],
+            ..common::norm(at(part), heads.head_size, eps, NormKind::Layer)
+        };
+        let mut attention =
+            heads.attention(heads.separate(&at("self_attn"), bias), heads.output(at("self_attn.o_proj"), bias));
+        attention.query_key_norm = normed.then(|| QueryKeyNorm {
+            query: of_heads("self_attn.q_norm", heads.heads),
+            key: of_heads("self_attn.k_norm", heads.kv_heads),
+        });
+        LayerSpec {
+            attention: Attention::Grouped(attention),
+            position: if *rotates { Position::Rope(rope.clone()) } else { Position::None },
+            mask: *mask,
+            feed_forward: FeedForward::Gated {
+                activation: act,
+                projection: common::gate_up(&at("mlp"), hidden, width, false),
+                down: LinearSpec { name: at("mlp.down_proj"), input: width, output: hidden, bias: false },
+            },
+            residual: Residual::Parallel {
+                norm: common::norm(at("input_layernorm"), hidden, eps, NormKind::Layer),
+                feed_forward_norm: None,
+            },
+        }
+    });
+    let embedding = EmbeddingSpec { weight: "model.embed_tokens.weight".into(), scale: 1.0, norm: None };
+    let final_norm = common::norm("model.norm".into(), hidden, eps, NormKind::Layer);
+    let map = LogitMap { scale: config.positive_or("logit_scale", 0.0625)?, soft_cap: None };
+    common::model(config, embedding, layers.collect(), final_norm, ("lm_head", true), map)
+}

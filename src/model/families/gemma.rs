@@ -1,0 +1,144 @@
+//! Gemma, Gemma 2 and the text of Gemma 3: norms of `1 + w`, scaled embeddings, GeGLU; then norms on both sides of each half.
+
+use super::common::{self, Heads, activation, layer_types};
+use super::config::Config;
+use super::llama::masks;
+use crate::Result;
+use crate::model::spec::{
+    Around, Attention, EmbeddingSpec, FeedForward, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind, NormSpec,
+    Position, QueryKeyNorm, Residual, Rope, RopeScaling,
+};
+use crate::ops::{Activation, LogitMap, RopeLayout};
+
+/// `GemmaConfig`.
+pub(super) fn gemma(config: &Config<'_>) -> Result<ModelSpec> {
+    let heads = Heads::read(config, Some(256))?;
+    let rope = heads.rope(config, 10_000.0, heads.head_size)?;
+    let layers = common::layer_count(config, "num_hidden_layers")?;
+    let kind = Kind { activation: "hidden_act", scale: None, soft_cap: None, sandwich: false, query_key_norm: false };
+    build(config, heads, &kind, (0..layers).map(|_| (rope.clone(), Mask::Full)).collect(), None)
+}
+
+/// `Gemma2Config`: every other layer slides, scores and logits are capped.
+pub(super) fn gemma2(config: &Config<'_>) -> Result<ModelSpec> {
+    let heads = Heads::read(config, Some(256))?;
+    let rope = heads.rope(config, 10_000.0, heads.head_size)?;
+    let count = common::layer_count(config, "num_hidden_layers")?;
+    let slides = layer_types(config, count, |i| i % 2 == 0)?;
+    let masks = masks(&slides, config.window_or(4096)?);
+    let kind = Kind {
+        activation: "hidden_activation",
+        scale: Some(config.positive_or("query_pre_attn_scalar", 256.0)?),
+        soft_cap: config.optional_or("attn_logit_softcapping", 50.0)?,
+        sandwich: true,
+        query_key_norm: false,
+    };
+    let soft_cap = config.optional_or("final_logit_softcapping", 30.0)?;
+    build(config, heads, &kind, masks.into_iter().map(|mask| (rope.clone(), mask)).collect(), soft_cap)
+}
+
+/// `Gemma3TextConfig`: queries and keys are normed, and sliding layers have a rotary embedding of their own.
+pub(super) fn gemma3(config: &Config<'_>) -> Result<ModelSpec> {
+    let heads = Heads::read(config, Some(256))?;
+    let count = common::layer_count(config, "num_hidden_layers")?;
+    let pattern = config.size_or("sliding_window_pattern", 6)?;
+    let slides = layer_types(config, count, |i| (i + 1) % pattern != 0)?;
+    let masks = masks(&slides, config.window_or(4096)?);
+    let [full, sliding] = ropes(config, heads.head_size)?;
+    let layers = slides.iter().zip(masks).map(|(slides, mask)| (if *slides { &sliding } else { &full }.clone(), mask));
+    // The reference reads this and does not use it.
+    let _ = config.field("attn_logit_softcapping");
+    let kind = Kind {
+        activation: "hidden_activation",
+        scale: Some(config.positive_or("query_pre_attn_scalar", 256.0)?),
+        soft_cap: None,
+        sandwich: true,
+        query_key_norm: true,
+    };
+    let soft_cap = config.optional("final_logit_softcapping")?;
+    build(config, heads, &kind, layers.collect(), soft_cap)
+}
+
+/// The rotary embeddings of full and of sliding layers: `rope_parameters` by kind (transformers 5), or `rope_theta` with
+/// `rope_scaling` beside `rope_local_base_freq`.
+fn ropes(config: &Config<'_>, rotated: i64) -> Result<[Rope; 2]> {
+    let by_kind = config.object("rope_parameters")?.filter(|p| p.field("full_attention").is_some());
+    let plain = |theta| Rope { theta, rotated, layout: RopeLayout::Halves, scaling: RopeScaling::None };
+    let Some(by_kind) = by_kind else {
+        let local = config.positive_or("rope_local_base_freq", 10_000.0)?;
+        return Ok([common::rope(config, 1_000_000.0, rotated)?, plain(local)]);
+    };
+    let of = |kind: &str, theta: f64| -> Result<Rope> {
+        let Some(p) = by_kind.object(kind)? else { return Ok(plain(theta)) };
+        let theta = p.positive_or("rope_theta", theta)?;
+        Ok(Rope { scaling: common::scaling(config, "rope_parameters", &p, rotated)?, ..plain(theta) })
+    };
+    Ok([of("full_attention", 1_000_000.0)?, of("sliding_attention", 10_000.0)?])
+}
+
+/// What tells the generations apart.
+struct Kind {
+    /// The field that names the activation.
+    activation: &'static str,
+    /// Scores are scaled by the inverse root of this rather than of the head's size.
+    scale: Option<f64>,
+    soft_cap: Option<f64>,
+    /// Whether norms stand on both sides of each half.
+    sandwich: bool,
+    query_key_norm: bool,
+}
+
+fn build(
+    config: &Config<'_>,
+    heads: Heads,
+    kind: &Kind,
+    layers: Vec<(Rope, Mask)>,
+    soft_cap: Option<f64>,
+) -> Result<ModelSpec> {
+    let hidden = heads.hidden_size;
+    let eps = config.positive_or("rms_norm_eps", 1e-6)?;
+    let bias = config.flag_or("attention_bias", false)?;
+    let intermediate = config.size("intermediate_size")?;
+    let act = activation(config, kind.activation, Activation::GeluTanh)?;
+    let layers = layers.into_iter().enumerate().map(|(i, (rope, mask))| {
+        let at = |part: &str| format!("model.layers.{i}.{part}");
+        let norm = |part: &str, width| common::norm(at(part), width, eps, NormKind::RmsOffset);
+        let mut attention =
+            heads.attention(heads.separate(&at("self_attn"), bias), heads.output(at("self_attn.o_proj"), bias));
+        attention.scale = kind.scale.map_or(attention.scale, |scale| scale.powf(-0.5));
+        attention.soft_cap = kind.soft_cap;
+        attention.query_key_norm = kind.query_key_norm.then(|| QueryKeyNorm {
+            query: norm("self_attn.q_norm", heads.head_size),
+            key: norm("self_attn.k_norm", heads.head_size),
+        });
+        let residual = if kind.sandwich {
+            let around = |before: &str, after: &str| Around {
+                before: Some(norm(before, hidden)),
+                after: Some(norm(after, hidden)),
+            };
+            Residual::Sequential {
+                attention: around("input_layernorm", "post_attention_layernorm"),
+                feed_forward: around("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+                multiplier: 1.0,
+            }
+        } else {
+            common::pre_norm(norm("input_layernorm", hidden), norm("post_attention_layernorm", hidden))
+        };
+        LayerSpec {
+            attention: Attention::Grouped(attention),
+            position: Position::Rope(rope),
+            mask,
+            feed_forward: FeedForward::Gated {
+                activation: act,
+                projection: common::gate_up(&at("mlp"), hidden, intermediate, false),
+                down: LinearSpec { name: at("mlp.down_proj"), input: intermediate, output: hidden, bias: false },
+            },
+            residual,
+        }
+    });
+    let scale = (hidden as f64).sqrt();
+    let embedding = EmbeddingSpec { weight: "model.embed_tokens.weight".into(), scale, norm: None };
+    let final_norm: NormSpec = common::norm("model.norm".into(), hidden, eps, NormKind::RmsOffset);
+    let map = LogitMap { scale: 1.0, soft_cap };
+    common::model(config, embedding, layers.collect(), final_norm, ("lm_head", true), map)
+}

@@ -1,0 +1,69 @@
+//! OLMo 2 and 3: norms behind each half instead of before it, queries and keys normed over all heads at once.
+
+use super::common::{self, Heads, activation, layer_types};
+use super::config::Config;
+use super::llama::masks;
+use crate::Result;
+use crate::model::spec::{
+    Around, Attention, EmbeddingSpec, FeedForward, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind, Position,
+    QueryKeyNorm, Residual, Rope, RopeScaling,
+};
+use crate::ops::{Activation, LogitMap};
+
+/// `Olmo2Config`.
+pub(super) fn olmo2(config: &Config<'_>) -> Result<ModelSpec> {
+    let heads = Heads::read(config, None)?;
+    let rope = heads.rope(config, 10_000.0, heads.head_size)?;
+    let count = common::layer_count(config, "num_hidden_layers")?;
+    build(config, heads, (0..count).map(|_| (rope.clone(), Mask::Full)).collect())
+}
+
+/// `Olmo3Config`: most layers slide, and only the full ones reach beyond the length trained for.
+pub(super) fn olmo3(config: &Config<'_>) -> Result<ModelSpec> {
+    let heads = Heads::read(config, None)?;
+    let full = heads.rope(config, 500_000.0, heads.head_size)?;
+    // The reference keeps this base for sliding layers whatever the config says.
+    let sliding = Rope { theta: 500_000.0, scaling: RopeScaling::None, ..full.clone() };
+    let count = common::layer_count(config, "num_hidden_layers")?;
+    let slides = layer_types(config, count, |i| (i + 1) % 4 != 0)?;
+    let masks = masks(&slides, config.window_or(4096)?);
+    let layers = slides.iter().zip(masks).map(|(slides, mask)| (if *slides { &sliding } else { &full }.clone(), mask));
+    build(config, heads, layers.collect())
+}
+
+fn build(config: &Config<'_>, heads: Heads, layers: Vec<(Rope, Mask)>) -> Result<ModelSpec> {
+    let hidden = heads.hidden_size;
+    let eps = config.positive_or("rms_norm_eps", 1e-5)?;
+    let bias = config.flag_or("attention_bias", false)?;
+    let width = config.size("intermediate_size")?;
+    let act = activation(config, "hidden_act", Activation::Silu)?;
+    let layers = layers.into_iter().enumerate().map(|(i, (rope, mask))| {
+        let at = |part: &str| format!("model.layers.{i}.{part}");
+        let norm = |part: &str, width| common::norm(at(part), width, eps, NormKind::Rms);
+        let behind = |part: &str| Around { before: None, after: Some(norm(part, hidden)) };
+        let mut attention =
+            heads.attention(heads.separate(&at("self_attn"), bias), heads.output(at("self_attn.o_proj"), bias));
+        attention.query_key_norm = Some(QueryKeyNorm {
+            query: norm("self_attn.q_norm", heads.heads * heads.head_size),
+            key: norm("self_attn.k_norm", heads.kv_heads * heads.head_size),
+        });
+        LayerSpec {
+            attention: Attention::Grouped(attention),
+            position: Position::Rope(rope),
+            mask,
+            feed_forward: FeedForward::Gated {
+                activation: act,
+                projection: common::gate_up(&at("mlp"), hidden, width, false),
+                down: LinearSpec { name: at("mlp.down_proj"), input: width, output: hidden, bias: false },
+            },
+            residual: Residual::Sequential {
+                attention: behind("post_attention_layernorm"),
+                feed_forward: behind("post_feedforward_layernorm"),
+                multiplier: 1.0,
+            },
+        }
+    });
+    let embedding = EmbeddingSpec { weight: "model.embed_tokens.weight".into(), scale: 1.0, norm: None };
+    let final_norm = common::norm("model.norm".into(), hidden, eps, NormKind::Rms);
+    common::model(config, embedding, layers.collect(), final_norm, ("lm_head", false), LogitMap::PLAIN)
+}

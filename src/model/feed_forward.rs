@@ -1,0 +1,93 @@
+//! What happens to each token alone: built from its spec, walked forward.
+
+use tch::Tensor;
+
+use super::layer::Context;
+use super::linear::Linear;
+use super::load::Reader;
+use super::spec::{self, GateUp};
+use crate::Result;
+use crate::ops::{self, Activation, Norm};
+
+/// A feed-forward with its weights.
+#[derive(Debug, Clone)]
+pub(super) struct FeedForward {
+    activation: Activation,
+    input: Input,
+    down: Linear,
+}
+
+/// From the stream to what is activated.
+#[derive(Debug, Clone)]
+enum Input {
+    Plain(Box<Linear>),
+    /// Gate, up.
+    Separate(Box<[Linear; 2]>),
+    Fused(Box<Linear>),
+}
+
+impl FeedForward {
+    pub(super) fn load(spec: &spec::FeedForward, read: &Reader<'_>) -> Result<Self> {
+        let (activation, input, down) = match spec {
+            spec::FeedForward::Plain { activation, up, down } => {
+                (activation, Input::Plain(Box::new(read.linear(up)?)), down)
+            }
+            spec::FeedForward::Gated { activation, projection, down } => {
+                let input = match projection {
+                    GateUp::Separate { gate, up } => Input::Separate(Box::new([read.linear(gate)?, read.linear(up)?])),
+                    GateUp::Fused(linear) => Input::Fused(Box::new(read.linear(linear)?)),
+                };
+                (activation, input, down)
+            }
+        };
+        Ok(Self { activation: *activation, input, down: read.linear(down)? })
+    }
+
+    /// What it gives for the stream `h` (T, D), normed first where `norm` is there; added to `residual` (T, D) if given.
+    pub(super) fn forward(
+        &self,
+        h: &Tensor,
+        norm: Option<&Norm>,
+        residual: Option<&Tensor>,
+        context: &Context<'_>,
+    ) -> Tensor {
+        let seed = context.dropout_seed;
+        let one = |linear: &Linear| ops::projection(h, norm, &[linear.operand(seed)], None).remove(0);
+        let (gate, up) = match &self.input {
+            Input::Plain(linear) => (one(linear), None),
+            Input::Separate(linears) => {
+                let mut parts = ops::projection(h, norm, &linears.each_ref().map(|l| l.operand(seed)), None);
+                let up = parts.pop();
+                (parts.remove(0), up)
+            }
+            Input::Fused(linear) => {
+                let fused = one(linear); // (T, 2 F)
+                let width = fused.size()[1] / 2;
+                let mut parts = ops::split(&fused, 1, &[width, width]);
+                let up = parts.pop();
+                (parts.remove(0), up)
+            }
+        };
+        ops::gated_projection(self.activation, &gate, up.as_ref(), self.down.operand(seed), residual)
+    }
+
+    /// Linears in checkpoint order.
+    pub(super) fn linears(&self) -> Vec<&Linear> {
+        let mut all: Vec<&Linear> = match &self.input {
+            Input::Plain(linear) | Input::Fused(linear) => vec![&**linear],
+            Input::Separate(linears) => linears.iter().collect(),
+        };
+        all.push(&self.down);
+        all
+    }
+
+    /// Linears in checkpoint order.
+    pub(super) fn linears_mut(&mut self) -> Vec<&mut Linear> {
+        let mut all: Vec<&mut Linear> = match &mut self.input {
+            Input::Plain(linear) | Input::Fused(linear) => vec![&mut **linear],
+            Input::Separate(linears) => linears.iter_mut().collect(),
+        };
+        all.push(&mut self.down);
+        all
+    }
+}

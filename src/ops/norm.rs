@@ -1,0 +1,158 @@
+//! RMSNorm, `y = x / sqrt(mean(x^2) + eps) * w` (arXiv:1910.07467), and LayerNorm, `y = (x - mean(x)) / sqrt(var(x) + eps) * w + b`
+//! (arXiv:1607.06450). Statistics in fp32, one rounding at the end.
+
+use tch::{Kind, Tensor};
+
+use super::cpu;
+use crate::torch_ext::custom;
+
+/// A frozen norm.
+#[derive(Debug)]
+pub struct Norm {
+    /// w (P, D), fp32: row i of what is normed is multiplied by w[i mod P]. P is 1 but for norms with a weight for each head.
+    pub weight: Tensor,
+    /// b (D), fp32, where there is one.
+    pub bias: Option<Tensor>,
+    /// Added to the mean square.
+    pub eps: f64,
+    /// Whether the mean is taken away first: LayerNorm, else RMSNorm.
+    pub centred: bool,
+}
+
+impl Clone for Norm {
+    /// Another handle to the same tensors.
+    fn clone(&self) -> Self {
+        Self {
+            weight: self.weight.shallow_clone(),
+            bias: self.bias.as_ref().map(Tensor::shallow_clone),
+            eps: self.eps,
+            centred: self.centred,
+        }
+    }
+}
+
+impl Norm {
+    /// y (T, D) in x's number type, and of each row its mean (0 for RMSNorm) and 1/deviation: (T, 2) in fp32. No graph.
+    pub(crate) fn forward(&self, x: &Tensor) -> (Tensor, Tensor) {
+        if cpu::serves(&[x]) {
+            return cpu::norm(x, &self.weight, self.bias.as_ref(), self.eps, self.centred);
+        }
+        let wide = x.to_kind(Kind::Float);
+        let mean = match self.centred {
+            true => wide.mean_dim([-1i64].as_slice(), true, Kind::Float), // (T, 1)
+            false => Tensor::zeros([x.size()[0], 1], (Kind::Float, x.device())),
+        };
+        let square = (&wide - &mean).square().mean_dim([-1i64].as_slice(), true, Kind::Float);
+        let stats = Tensor::cat(&[&mean, &(square + self.eps).rsqrt()], 1); // (T, 2)
+        (self.again(x, &stats), stats)
+    }
+
+    /// y again, from x and the kept statistics: cheaper than keeping y.
+    pub(crate) fn again(&self, x: &Tensor, stats: &Tensor) -> Tensor {
+        if cpu::serves(&[x]) {
+            return cpu::norm_again(x, &self.weight, self.bias.as_ref(), stats);
+        }
+        let y = normed(x, stats) * self.weight_of_rows(x);
+        self.bias.as_ref().map_or_else(|| y.shallow_clone(), |bias| &y + bias).to_kind(x.kind())
+    }
+
+    /// dx (T, D) from dy (T, D).
+    ///
+    /// With g = dy * w and n the normed x: `dx = (g - n * mean(g * n)) / deviation`, and for LayerNorm less the mean of g.
+    pub(crate) fn backward(&self, dy: &Tensor, x: &Tensor, stats: &Tensor) -> Tensor {
+        if cpu::serves(&[dy, x]) {
+            return cpu::norm_backward(dy, x, &self.weight, stats, self.centred);
+        }
+        let g = dy.to_kind(Kind::Float) * self.weight_of_rows(x);
+        let n = normed(x, stats);
+        let dot = (&g * &n).mean_dim([-1i64].as_slice(), true, Kind::Float); // (T, 1)
+        let through = match self.centred {
+            true => &g - g.mean_dim([-1i64].as_slice(), true, Kind::Float),
+            false => g,
+        };
+        ((through - n * dot) * stats.narrow(1, 1, 1)).to_kind(x.kind())
+    }
+
+    /// The norm alone, differentiable in x (T, D).
+    pub fn apply(&self, x: &Tensor) -> Tensor {
+        let (y, stats) = tch::no_grad(|| self.forward(x));
+        let (norm, saved) = (self.clone(), x.detach());
+        custom(c"engraft::norm", &[x], vec![y], move |grads| vec![Some(norm.backward(&grads[0], &saved, &stats))])
+            .remove(0)
+    }
+
+    /// [`Norm::apply`] along the last dimension of x (T, N, H), a head at a time.
+    pub fn apply_to_heads(&self, x: &Tensor) -> Tensor {
+        let size = x.size();
+        let width = size[size.len() - 1];
+        self.apply(&x.reshape([-1, width])).view(size.as_slice())
+    }
+
+    /// w of every row of x: (1, D), or (T, D) where the weights take turns.
+    fn weight_of_rows(&self, x: &Tensor) -> Tensor {
+        let turns = self.weight.size()[0];
+        if turns == 1 { self.weight.shallow_clone() } else { self.weight.repeat([x.size()[0] / turns, 1]) }
+    }
+}
+
+/// (x - mean) / deviation, fp32.
+fn normed(x: &Tensor, stats: &Tensor) -> Tensor {
+    (x.to_kind(Kind::Float) - stats.narrow(1, 0, 1)) * stats.narrow(1, 1, 1)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::ops::testing::{check, randn};
+
+    /// The slow twin of RMSNorm.
+    pub(crate) fn twin(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
+        let wide = x.to_kind(Kind::Float);
+        let rms = (wide.square().mean_dim([-1i64].as_slice(), true, Kind::Float) + eps).sqrt();
+        (wide / rms * weight.to_kind(Kind::Float)).to_kind(x.kind())
+    }
+
+    pub(crate) fn rms(width: i64, eps: f64) -> Norm {
+        Norm { weight: (randn(&[1, width], 2) * 0.1 + 1.0), bias: None, eps, centred: false }
+    }
+
+    #[test]
+    fn rms_norm_equals_plain_autograd() {
+        let norm = rms(35, 1e-5);
+        check(&[randn(&[7, 35], 1)], |_, x| vec![norm.apply(&x[0])], |_, x| vec![twin(&x[0], &norm.weight, 1e-5)]);
+    }
+
+    #[test]
+    fn layer_norm_equals_plain_autograd() {
+        for biased in [true, false] {
+            let bias = randn(&[35], 3);
+            let norm = Norm { bias: biased.then_some(bias), centred: true, ..rms(35, 1e-5) };
+            check(
+                &[randn(&[7, 35], 1) + 0.7],
+                |_, x| vec![norm.apply(&x[0])],
+                |_, x| {
+                    let weight = norm.weight.view([35]);
+                    vec![x[0].layer_norm([35], Some(&weight), norm.bias.as_ref(), 1e-5, false)]
+                },
+            );
+        }
+    }
+
+    #[test]
+    fn heads_may_have_weights_of_their_own() {
+        let (heads, head) = (3, 10);
+        for centred in [true, false] {
+            let norm = Norm { weight: randn(&[heads, head], 2), centred, ..rms(head, 1e-5) };
+            check(
+                &[randn(&[5, heads, head], 1)],
+                |_, x| vec![norm.apply_to_heads(&x[0])],
+                |_, x| {
+                    let mean = x[0].mean_dim([-1i64].as_slice(), true, Kind::Float);
+                    let x = if centred { &x[0] - mean } else { x[0].shallow_clone() };
+                    let rms = (x.square().mean_dim([-1i64].as_slice(), true, Kind::Float) + 1e-5).sqrt();
+                    vec![x / rms * &norm.weight]
+                },
+            );
+        }
+    }
+}

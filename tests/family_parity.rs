@@ -1,0 +1,252 @@
+//! Every family against transformers and PEFT: full tensors recorded by `tests/python/families.py`, in fp32. Weights are not
+//! stored: both sides make them from a tensor's name and an element's index.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+use engraft::adapter::{Adapters, LoadedAdapter};
+use engraft::export::{merged, peft};
+use engraft::model::{Decoder, Documents, Forward, Sampling, families};
+use engraft::recipe::BaseSource;
+use engraft::weights::Checkpoint;
+use engraft::weights::writer::{self, TensorSpec};
+use tch::{Device, Kind, Tensor};
+
+/// The fixtures that are compared; the README's table is made of them.
+const VERIFIED: [&str; 28] = [
+    "llama",
+    "smollm3",
+    "mistral",
+    "ministral",
+    "ministral3",
+    "qwen2",
+    "qwen3",
+    "granite",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "phi3-longrope",
+    "glm",
+    "glm4",
+    "olmo2",
+    "olmo3",
+    "cohere",
+    "cohere2",
+    "starcoder2",
+    "gpt_neox",
+    "gpt_neox-sequential",
+    "stablelm",
+    "stablelm-sequential",
+    "phi",
+    "falcon",
+    "falcon-grouped",
+    "falcon-alibi",
+];
+const TOLERANCE: f64 = 3e-5;
+
+/// A fixture's model and adapter, written out as a checkpoint and an adapter's folder.
+struct Fixture {
+    name: &'static str,
+    folder: tempfile::TempDir,
+    reference: HashMap<String, Tensor>,
+}
+
+impl Fixture {
+    fn new(name: &'static str) -> Self {
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/families").join(name);
+        let folder = tempfile::tempdir().unwrap();
+        let adapter = folder.path().join("adapter");
+        std::fs::create_dir(&adapter).unwrap();
+        std::fs::copy(source.join("config.json"), folder.path().join("config.json")).unwrap();
+        let config = "adapter/adapter_config.json";
+        std::fs::copy(source.join(config), folder.path().join(config)).unwrap();
+        write(&source.join("tensors.json"), &folder.path().join("model.safetensors"));
+        write(&source.join("adapter/adapter_tensors.json"), &adapter.join("adapter_model.safetensors"));
+        Self { name, folder, reference: read(&source.join("reference.safetensors")) }
+    }
+
+    fn checkpoint(&self) -> Checkpoint {
+        Checkpoint::open(&BaseSource::Folder(self.folder.path().to_path_buf())).unwrap()
+    }
+
+    fn base(&self) -> Decoder {
+        load(&self.checkpoint(), self.name)
+    }
+
+    fn adapter(&self) -> LoadedAdapter {
+        let adapter = LoadedAdapter::read(&self.folder.path().join("adapter"));
+        adapter.unwrap_or_else(|error| panic!("{}: {error}", self.name))
+    }
+
+    fn documents(&self) -> Documents {
+        Documents { offsets: Vec::<i64>::try_from(&self.reference["offsets"]).unwrap() }
+    }
+
+    fn logits(&self, model: &Decoder) -> Tensor {
+        model.logits(&self.hidden(model, Forward::default()))
+    }
+
+    fn hidden(&self, model: &Decoder, forward: Forward) -> Tensor {
+        let documents = self.documents();
+        let positions: Vec<i64> = documents.spans().flat_map(|(_, length)| 0..length).collect();
+        model.hidden(&self.reference["ids"], &Tensor::from_slice(&positions), &documents, forward)
+    }
+
+    #[track_caller]
+    fn assert_close(&self, what: &str, found: &Tensor, expected: &Tensor, tolerance: f64) {
+        let name = self.name;
+        assert_eq!(found.size(), expected.size(), "{name}: {what}: shapes");
+        let scale = expected.abs().max().double_value(&[]).max(1e-30);
+        let worst = (found - expected).abs().max().double_value(&[]) / scale;
+        assert!(worst < tolerance, "{name}: {what} is off by {worst:e} of its largest value");
+    }
+}
+
+fn load(checkpoint: &Checkpoint, name: &str) -> Decoder {
+    let model = Decoder::load(checkpoint, Kind::Float, Device::Cpu, &|_, _| ());
+    model.unwrap_or_else(|error| panic!("{name}: {error}"))
+}
+
+fn read(path: &Path) -> HashMap<String, Tensor> {
+    let bytes = std::fs::read(path).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let tensor = |view: &safetensors::tensor::TensorView<'_>| {
+        let kind = if view.dtype() == safetensors::Dtype::I64 { Kind::Int64 } else { Kind::Float };
+        let shape: Vec<i64> = view.shape().iter().map(|n| *n as i64).collect();
+        Tensor::from_data_size(view.data(), &shape, kind)
+    };
+    file.tensors().into_iter().map(|(name, view)| (name, tensor(&view))).collect()
+}
+
+/// Makes every tensor of a list `[[name, shape, offset, scale]]` and writes them as safetensors.
+fn write(list: &Path, to: &Path) {
+    type Line = (String, Vec<i64>, f32, f32);
+    let lines: Vec<Line> = serde_json::from_slice(&std::fs::read(list).unwrap()).unwrap();
+    let specs: Vec<TensorSpec> = lines
+        .iter()
+        .map(|(name, shape, ..)| TensorSpec { name: name.clone(), kind: Kind::Float, shape: shape.clone() })
+        .collect();
+    let tensor = |index: usize| {
+        let (name, shape, offset, scale) = &lines[index];
+        Ok(Tensor::from_slice(&values(name, shape.iter().product::<i64>() as usize, *offset, *scale)).view(&shape[..]))
+    };
+    writer::write(to, &specs, &BTreeMap::new(), tensor).unwrap();
+}
+
+/// The generator of `families.py`: a hash of the name and the index, in [-1, 1), scaled and shifted with one rounding each.
+fn values(name: &str, count: usize, offset: f32, scale: f32) -> Vec<f32> {
+    let seed = name
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
+    let step = 0x9e37_79b9_7f4a_7c15u64;
+    let element = |index: u64| {
+        let z = seed.wrapping_add(index.wrapping_mul(step)).wrapping_add(step);
+        let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        let u = ((z ^ (z >> 31)) >> 40) as f32 / 8_388_608.0 - 1.0;
+        offset + scale * u
+    };
+    (0..count as u64).map(element).collect()
+}
+
+#[test]
+fn the_generator_is_that_of_python() {
+    let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<u32>>();
+    let found = bits(values("model.embed_tokens.weight", 4, 0.0, 0.8));
+    assert_eq!(found, [0xbe52_e0b3, 0xbe93_70ed, 0x3cae_21cd, 0xbece_138a]);
+}
+
+#[test]
+fn logits_are_those_of_transformers_and_peft() {
+    for fixture in VERIFIED.map(Fixture::new) {
+        let mut model = fixture.base();
+        fixture.assert_close("logits", &fixture.logits(&model), &fixture.reference["base_logits"], TOLERANCE);
+        Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0).unwrap();
+        fixture.assert_close("adapted logits", &fixture.logits(&model), &fixture.reference["logits"], TOLERANCE);
+    }
+}
+
+#[test]
+fn the_loss_and_every_adapter_gradient_are_those_of_peft_also_when_recomputed() {
+    for fixture in VERIFIED.map(Fixture::new) {
+        for recomputed_layers in [0, 1, 100] {
+            let mut model = fixture.base();
+            let adapters = Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0).unwrap();
+            let forward = Forward { recomputed_layers, ..Forward::default() };
+            let targets_at = fixture.reference["mask"].nonzero().squeeze_dim(1);
+            let rows = fixture.hidden(&model, forward).index_select(0, &(&targets_at - 1));
+            let targets = fixture.reference["ids"].index_select(0, &targets_at);
+            let loss = model.cross_entropy(&rows, &targets, forward, 1.0 / targets.size()[0] as f64);
+            fixture.assert_close("loss", &loss.view([1]), &fixture.reference["loss"], TOLERANCE);
+            loss.backward();
+            let parameters = adapters.parameters();
+            assert_eq!(parameters.len(), fixture.reference.keys().filter(|key| key.starts_with("grad.")).count());
+            for (key, leaf) in parameters {
+                fixture.assert_close(&key, &leaf.grad(), &fixture.reference[&format!("grad.{key}")], 1e-4);
+            }
+        }
+    }
+}
+
+#[test]
+fn greedy_generation_with_a_cache_gives_the_tokens_of_transformers() {
+    for fixture in VERIFIED.map(Fixture::new) {
+        let mut model = fixture.base();
+        Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0).unwrap();
+        let ids = |key: &str| -> Vec<u32> {
+            Vec::<i64>::try_from(&fixture.reference[key]).unwrap().into_iter().map(|id| id as u32).collect()
+        };
+        let sampling = Sampling { max_tokens: ids("generated").len(), ..Sampling::default() };
+        // Beside others of other lengths, which must make no difference.
+        let prompts = vec![ids("prompt")[..5].to_vec(), ids("prompt"), ids("prompt")[..9].to_vec()];
+        let answers = model.generate(&prompts, &sampling, &mut |_, _| std::ops::ControlFlow::Continue(()));
+        assert_eq!(answers[1].ids, ids("generated"), "{}", fixture.name);
+    }
+}
+
+#[test]
+fn adapters_and_merged_models_read_back_as_what_was_written() {
+    for fixture in VERIFIED.map(Fixture::new) {
+        let checkpoint = fixture.checkpoint();
+        let mut model = fixture.base();
+        let adapters = Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0).unwrap();
+        let place = |name: &str| -> PathBuf { fixture.folder.path().join("written").join(name) };
+        peft::write(&place("adapter"), &adapters.config, adapters.updates(), &BTreeMap::new()).unwrap();
+        let [ours, theirs] = [place("adapter"), fixture.folder.path().join("adapter")]
+            .map(|folder| read(&folder.join("adapter_model.safetensors")));
+        assert_eq!(ours.len(), theirs.len());
+        assert!(ours.iter().all(|(key, tensor)| theirs[key] == *tensor), "{}", fixture.name);
+
+        let config = BTreeMap::from([("config.json".to_string(), checkpoint.sidecars["config.json"].clone())]);
+        merged::write(&place("merged"), &checkpoint, adapters.updates(), Kind::Float, &config, &|_, _| ()).unwrap();
+        let merged = Checkpoint::open(&BaseSource::Folder(place("merged"))).unwrap();
+        let logits = fixture.logits(&load(&merged, fixture.name));
+        fixture.assert_close("merged logits", &logits, &fixture.reference["logits"], TOLERANCE);
+    }
+}
+
+/// One row of the README for each family, made of what is compared here.
+fn table() -> String {
+    let mut text = String::from("| `model_type` | Known as | Compared with transformers and PEFT |\n|---|---|---|\n");
+    for (model_type, known_as) in families::supported() {
+        let of = |name: &&&str| name.split('-').next() == Some(model_type);
+        let variants: Vec<&str> =
+            VERIFIED.iter().filter(of).map(|name| name.split_once('-').map_or("", |v| v.1)).collect();
+        let what = match variants.iter().filter(|variant| !variant.is_empty()).copied().collect::<Vec<_>>()[..] {
+            _ if variants.is_empty() => "no (the page of `llama` serves it)".to_string(),
+            [] => "logits, gradients, generation, adapter, merge".into(),
+            ref more => format!("the same, also {}", more.join(", ")),
+        };
+        text += &format!("| `{model_type}` | {known_as} | {what} |\n");
+    }
+    text
+}
+
+#[test]
+fn the_readmes_table_is_made_of_what_is_compared_here() {
+    let readme = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
+    let (begin, end) = ("<!-- families -->\n", "<!-- /families -->");
+    let written = readme.split(begin).nth(1).and_then(|rest| rest.split(end).next());
+    assert_eq!(written, Some(table().as_str()), "put this between `{begin}` and `{end}` in README.md:\n{}", table());
+}
