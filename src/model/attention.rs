@@ -105,13 +105,14 @@ impl Attention {
             Some([of_query, of_key]) => (of_query.apply(&q), of_key.apply(&k)),
             None => (q, k),
         };
-        let (mut q, k) = match context.rotation {
+        let (q, k) = match context.rotation {
             Some(rotation) => ops::rope(&q, &k, rotation),
             None => (q, k),
         };
-        if let Some(temperature) = self.temperature {
-            q = q * temperature.of(context.positions).to_kind(context.kind);
-        }
+        let q = match self.temperature {
+            Some(temperature) => q * temperature.of(context.positions).to_kind(context.kind),
+            None => q,
+        };
         let attended = match cache {
             None => ops::attention(&q, &k, &v, &self.mask.documents(context.documents), &self.scoring),
             Some(cache) => cache.attend(&q, &k, &v, context.documents, &self.scoring, self.mask),

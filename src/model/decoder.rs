@@ -147,13 +147,12 @@ impl Decoder {
     }
 
     fn embed(&self, ids: &Tensor, documents: &Documents, forward: Forward) -> Tensor {
-        let mut h = self.embedding.index_select(0, ids); // (T, D)
-        if self.spec.embedding.scale != 1.0 {
-            h = h * Tensor::from(self.spec.embedding.scale).to_kind(self.kind).to_device(self.device);
-        }
-        if let Some(norm) = &self.embedding_norm {
-            h = norm.apply(&h);
-        }
+        let h = self.embedding.index_select(0, ids); // (T, D)
+        let h = match self.spec.embedding.scale {
+            1.0 => h,
+            scale => h * Tensor::from(scale).to_kind(self.kind).to_device(self.device),
+        };
+        let h = self.embedding_norm.as_ref().map_or_else(|| h.shallow_clone(), |norm| norm.apply(&h));
         let Some(seed) = forward.seed.filter(|_| forward.noise_alpha > 0.0) else { return h };
         let noise = uniform(&h, -1.0, 1.0, seed ^ 0x006e_6f69_7365);
         for (start, length) in documents.spans() {
