@@ -13,9 +13,15 @@ pub struct Cache {
     pub(super) layers: Vec<LayerCache>,
 }
 
+/// What one block keeps of the tokens it has seen.
+#[derive(Debug)]
+pub(super) enum LayerCache {
+    KeysValues(KeysValues),
+}
+
 /// One block's keys and values.
 #[derive(Debug)]
-pub(super) struct LayerCache {
+pub(super) struct KeysValues {
     /// (B, K, C, H); C is the capacity, grown by doubling.
     keys: Tensor,
     /// (B, K, C, H).
@@ -25,15 +31,8 @@ pub(super) struct LayerCache {
 }
 
 impl Cache {
-    /// Room for `sequences`, before any token; `shapes` are (K, H) of each block.
-    pub(super) fn new(sequences: usize, shapes: &[(i64, i64)], kind: Kind, device: Device) -> Self {
-        let layers = shapes
-            .iter()
-            .map(|(kv_heads, head)| {
-                let empty = Tensor::zeros([sequences as i64, *kv_heads, 0, *head], (kind, device));
-                LayerCache { keys: empty.shallow_clone(), values: empty, lengths: vec![0; sequences] }
-            })
-            .collect();
+    /// Room for `sequences`, before any token, given each block's empty cache.
+    pub(super) fn new(sequences: usize, layers: Vec<LayerCache>) -> Self {
         Self { lengths: vec![0; sequences], layers }
     }
 
@@ -45,18 +44,43 @@ impl Cache {
     /// Keeps only these sequences, in this order: finished ones need not be carried along.
     pub fn keep(&mut self, sequences: &[usize]) {
         let index = Tensor::from_slice(&sequences.iter().map(|i| *i as i64).collect::<Vec<_>>());
-        let pick = |lengths: &[i64]| sequences.iter().map(|i| lengths[*i]).collect::<Vec<_>>();
         for layer in &mut self.layers {
-            let index = index.to_device(layer.keys.device());
-            layer.keys = layer.keys.index_select(0, &index);
-            layer.values = layer.values.index_select(0, &index);
-            layer.lengths = pick(&layer.lengths);
+            match layer {
+                LayerCache::KeysValues(cache) => cache.keep(&index, sequences),
+            }
         }
-        self.lengths = pick(&self.lengths);
+        self.lengths = picked(&self.lengths, sequences);
     }
 }
 
+fn picked(lengths: &[i64], sequences: &[usize]) -> Vec<i64> {
+    sequences.iter().map(|i| lengths[*i]).collect()
+}
+
 impl LayerCache {
+    /// The keys and values of a block that keeps them.
+    pub(super) fn keys_values(&mut self) -> &mut KeysValues {
+        match self {
+            Self::KeysValues(cache) => cache,
+        }
+    }
+}
+
+impl KeysValues {
+    /// Empty, for `sequences` sequences.
+    pub(super) fn new(sequences: i64, kv_heads: i64, head_size: i64, options: (Kind, Device)) -> Self {
+        let empty = Tensor::zeros([sequences, kv_heads, 0, head_size], options);
+        Self { keys: empty.shallow_clone(), values: empty, lengths: vec![0; sequences as usize] }
+    }
+
+    /// Keeps only `sequences`, which are also in `index` (B), i64.
+    fn keep(&mut self, index: &Tensor, sequences: &[usize]) {
+        let index = index.to_device(self.keys.device());
+        self.keys = self.keys.index_select(0, &index);
+        self.values = self.values.index_select(0, &index);
+        self.lengths = picked(&self.lengths, sequences);
+    }
+
     /// Takes in the new tokens' k and v (T, K, H) and attends q (T, N, H) to everything seen; document i of `documents` are
     /// the new tokens of sequence i. Gives (T, N, H).
     pub(super) fn attend(
@@ -118,22 +142,6 @@ impl LayerCache {
                 place.shallow_clone().copy_(&part.narrow(0, start, new).transpose(0, 1));
             }
             self.lengths[i] += new;
-        }
-    }
-}
-
-impl Mask {
-    /// Whether queries at places (B, 1, L, 1) may look at each of `keys` keys from the start: (B, 1, L, S).
-    fn allowed(self, queries_at: &Tensor, keys: i64) -> Tensor {
-        let keys_at = Tensor::arange(keys, (Kind::Int64, queries_at.device())).view([1, 1, 1, -1]);
-        let before = keys_at.le_tensor(queries_at);
-        match self {
-            Mask::Full => before,
-            Mask::Sliding { window } => before.logical_and(&keys_at.gt_tensor(&(queries_at - window))),
-            Mask::Chunked { size } => {
-                let chunk = queries_at.divide_scalar_mode(size, "floor") * size;
-                before.logical_and(&keys_at.ge_tensor(&chunk))
-            }
         }
     }
 }

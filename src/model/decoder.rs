@@ -100,8 +100,8 @@ impl Decoder {
 
     /// An empty cache for `sequences` sequences.
     pub fn cache(&self, sequences: usize) -> Cache {
-        let shapes: Vec<(i64, i64)> = self.layers.iter().map(Layer::cache_shape).collect();
-        Cache::new(sequences, &shapes, self.kind, self.device)
+        let options = (self.kind, self.device);
+        Cache::new(sequences, self.layers.iter().map(|layer| layer.cache(sequences as i64, options)).collect())
     }
 
     /// [`Decoder::hidden`] of new tokens of cached sequences: document i of `documents` continues sequence i. No graph.

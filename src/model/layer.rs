@@ -1,6 +1,6 @@
 //! One block of the decoder: attention and feed-forward, and how they are added to the stream.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::attention::Attention;
 use super::cache::LayerCache;
@@ -120,9 +120,9 @@ impl Layer {
         all
     }
 
-    /// (K, H): what a cache must hold per token.
-    pub(super) fn cache_shape(&self) -> (i64, i64) {
-        self.attention.cache_shape()
+    /// An empty cache for `sequences` sequences.
+    pub(super) fn cache(&self, sequences: i64, options: (Kind, Device)) -> LayerCache {
+        self.attention.cache(sequences, options)
     }
 }
 

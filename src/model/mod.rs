@@ -17,6 +17,7 @@ mod generate;
 mod layer;
 mod linear;
 mod load;
+mod mask;
 mod position;
 
 pub use crate::ops::Documents;

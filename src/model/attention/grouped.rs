@@ -1,20 +1,18 @@
-//! How tokens look at each other: built from its spec, walked forward.
+//! Grouped heads, from multi-head to multi-query attention.
 
-use std::borrow::Cow;
+use tch::{Device, Kind, Tensor};
 
-use tch::{Kind, Tensor};
-
-use super::cache::LayerCache;
-use super::layer::Context;
-use super::linear::Linear;
-use super::load::Reader;
-use super::spec::{self, GroupedAttention, LayerSpec, Mask, Position, Projection, Temperature};
 use crate::Result;
-use crate::ops::{self, Alibi, Documents, Norm, Scoring};
+use crate::model::cache::KeysValues;
+use crate::model::layer::Context;
+use crate::model::linear::Linear;
+use crate::model::load::Reader;
+use crate::model::spec::{self, LayerSpec, Mask, Position, Projection, Temperature};
+use crate::ops::{self, Alibi, Norm, Scoring};
 
-/// Attention with its weights.
+/// Grouped attention with its weights.
 #[derive(Debug, Clone)]
-pub(super) struct Attention {
+pub(in crate::model) struct GroupedAttention {
     heads: i64,
     kv_heads: i64,
     head_size: i64,
@@ -44,10 +42,10 @@ struct HeadNorm {
     whole: bool,
 }
 
-impl Attention {
-    pub(super) fn load(spec: &LayerSpec, read: &Reader<'_>) -> Result<Self> {
-        let spec::Attention::Grouped(attention) = &spec.attention;
-        let GroupedAttention { heads, kv_heads, head_size, scale, soft_cap, .. } = *attention;
+impl GroupedAttention {
+    /// Reads the weights of `attention`, which is that of `spec`.
+    pub(super) fn load(attention: &spec::GroupedAttention, spec: &LayerSpec, read: &Reader<'_>) -> Result<Self> {
+        let spec::GroupedAttention { heads, kv_heads, head_size, scale, soft_cap, .. } = *attention;
         let alibi = match &spec.position {
             Position::Alibi { slopes, rounded, scale } => {
                 let slopes = Tensor::from_slice(slopes).to_kind(Kind::Float).to_device(read.device);
@@ -94,7 +92,7 @@ impl Attention {
         norm: Option<&Norm>,
         residual: Option<&Tensor>,
         context: &Context<'_>,
-        cache: Option<&mut LayerCache>,
+        cache: Option<&mut KeysValues>,
     ) -> Tensor {
         let tokens = h.size()[0];
         let [q, k, v] = self.queries_keys_values(h, norm, context);
@@ -156,9 +154,9 @@ impl Attention {
         all
     }
 
-    /// (K, H): what a cache must hold per token.
-    pub(super) fn cache_shape(&self) -> (i64, i64) {
-        (self.kv_heads, self.head_size)
+    /// An empty cache for `sequences` sequences.
+    pub(super) fn cache(&self, sequences: i64, options: (Kind, Device)) -> KeysValues {
+        KeysValues::new(sequences, self.kv_heads, self.head_size, options)
     }
 }
 
@@ -170,16 +168,6 @@ impl HeadNorm {
         }
         let size = x.size();
         self.norm.apply(&x.view([size[0], -1])).view(size.as_slice())
-    }
-}
-
-impl Mask {
-    /// What attention is to take for documents, so that no token looks beyond its chunk.
-    pub(super) fn documents(self, documents: &Documents) -> Cow<'_, Documents> {
-        match self {
-            Mask::Chunked { size } => Cow::Owned(documents.chunked(size)),
-            Mask::Full | Mask::Sliding { .. } => Cow::Borrowed(documents),
-        }
     }
 }
 

@@ -1,0 +1,65 @@
+//! How tokens look at each other: built from its spec, walked forward.
+
+mod grouped;
+
+use tch::{Device, Kind, Tensor};
+
+use super::cache::LayerCache;
+use super::layer::Context;
+use super::linear::Linear;
+use super::load::Reader;
+use super::spec::{self, LayerSpec};
+use crate::Result;
+use crate::ops::Norm;
+use grouped::GroupedAttention;
+
+/// Attention with its weights.
+#[derive(Debug, Clone)]
+pub(super) enum Attention {
+    Grouped(Box<GroupedAttention>),
+}
+
+impl Attention {
+    pub(super) fn load(spec: &LayerSpec, read: &Reader<'_>) -> Result<Self> {
+        match &spec.attention {
+            spec::Attention::Grouped(grouped) => {
+                Ok(Self::Grouped(Box::new(GroupedAttention::load(grouped, spec, read)?)))
+            }
+        }
+    }
+
+    /// What attention gives for the stream `h` (T, D), normed first where `norm` is there; added to `residual` (T, D) if given.
+    pub(super) fn forward(
+        &self,
+        h: &Tensor,
+        norm: Option<&Norm>,
+        residual: Option<&Tensor>,
+        context: &Context<'_>,
+        cache: Option<&mut LayerCache>,
+    ) -> Tensor {
+        match self {
+            Self::Grouped(grouped) => grouped.forward(h, norm, residual, context, cache.map(LayerCache::keys_values)),
+        }
+    }
+
+    /// Linears in checkpoint order.
+    pub(super) fn linears(&self) -> Vec<&Linear> {
+        match self {
+            Self::Grouped(grouped) => grouped.linears(),
+        }
+    }
+
+    /// Linears in checkpoint order.
+    pub(super) fn linears_mut(&mut self) -> Vec<&mut Linear> {
+        match self {
+            Self::Grouped(grouped) => grouped.linears_mut(),
+        }
+    }
+
+    /// An empty cache for `sequences` sequences.
+    pub(super) fn cache(&self, sequences: i64, options: (Kind, Device)) -> LayerCache {
+        match self {
+            Self::Grouped(grouped) => LayerCache::KeysValues(grouped.cache(sequences, options)),
+        }
+    }
+}
