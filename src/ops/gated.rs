@@ -10,7 +10,7 @@ use super::projection::{Group, Operand, factors};
 use crate::torch_ext::custom;
 
 /// What the gate goes through.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Activation {
     /// `x * sigmoid(x)`.
     Silu,
@@ -18,27 +18,43 @@ pub enum Activation {
     Gelu,
     /// The tanh approximation.
     GeluTanh,
+    /// `g * sigmoid(slope * g)` of a gate of at most `limit`, times an up that is kept within `limit` and shifted by `offset`
+    /// (gpt-oss).
+    Clamped {
+        /// Largest gate, and largest magnitude of up.
+        limit: f64,
+        /// Slope of the sigmoid.
+        slope: f64,
+        /// Added to up.
+        offset: f64,
+    },
 }
 
 impl Activation {
     /// `act(gate) * up` (T, F), or `act(gate)` without `up`. No graph.
-    fn gated(self, gate: &Tensor, up: Option<&Tensor>) -> Tensor {
+    pub(super) fn gated(self, gate: &Tensor, up: Option<&Tensor>) -> Tensor {
         match up {
             Some(up) if self == Self::Silu && cpu::serves(&[gate, up]) => cpu::swiglu(gate, up),
-            Some(up) => self.forward(gate) * up,
+            Some(up) => self.forward(gate) * self.up(up),
             None => self.forward(gate),
         }
     }
 
     /// The gradients of gate and up from that of [`Activation::gated`], and its value again.
-    fn gated_backward(self, grad: &Tensor, gate: &Tensor, up: Option<&Tensor>) -> (Tensor, Option<Tensor>, Tensor) {
+    pub(super) fn gated_backward(
+        self,
+        grad: &Tensor,
+        gate: &Tensor,
+        up: Option<&Tensor>,
+    ) -> (Tensor, Option<Tensor>, Tensor) {
         let Some(up) = up else { return (self.backward(grad, gate), None, self.forward(gate)) };
         if self == Self::Silu && cpu::serves(&[gate, up, grad]) {
             let [dgate, dup, product] = cpu::swiglu_backward(grad, gate, up);
             return (dgate, Some(dup), product);
         }
         let activated = self.forward(gate);
-        (self.backward(&(grad * up), gate), Some(grad * &activated), activated * up)
+        let shown = self.up(up);
+        (self.backward(&(grad * &shown), gate), Some(self.up_backward(grad * &activated, up)), activated * shown)
     }
 
     fn forward(self, x: &Tensor) -> Tensor {
@@ -46,6 +62,26 @@ impl Activation {
             Self::Silu => x.silu(),
             Self::Gelu => x.gelu("none"),
             Self::GeluTanh => x.gelu("tanh"),
+            Self::Clamped { limit, slope, .. } => {
+                let gate = x.clamp_max(limit);
+                (&gate * slope).sigmoid() * gate
+            }
+        }
+    }
+
+    /// What the activated gate is multiplied with.
+    fn up(self, up: &Tensor) -> Tensor {
+        match self {
+            Self::Clamped { limit, offset, .. } => up.clamp(-limit, limit) + offset,
+            Self::Silu | Self::Gelu | Self::GeluTanh => up.shallow_clone(),
+        }
+    }
+
+    /// The gradient of up from that of [`Activation::up`].
+    fn up_backward(self, grad: Tensor, up: &Tensor) -> Tensor {
+        match self {
+            Self::Clamped { limit, .. } => grad * up.abs().le(limit),
+            Self::Silu | Self::Gelu | Self::GeluTanh => grad,
         }
     }
 
@@ -54,6 +90,11 @@ impl Activation {
             Self::Silu => x.silu_backward(grad),
             Self::Gelu => x.gelu_backward(grad, "none"),
             Self::GeluTanh => x.gelu_backward(grad, "tanh"),
+            Self::Clamped { limit, slope, .. } => {
+                let sigmoid = (x * slope).sigmoid();
+                let slope_of_gate = (sigmoid.ones_like() - &sigmoid) * x * slope + 1.0;
+                grad * sigmoid * slope_of_gate * x.le(limit)
+            }
         }
     }
 }
@@ -110,7 +151,8 @@ mod tests {
         let inputs =
             [randn(&[t, f], 1), randn(&[t, f], 2), randn(&[t, d], 3), randn(&[r, f], 4) * 0.3, randn(&[d, r], 5) * 0.3];
         let weight = |kind| (randn(&[d, f], 6) * 0.2).to_kind(kind);
-        for activation in [Activation::Silu, Activation::Gelu, Activation::GeluTanh] {
+        let clamped = Activation::Clamped { limit: 1.2, slope: 1.702, offset: 1.0 };
+        for activation in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, clamped] {
             check(
                 &inputs,
                 |kind, x| {
@@ -132,7 +174,7 @@ mod tests {
                     let project =
                         |h: &Tensor| h.matmul(&weight(kind).tr()) + h.matmul(&x[3].tr()).matmul(&x[4].tr()) * 0.5;
                     let activated = activation.forward(&x[0]);
-                    vec![project(&(&activated * &x[1])) + &x[2], project(&activated)]
+                    vec![project(&(&activated * activation.up(&x[1]))) + &x[2], project(&activated)]
                 },
             );
         }

@@ -7,6 +7,7 @@
 pub mod attention;
 mod cpu;
 pub mod cross_entropy;
+pub mod experts;
 pub mod gated;
 pub mod norm;
 pub mod projection;
@@ -18,6 +19,7 @@ pub(crate) mod testing;
 
 pub use attention::{Alibi, Scoring, attention, attention_to_cache};
 pub use cross_entropy::{LogitMap, cross_entropy};
+pub use experts::{ExpertInput, Experts, Weighted, experts};
 pub use gated::{Activation, gated_projection};
 pub use norm::Norm;
 pub use projection::{LowRank, Operand, projection};
