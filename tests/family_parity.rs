@@ -4,16 +4,16 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
-use engraft::adapter::{Adapters, LoadedAdapter};
+use engraft::adapter::{Adapters, LoadedAdapter, Update, layout};
 use engraft::export::{merged, peft};
-use engraft::model::{Decoder, Documents, Forward, Sampling, families};
+use engraft::model::{Balance, Decoder, Documents, Forward, Sampling, families};
 use engraft::recipe::BaseSource;
 use engraft::weights::Checkpoint;
 use engraft::weights::writer::{self, TensorSpec};
 use tch::{Device, Kind, Tensor};
 
 /// The fixtures that are compared; the README's table is made of them.
-const VERIFIED: [&str; 28] = [
+const VERIFIED: &[&str] = &[
     "llama",
     "smollm3",
     "mistral",
@@ -21,6 +21,11 @@ const VERIFIED: [&str; 28] = [
     "ministral3",
     "qwen2",
     "qwen3",
+    "mixtral",
+    "qwen2_moe",
+    "qwen2_moe-normalised",
+    "qwen3_moe",
+    "qwen3_moe-sliding",
     "granite",
     "gemma",
     "gemma2",
@@ -63,6 +68,12 @@ impl Fixture {
         std::fs::copy(source.join(config), folder.path().join(config)).unwrap();
         write(&source.join("tensors.json"), &folder.path().join("model.safetensors"));
         write(&source.join("adapter/adapter_tensors.json"), &adapter.join("adapter_model.safetensors"));
+        if source.join("peft").is_dir() {
+            let own = folder.path().join("peft");
+            std::fs::create_dir(&own).unwrap();
+            std::fs::copy(source.join("peft/adapter_config.json"), own.join("adapter_config.json")).unwrap();
+            write(&source.join("peft/adapter_tensors.json"), &own.join("adapter_model.safetensors"));
+        }
         Self { name, folder, reference: read(&source.join("reference.safetensors")) }
     }
 
@@ -75,7 +86,11 @@ impl Fixture {
     }
 
     fn adapter(&self) -> LoadedAdapter {
-        let adapter = LoadedAdapter::read(&self.folder.path().join("adapter"));
+        self.adapter_in("adapter")
+    }
+
+    fn adapter_in(&self, folder: &str) -> LoadedAdapter {
+        let adapter = LoadedAdapter::read(&self.folder.path().join(folder));
         adapter.unwrap_or_else(|error| panic!("{}: {error}", self.name))
     }
 
@@ -159,7 +174,7 @@ fn the_generator_is_that_of_python() {
 
 #[test]
 fn logits_are_those_of_transformers_and_peft() {
-    for fixture in VERIFIED.map(Fixture::new) {
+    for fixture in VERIFIED.iter().map(|name| Fixture::new(name)) {
         let mut model = fixture.base();
         fixture.assert_close("logits", &fixture.logits(&model), &fixture.reference["base_logits"], TOLERANCE);
         Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0).unwrap();
@@ -169,7 +184,7 @@ fn logits_are_those_of_transformers_and_peft() {
 
 #[test]
 fn the_loss_and_every_adapter_gradient_are_those_of_peft_also_when_recomputed() {
-    for fixture in VERIFIED.map(Fixture::new) {
+    for fixture in VERIFIED.iter().map(|name| Fixture::new(name)) {
         for recomputed_layers in [0, 1, 100] {
             let mut model = fixture.base();
             let adapters = Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0).unwrap();
@@ -180,10 +195,69 @@ fn the_loss_and_every_adapter_gradient_are_those_of_peft_also_when_recomputed() 
             let loss = model.cross_entropy(&rows, &targets, forward, 1.0 / targets.size()[0] as f64);
             fixture.assert_close("loss", &loss.view([1]), &fixture.reference["loss"], TOLERANCE);
             loss.backward();
-            let parameters = adapters.parameters();
-            assert_eq!(parameters.len(), fixture.reference.keys().filter(|key| key.starts_with("grad.")).count());
-            for (key, leaf) in parameters {
-                fixture.assert_close(&key, &leaf.grad(), &fixture.reference[&format!("grad.{key}")], 1e-4);
+            let found = gradients(&adapters);
+            assert_eq!(found.len(), fixture.reference.keys().filter(|key| key.starts_with("grad.")).count());
+            for (key, gradient) in found {
+                fixture.assert_close(&key, &gradient, &fixture.reference[&format!("grad.{key}")], 1e-4);
+            }
+        }
+    }
+}
+
+/// The gradients of all adapters, under the keys and in the shapes of PEFT's files.
+fn gradients(adapters: &Adapters) -> Vec<(String, Tensor)> {
+    let of = |update: &Update| {
+        let [a, b] = [&update.a, &update.b].map(|leaf| {
+            let gradient = leaf.grad();
+            if gradient.defined() { gradient } else { leaf.zeros_like() }
+        });
+        Update { a, b, ..update.shallow_clone() }
+    };
+    layout::tensors(&adapters.updates().iter().map(of).collect::<Vec<_>>())
+}
+
+/// What PEFT itself saves for experts, which is not how the checkpoint has them.
+#[test]
+fn adapters_that_peft_saved_for_experts_give_its_logits() {
+    let with_one: Vec<Fixture> = VERIFIED.iter().map(|name| Fixture::new(name)).collect();
+    for fixture in with_one.iter().filter(|fixture| fixture.folder.path().join("peft").is_dir()) {
+        let mut model = fixture.base();
+        Adapters::attach_loaded(&mut model, &fixture.adapter_in("peft"), 0.0).unwrap();
+        fixture.assert_close("logits", &fixture.logits(&model), &fixture.reference["peft_logits"], TOLERANCE);
+    }
+}
+
+#[test]
+fn the_balancing_loss_of_routers_and_its_gradient_are_those_of_transformers() {
+    let all: Vec<Fixture> = VERIFIED.iter().map(|name| Fixture::new(name)).collect();
+    let routed: Vec<&Fixture> = all.iter().filter(|f| f.reference.contains_key("aux_loss")).collect();
+    assert!(!routed.is_empty());
+    for fixture in routed {
+        for recomputed_layers in [0, 100] {
+            // The first document alone, with a coefficient of 1.
+            let mut config: serde_json::Value =
+                serde_json::from_slice(&std::fs::read(fixture.folder.path().join("config.json")).unwrap()).unwrap();
+            config["output_router_logits"] = true.into();
+            config["router_aux_loss_coef"] = 1.0.into();
+            let mut checkpoint = fixture.checkpoint();
+            checkpoint.config = config;
+            let mut model = load(&checkpoint, fixture.name);
+            let adapters = Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0).unwrap();
+            let (_, length) = fixture.documents().spans().next().unwrap();
+            let documents = Documents::one(length);
+            let balance = Balance::new(1.0 / length as f64);
+            let forward = Forward { recomputed_layers, balance: Some(&balance), ..Forward::default() };
+            let ids = fixture.reference["ids"].narrow(0, 0, length);
+            let positions = Tensor::arange(length, (Kind::Int64, Device::Cpu));
+            let hidden = model.hidden(&ids, &positions, &documents, forward);
+            let expected = fixture.reference["aux_loss"].narrow(0, 1, 1);
+            fixture.assert_close("balancing loss", &balance.loss(&documents).view([1]), &expected, TOLERANCE);
+            // Nothing else is in the gradient.
+            (hidden * 0.0).sum(Kind::Float).backward();
+            let found: HashMap<String, Tensor> = gradients(&adapters).into_iter().collect();
+            let wanted = fixture.reference.iter().filter_map(|(key, t)| Some((key.strip_prefix("aux_grad.")?, t)));
+            for (key, expected) in wanted {
+                fixture.assert_close(key, &found[key], expected, 1e-4);
             }
         }
     }
@@ -191,7 +265,7 @@ fn the_loss_and_every_adapter_gradient_are_those_of_peft_also_when_recomputed() 
 
 #[test]
 fn greedy_generation_with_a_cache_gives_the_tokens_of_transformers() {
-    for fixture in VERIFIED.map(Fixture::new) {
+    for fixture in VERIFIED.iter().map(|name| Fixture::new(name)) {
         let mut model = fixture.base();
         Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0).unwrap();
         let ids = |key: &str| -> Vec<u32> {
@@ -207,7 +281,7 @@ fn greedy_generation_with_a_cache_gives_the_tokens_of_transformers() {
 
 #[test]
 fn adapters_and_merged_models_read_back_as_what_was_written() {
-    for fixture in VERIFIED.map(Fixture::new) {
+    for fixture in VERIFIED.iter().map(|name| Fixture::new(name)) {
         let checkpoint = fixture.checkpoint();
         let mut model = fixture.base();
         let adapters = Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0).unwrap();

@@ -41,6 +41,9 @@ pub struct AdapterConfig {
     /// Which modules.
     #[serde(default)]
     pub target_modules: Option<Targets>,
+    /// Which parameters, where they are not the weights of linears.
+    #[serde(default)]
+    pub target_parameters: Option<Vec<String>>,
     /// Which not.
     #[serde(default)]
     pub exclude_modules: Option<Targets>,
@@ -67,7 +70,6 @@ const MORE_THAN_LORA: &[(&str, &str)] = &[
     ("lora_bias", "a bias on lora_B"),
     ("modules_to_save", "fully trained modules (modules_to_save)"),
     ("trainable_token_indices", "trained tokens (trainable_token_indices)"),
-    ("target_parameters", "adapters on bare parameters (target_parameters)"),
     ("layer_replication", "replicated layers"),
     ("fan_in_fan_out", "transposed weights (fan_in_fan_out)"),
     ("alora_invocation_tokens", "aLoRA"),
@@ -102,6 +104,7 @@ const HARMLESS: &[&str] = &[
     "lora_dropout",
     "use_rslora",
     "target_modules",
+    "target_parameters",
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
@@ -123,6 +126,7 @@ impl AdapterConfig {
             lora_dropout: recipe.lora_dropout,
             use_rslora: recipe.use_rslora,
             target_modules: Some(selection.target_modules.clone()),
+            target_parameters: None,
             exclude_modules: recipe.exclude_modules.clone(),
             layers_to_transform: selection.layers_to_transform.clone(),
             layers_pattern: None,
@@ -198,7 +202,7 @@ impl AdapterConfig {
             "rank_pattern": pairs(sorted(&self.rank_pattern, |r| json!(r))),
             "revision": self.revision,
             "target_modules": self.target_modules,
-            "target_parameters": null,
+            "target_parameters": self.target_parameters,
             "task_type": "CAUSAL_LM",
             "trainable_token_indices": null,
             "use_bdlora": null,

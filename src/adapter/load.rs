@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use tch::{Device, Kind};
 
 use super::config::{AdapterConfig, CONFIG, MERGE_IT, Ranks};
+use super::layout::Assembled;
 use super::{Update, overview};
+use crate::model::sites::{Role, Site};
 use crate::weights::Checkpoint;
 use crate::{Error, Fault, Result};
 
@@ -24,7 +26,7 @@ pub struct LoadedAdapter {
     pub folder: PathBuf,
     /// What its config says.
     pub config: AdapterConfig,
-    /// A and B by module, in the order of the module's paths.
+    /// A and B by module as the file has them, in the order of the module's paths: those of experts not yet put together.
     pub updates: Vec<Update>,
     /// What the user should know, in plain sentences.
     pub notices: Vec<String>,
@@ -76,35 +78,22 @@ impl LoadedAdapter {
         std::fs::read_to_string(&path).map(Some).map_err(|error| fault(format!("cannot be read: {error}")))
     }
 
-    /// Checks that the adapter fits a base whose linears are `linears` (module path and (out, in)); returns, for each update, the
-    /// index of its linear.
+    /// Checks that the adapter fits a base whose linears are `sites`; returns the updates by the index of their site, those of
+    /// experts put together.
     ///
     /// The error of an adapter for another base names both and what differs.
-    pub fn fit(&self, linears: &[(&str, (i64, i64))]) -> Result<Vec<usize>> {
-        let by_name: BTreeMap<&str, usize> =
-            linears.iter().enumerate().map(|(index, (name, _))| (*name, index)).collect();
-        let mut absent = Vec::new();
-        let mut differing = Vec::new();
-        let mut found = Vec::new();
-        for update in &self.updates {
-            let Some(&index) = by_name.get(update.module.as_str()) else {
-                absent.push(update.module.as_str());
-                continue;
-            };
-            let ((rows, columns), own) = (linears[index].1, update.shape());
-            if own != (rows, columns) {
-                differing.push(format!("{} ([{}, {}] there, [{rows}, {columns}] here)", update.module, own.0, own.1));
-            }
-            found.push(index);
-        }
+    pub fn fit(&self, sites: &[Site]) -> Result<BTreeMap<usize, Update>> {
+        let place = self.folder.join(WEIGHTS).display().to_string();
+        let Assembled { updates, absent, mut differing } = Assembled::new(&self.updates, sites, &self.config, &place)?;
+        let by_name: BTreeMap<&str, &Site> = sites.iter().map(|site| (site.name.as_str(), site)).collect();
         for (module, shape) in &self.base_layers {
-            let here = by_name.get(module.as_str()).map(|&index| linears[index].1);
+            let here = by_name.get(module.as_str()).map(|site| site.shape);
             if let Some((rows, columns)) = here.filter(|(rows, columns)| shape != &[*rows, *columns]) {
                 differing.push(format!("{module} ({shape:?} there, [{rows}, {columns}] here)"));
             }
         }
         if absent.is_empty() && differing.is_empty() {
-            return Ok(found);
+            return Ok(updates);
         }
         let mut what = Vec::new();
         if !absent.is_empty() {
@@ -121,7 +110,7 @@ impl LoadedAdapter {
             Some(name) => format!("it was trained on {name}"),
             None => "it does not say which base it was trained on".to_string(),
         };
-        let names: Vec<&str> = linears.iter().map(|(name, _)| *name).collect();
+        let names: Vec<&str> = sites.iter().map(|site| site.name.as_str()).collect();
         let what = format!("this adapter is for another base: {}", what.join("; "));
         let hint = format!("{base}; the linears here are: {}", overview(&names));
         Err(Error::Model(Fault::at(&self.folder, what).hint(hint)))
@@ -247,8 +236,10 @@ fn read_pair(path: &Path, weights: &Checkpoint, ranks: &Ranks, module: String, p
     if r != other {
         return Err(fault(format!("lora_A has rank {r} ({r} x {columns}) but lora_B {other} ({rows} x {other})")));
     }
+    // Where a pair stands for all experts of a block, the base is needed to say what its rank is.
+    let of_experts = module.ends_with(".experts") || module.ends_with(".base_layer");
     let stated = ranks.rank(&module);
-    if i64::from(stated) != r {
+    if i64::from(stated) != r && !of_experts {
         return Err(fault(format!("its matrices have rank {r}, but {CONFIG} says {stated} (r, rank_pattern)")));
     }
     for key in [a, b] {
@@ -262,5 +253,5 @@ fn read_pair(path: &Path, weights: &Checkpoint, ranks: &Ranks, module: String, p
         return Err(fault(format!("its scale (lora_alpha over rank {r}) is {scale}")));
     }
     let read = |key: &str| weights.tensor(key, Kind::Float, Device::Cpu);
-    Ok(Update { a: read(a)?, b: read(b)?, scale, module })
+    Ok(Update { a: read(a)?, b: read(b)?, scale, module, role: Role::Linear })
 }

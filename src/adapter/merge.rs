@@ -42,15 +42,34 @@ pub fn merged(weight: &Tensor, update: &Update) -> Result<Tensor> {
     })
 }
 
+/// [`merged`] of the weights of all experts, (E, out, in), or (E, in, out) where `transposed`.
+pub fn merged_experts(weights: &Tensor, update: &Update, transposed: bool) -> Result<Tensor> {
+    let result = weights.empty_like();
+    for number in 0..weights.size()[0] {
+        let weight = weights.select(0, number);
+        let weight = if transposed { weight.tr().contiguous() } else { weight };
+        let sum = merged(&weight, &update.of_expert(number))?;
+        result.select(0, number).copy_(&if transposed { sum.tr() } else { sum });
+    }
+    Ok(result)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::sites::Role;
     use tch::Device;
 
     fn update(rows: i64, columns: i64, r: i64) -> Update {
         tch::manual_seed(5);
         let normal = |shape: [i64; 2]| Tensor::randn(shape, (Kind::Float, Device::Cpu));
-        Update { module: "q_proj".into(), a: normal([r, columns]), b: normal([rows, r]), scale: 0.375 }
+        Update {
+            module: "q_proj".into(),
+            role: Role::Linear,
+            a: normal([r, columns]),
+            b: normal([rows, r]),
+            scale: 0.375,
+        }
     }
 
     /// In f64, rounded once: a merge that rounds the update to bf16 first gives other numbers.

@@ -4,6 +4,7 @@
 
 pub mod config;
 pub mod init;
+pub mod layout;
 pub mod load;
 pub mod merge;
 pub mod targets;
@@ -11,11 +12,12 @@ pub mod targets;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use tch::{Device, Kind, Tensor};
 
-use crate::model::{Decoder, LowRank};
+use crate::model::sites::{self, Role, Site};
+use crate::model::{Decoder, Linear, LowRank};
 use crate::recipe::{AdapterRecipe, Targets};
 use crate::torch_ext::catching;
 use crate::{Error, Fault, Result};
@@ -24,14 +26,16 @@ pub use config::AdapterConfig;
 pub use load::LoadedAdapter;
 pub use targets::overview;
 
-/// The update of one linear: `scale * B A` on its weight (out, in).
+/// The update of one linear: `scale * B A` on its weight (out, in); or of one linear of every expert of a block.
 #[derive(Debug)]
 pub struct Update {
-    /// Module path, as the checkpoint has it.
+    /// Module path, as [`Site::name`] has it.
     pub module: String,
-    /// A (R, in), fp32.
+    /// What it updates.
+    pub role: Role,
+    /// A (R, in) or (E, R, in), fp32.
     pub a: Tensor,
-    /// B (out, R), fp32.
+    /// B (out, R) or (E, out, R), fp32.
     pub b: Tensor,
     /// What B A is multiplied with.
     pub scale: f64,
@@ -40,13 +44,28 @@ pub struct Update {
 impl Update {
     /// (out, in) of the weight it fits.
     pub fn shape(&self) -> (i64, i64) {
-        (self.b.size()[0], self.a.size()[1])
+        let [(rows, _), (_, columns)] = [&self.b, &self.a].map(|factor| match factor.size()[..] {
+            [.., rows, columns] => (rows, columns),
+            _ => unreachable!("A and B have two dimensions or three"),
+        });
+        (rows, columns)
+    }
+
+    /// R.
+    pub fn rank(&self) -> i64 {
+        self.b.size().last().copied().unwrap_or_default()
+    }
+
+    /// The update of one expert alone.
+    pub fn of_expert(&self, number: i64) -> Self {
+        let [a, b] = [&self.a, &self.b].map(|factor| factor.select(0, number));
+        Self { module: sites::expert(&self.module, number), role: Role::Linear, a, b, scale: self.scale }
     }
 
     /// Another handle to the same tensors.
     pub fn shallow_clone(&self) -> Self {
-        let Self { module, a, b, scale } = self;
-        Self { module: module.clone(), a: a.shallow_clone(), b: b.shallow_clone(), scale: *scale }
+        let Self { module, role, a, b, scale } = self;
+        Self { module: module.clone(), role: role.clone(), a: a.shallow_clone(), b: b.shallow_clone(), scale: *scale }
     }
 }
 
@@ -68,35 +87,31 @@ impl Adapters {
     /// Errors: what [`targets::resolve`], [`LoadedAdapter::read`] and [`LoadedAdapter::fit`] find wrong; a recipe that
     /// contradicts the adapter it continues; memory.
     pub fn attach(model: &mut Decoder, recipe: &AdapterRecipe, seed: u64) -> Result<Self> {
+        let sites = model.spec.sites();
         if let Some(folder) = &recipe.adapter_name_or_path {
             let loaded = LoadedAdapter::read(folder)?;
-            let indices = loaded.fit(&linears(model))?;
-            agrees(model, recipe, &loaded, &indices)?;
-            return Self::attach_loaded(model, &loaded, recipe.lora_dropout);
+            let fitted = loaded.fit(&sites)?;
+            agrees(&sites, recipe, &loaded, &fitted.keys().copied().collect())?;
+            return Self::attach_fitted(model, &loaded, &sites, fitted, recipe.lora_dropout);
         }
-        let head = model.spec.head.name.clone();
-        let selection = targets::resolve(&linears(model), &head, recipe)?;
+        let selection = targets::resolve(&sites, recipe)?;
+        let mut config = AdapterConfig::new(recipe, &selection);
+        let chosen: Vec<(usize, u32, f64)> = selection.targets.iter().map(|t| (t.index, t.r, t.scale)).collect();
+        layout::describe(&mut config, &sites, &chosen)?;
         let device = model.device;
-        let mut all = model.linears_mut();
+        let mut linears = by_name(model);
         let updates = selection.targets.iter().map(|target| {
-            let linear = &mut all[target.index];
-            let (rows, columns) = linear.shape();
-            let r = i64::from(target.r);
-            let update = catching(&linear.name, || {
-                let a = init::start(recipe.init_lora_weights, seed, &linear.name, (r, columns)); // (R, in)
-                let b = Tensor::zeros([rows, r], (Kind::Float, Device::Cpu)); // (out, R)
-                Ok(Update {
-                    module: linear.name.clone(),
-                    a: leaf(&a, device),
-                    b: leaf(&b, device),
-                    scale: target.scale,
-                })
+            let site = &sites[target.index];
+            let linear = linears.get_mut(&site.name).expect("every site has a linear");
+            let update = catching(&site.name, || {
+                let (a, b) = fresh(site, recipe, seed, i64::from(target.r));
+                let (module, role) = (site.name.clone(), site.role.clone());
+                Ok(Update { module, role, a: leaf(&a, device), b: leaf(&b, device), scale: target.scale })
             })?;
             linear.adapter = Some(low_rank(&update, recipe.lora_dropout));
             Ok(update)
         });
         let updates = updates.collect::<Result<Vec<_>>>()?;
-        let config = AdapterConfig::new(recipe, &selection);
         let mut notices = selection.notices;
         notices.extend(tied_head(model, &updates));
         Ok(Self { config, notices, updates })
@@ -104,20 +119,33 @@ impl Adapters {
 
     /// Attaches an adapter that was read, trained on from where it is: with `dropout` while training.
     pub fn attach_loaded(model: &mut Decoder, loaded: &LoadedAdapter, dropout: f64) -> Result<Self> {
-        let indices = loaded.fit(&linears(model))?;
+        let sites = model.spec.sites();
+        let fitted = loaded.fit(&sites)?;
+        Self::attach_fitted(model, loaded, &sites, fitted, dropout)
+    }
+
+    fn attach_fitted(
+        model: &mut Decoder,
+        loaded: &LoadedAdapter,
+        sites: &[Site],
+        fitted: BTreeMap<usize, Update>,
+        dropout: f64,
+    ) -> Result<Self> {
         let device = model.device;
-        let mut all = model.linears_mut();
-        let mut updates = Vec::with_capacity(indices.len());
-        for (update, &index) in loaded.updates.iter().zip(&indices) {
+        let mut config = AdapterConfig { lora_dropout: dropout, ..loaded.config.clone() };
+        let chosen: Vec<(usize, u32, f64)> =
+            fitted.iter().map(|(index, update)| (*index, update.rank() as u32, update.scale)).collect();
+        layout::describe(&mut config, sites, &chosen)?;
+        let mut linears = by_name(model);
+        let mut updates = Vec::with_capacity(fitted.len());
+        for update in fitted.into_values() {
             let update = catching(&update.module, || {
                 Ok(Update { a: leaf(&update.a, device), b: leaf(&update.b, device), ..update.shallow_clone() })
             })?;
-            all[index].adapter = Some(low_rank(&update, dropout));
-            updates.push((index, update));
+            let linear = linears.get_mut(&update.module).expect("every site has a linear");
+            linear.adapter = Some(low_rank(&update, dropout));
+            updates.push(update);
         }
-        updates.sort_by_key(|(index, _)| *index);
-        let updates: Vec<Update> = updates.into_iter().map(|(_, update)| update).collect();
-        let mut config = AdapterConfig { lora_dropout: dropout, ..loaded.config.clone() };
         // Null where PEFT was to guess from the model's type.
         config
             .target_modules
@@ -135,9 +163,15 @@ impl Adapters {
     }
 
     /// What is trained, in checkpoint order, A before B, under the keys of PEFT's files
-    /// (`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`). Handles, not copies.
+    /// (`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`), all experts of a linear in one tensor under a key with `*`
+    /// for their number. Handles, not copies.
     pub fn parameters(&self) -> Vec<(String, Tensor)> {
-        named(&self.updates).map(|(key, tensor)| (key, tensor.shallow_clone())).collect()
+        let parameters = self.updates.iter().flat_map(|update| {
+            [("A", &update.a), ("B", &update.b)].map(|(which, tensor)| {
+                (format!("{}{}.lora_{which}.weight", load::PREFIX, update.module), tensor.shallow_clone())
+            })
+        });
+        parameters.collect()
     }
 
     /// How many numbers are trained.
@@ -151,16 +185,29 @@ impl Adapters {
     }
 }
 
-/// A and B of each update under their keys in PEFT's files.
-pub fn named(updates: &[Update]) -> impl Iterator<Item = (String, &Tensor)> {
-    updates.iter().flat_map(|update| {
-        [("A", &update.a), ("B", &update.b)]
-            .map(|(which, tensor)| (format!("{}{}.lora_{which}.weight", load::PREFIX, update.module), tensor))
-    })
+fn by_name(model: &mut Decoder) -> HashMap<String, &mut Linear> {
+    model.linears_mut().into_iter().map(|linear| (linear.name.clone(), linear)).collect()
 }
 
-fn linears(model: &Decoder) -> Vec<(&str, (i64, i64))> {
-    model.linears().into_iter().map(|linear| (linear.name.as_str(), linear.shape())).collect()
+/// A as it starts and B, zero: (R, in) and (out, R), or (E, R, in) and (E, out, R). Every expert has an A of its own.
+fn fresh(site: &Site, recipe: &AdapterRecipe, seed: u64, r: i64) -> (Tensor, Tensor) {
+    let (rows, columns) = site.shape;
+    let zeros = |shape: &[i64]| Tensor::zeros(shape, (Kind::Float, Device::Cpu));
+    let start = |name: &str| init::start(recipe.init_lora_weights, seed, name, (r, columns));
+    match site.role {
+        Role::Experts { count, .. } => {
+            let all: Vec<Tensor> = (0..count).map(|number| start(&format!("{}.{number}", site.name))).collect();
+            (Tensor::stack(&all, 0), zeros(&[count, rows, r]))
+        }
+        Role::Linear | Role::Router | Role::Head => (start(&site.name), zeros(&[rows, r])),
+    }
+}
+
+/// `lora_alpha` of a scale: what [`targets::scale`] divides by the rank.
+fn scale_numerator(scale: f64, r: u32, rank_stabilised: bool) -> f64 {
+    let alpha = scale * if rank_stabilised { f64::from(r).sqrt() } else { f64::from(r) };
+    // Whole where it was typed whole.
+    if (alpha - alpha.round()).abs() < 1e-9 { alpha.round() } else { alpha }
 }
 
 /// A trained tensor of its own, on its device.
@@ -184,7 +231,7 @@ fn tied_head(model: &Decoder, updates: &[Update]) -> Option<String> {
 }
 
 /// What a recipe says of an adapter it continues must be what that adapter is. What it leaves at the default, it does not say.
-fn agrees(model: &Decoder, recipe: &AdapterRecipe, loaded: &LoadedAdapter, indices: &[usize]) -> Result<()> {
+fn agrees(sites: &[Site], recipe: &AdapterRecipe, loaded: &LoadedAdapter, fitted: &BTreeSet<usize>) -> Result<()> {
     let (config, default) = (&loaded.config, AdapterRecipe::default());
     let mut faults = Vec::new();
     let mut differs = |key: &str, typed: String, found: String| {
@@ -214,34 +261,32 @@ fn agrees(model: &Decoder, recipe: &AdapterRecipe, loaded: &LoadedAdapter, indic
     };
     let typed = ranks(&mut recipe.rank_pattern.iter());
     let found = ranks(&mut config.rank_pattern.iter().map(|(key, r)| (key, r)));
-    if !typed.is_empty() && typed != found {
+    if !typed.iter().all(|pair| found.contains(pair)) {
         differs("rank_pattern", format!("{typed:?}"), format!("{found:?}"));
     }
     let typed = sorted(recipe.alpha_pattern.clone().into_iter().collect());
     let found = sorted(config.alpha_pattern.clone());
-    if !typed.is_empty() && typed != found {
+    if !typed.iter().all(|pair| found.contains(pair)) {
         differs("alpha_pattern", format!("{typed:?}"), format!("{found:?}"));
     }
     let names_modules = recipe.target_modules != default.target_modules
         || recipe.exclude_modules.is_some()
         || recipe.layers_to_transform.is_some();
     if names_modules {
-        let all = linears(model);
         let only_targets = AdapterRecipe {
             target_modules: recipe.target_modules.clone(),
             exclude_modules: recipe.exclude_modules.clone(),
             layers_to_transform: recipe.layers_to_transform.clone(),
             ..default
         };
-        let selection = targets::resolve(&all, &model.spec.head.name, &only_targets)?;
+        let selection = targets::resolve(sites, &only_targets)?;
         let typed: BTreeSet<usize> = selection.targets.iter().map(|target| target.index).collect();
-        let found: BTreeSet<usize> = indices.iter().copied().collect();
-        if let Some(&one) = typed.symmetric_difference(&found).next() {
+        if let Some(&one) = typed.symmetric_difference(fitted).next() {
             let which = if typed.contains(&one) { "without" } else { "with" };
             differs(
                 "target_modules",
                 format!("{} modules", typed.len()),
-                format!("{}, {which} {}", found.len(), all[one].0),
+                format!("{}, {which} {}", fitted.len(), sites[one].name),
             );
         }
     }

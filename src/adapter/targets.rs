@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use regex::Regex;
 
+use crate::model::sites::{Role, Site};
 use crate::recipe::{AdapterRecipe, Targets};
 use crate::{Error, Fault, Result};
 
@@ -17,7 +18,7 @@ const LONG_LIST: usize = 20;
 /// A linear that gets an adapter.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Target {
-    /// Index into the list of linears.
+    /// Index into the list of sites.
     pub index: usize,
     /// Rank.
     pub r: u32,
@@ -30,7 +31,7 @@ pub struct Target {
 /// What a recipe's targets come to on a model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Selection {
-    /// In the order of the linears.
+    /// In the order of the sites.
     pub targets: Vec<Target>,
     /// `target_modules` as PEFT writes them: `all-linear` and long lists expanded and condensed.
     pub target_modules: Targets,
@@ -40,21 +41,25 @@ pub struct Selection {
     pub notices: Vec<String>,
 }
 
-/// Finds the linears that `recipe` names, among `linears` (module path and (out, in)); `head` is the output head's path.
+/// Finds the linears that `recipe` names, among `sites`.
+///
+/// `all-linear` is every linear but the head and the routers. Experts of a block are adapted together, all of them or none.
 ///
 /// Errors list everything that is wrong: names, patterns and layers that match nothing, ranks of 0, regular expressions that do
-/// not compile.
-pub fn resolve(linears: &[(&str, (i64, i64))], head: &str, recipe: &AdapterRecipe) -> Result<Selection> {
+/// not compile, experts adapted in part.
+pub fn resolve(sites: &[Site], recipe: &AdapterRecipe) -> Result<Selection> {
     let mut faults = Vec::new();
-    let names: Vec<&str> = linears.iter().map(|(name, _)| *name).collect();
+    let modules: Vec<Vec<String>> = sites.iter().map(Site::modules).collect();
+    let names: Vec<&str> = modules.iter().flatten().map(String::as_str).collect();
     let only = recipe.layers_to_transform.as_deref().filter(|layers| !layers.is_empty());
     check_layers(&names, only, &mut faults);
 
     let all = matches!(&recipe.target_modules, Targets::Pattern(text) if text.eq_ignore_ascii_case("all-linear"));
     let (target_modules, layers_to_transform) = if all {
         // PEFT takes no layers beside `all-linear`; the expanded list says the same.
-        let every = names.iter().filter(|name| **name != head && in_layers(name, only));
-        (condensed(every.map(ToString::to_string).collect(), &names), None)
+        let every = sites.iter().zip(&modules).filter(|(site, _)| !matches!(site.role, Role::Head | Role::Router));
+        let every = every.flat_map(|(_, modules)| modules).filter(|name| in_layers(name, only));
+        (condensed(every.cloned().collect(), &names), None)
     } else {
         match &recipe.target_modules {
             Targets::Names(typed) => (condensed(typed.clone(), &names), only.map(<[u32]>::to_vec)),
@@ -77,33 +82,53 @@ pub fn resolve(linears: &[(&str, (i64, i64))], head: &str, recipe: &AdapterRecip
     let unwanted = recipe.exclude_modules.as_ref().map(|t| Matcher::new("adapter.exclude_modules", t, &mut faults));
     let ranks = Patterns::new("adapter.rank_pattern", &recipe.rank_pattern, &mut faults);
     let alphas = Patterns::new("adapter.alpha_pattern", &recipe.alpha_pattern, &mut faults);
+    // Experts also answer to the parameter that transformers keeps them in.
+    let parameters = sites.iter().filter_map(|site| match &site.role {
+        Role::Experts { parameter, .. } => Some(parameter.as_str()),
+        Role::Linear | Role::Router | Role::Head => None,
+    });
+    let known: Vec<&str> = names.iter().copied().chain(parameters).collect();
     if !all {
-        check_matches("adapter.target_modules", &recipe.target_modules, &wanted, &names, &mut faults);
+        check_matches("adapter.target_modules", &recipe.target_modules, &wanted, &known, sites, &mut faults);
     }
     if let (Some(typed), Some(matcher)) = (&recipe.exclude_modules, &unwanted) {
-        check_matches("adapter.exclude_modules", typed, matcher, &names, &mut faults);
+        check_matches("adapter.exclude_modules", typed, matcher, &known, sites, &mut faults);
     }
 
     let mut notices = Vec::new();
     let mut targets = Vec::new();
-    for (index, (name, (rows, columns))) in linears.iter().enumerate() {
-        if unwanted.as_ref().is_some_and(|m| m.matches(name))
-            || !wanted.matches_in(name, layers_to_transform.as_deref())
-        {
+    for (index, (site, modules)) in sites.iter().zip(&modules).enumerate() {
+        let is_meant = |name: &str| {
+            !unwanted.as_ref().is_some_and(|m| m.matches(name))
+                && wanted.matches_in(name, layers_to_transform.as_deref())
+        };
+        let meant = modules.iter().filter(|name| is_meant(name)).count();
+        let by_parameter = matches!(&site.role, Role::Experts { parameter, .. } if is_meant(parameter));
+        if meant == 0 && !by_parameter {
             continue;
         }
+        if meant < modules.len() && !by_parameter {
+            let what = format!("names {meant} of the {} experts of {}", modules.len(), site.name);
+            let fault = Fault::new("adapter.target_modules", what);
+            faults.push(fault.hint("experts of a block are adapted together: name all of them, or none"));
+            continue;
+        }
+        let (rows, columns) = site.shape;
+        let name = modules.first().unwrap_or(&site.name);
         let r = ranks.value(name).unwrap_or(recipe.r);
         let alpha = alphas.value(name).unwrap_or(recipe.lora_alpha);
-        if i64::from(r) > *rows.min(columns) {
+        if i64::from(r) > rows.min(columns) {
             notices.push(format!(
-                "{name}: rank {r} is above {}, the rank of its whole weight ({rows} x {columns}); more brings nothing",
+                "{}: rank {r} is above {}, the rank of its whole weight ({rows} x {columns}); more brings nothing",
+                site.name,
                 rows.min(columns)
             ));
         }
         targets.push(Target { index, r, alpha, scale: scale(r, alpha, recipe.use_rslora) });
     }
 
-    let chosen: Vec<&str> = targets.iter().map(|target| names[target.index]).collect();
+    let chosen: Vec<&str> =
+        targets.iter().map(|target| modules[target.index].first().map_or("", String::as_str)).collect();
     ranks.check_use(&chosen, &mut faults);
     alphas.check_use(&chosen, &mut faults);
     let no_rank = |place: &str| {
@@ -130,13 +155,17 @@ pub fn resolve(linears: &[(&str, (i64, i64))], head: &str, recipe: &AdapterRecip
                 "adapter",
                 "target_modules, exclude_modules and layers_to_transform together leave nothing to train",
             )
-            .hint(format!("there are: {}", overview(&names))),
+            .hint(format!("there are: {}", overview(&site_names(sites)))),
         );
     }
     if !faults.is_empty() {
         return Err(Error::Recipe(faults));
     }
     Ok(Selection { targets, target_modules, layers_to_transform, notices: few(notices) })
+}
+
+fn site_names(sites: &[Site]) -> Vec<&str> {
+    sites.iter().map(|site| site.name.as_str()).collect()
 }
 
 /// What B A is multiplied with: `alpha / r`, or `alpha / sqrt(r)` rank-stabilised (arXiv:2312.03732).
@@ -283,8 +312,15 @@ fn check_layers(names: &[&str], only: Option<&[u32]>, faults: &mut Vec<Fault>) {
 }
 
 /// Everything typed must mean something.
-fn check_matches(place: &str, typed: &Targets, matcher: &Matcher, names: &[&str], faults: &mut Vec<Fault>) {
-    let there = format!("there are: {}", overview(names));
+fn check_matches(
+    place: &str,
+    typed: &Targets,
+    matcher: &Matcher,
+    names: &[&str],
+    sites: &[Site],
+    faults: &mut Vec<Fault>,
+) {
+    let there = format!("there are: {}", overview(&site_names(sites)));
     match typed {
         Targets::Names(typed) if typed.is_empty() => {
             faults.push(Fault::new(place, "is an empty list").hint(there));
@@ -337,7 +373,7 @@ fn nearest<'a>(typed: &str, names: &[&'a str]) -> Option<&'a str> {
 /// PEFT's condensing of a list of 20 names or more: the shortest suffixes that still keep clear of every other module.
 ///
 /// The other modules are the linears that are not meant, and the blocks that hold linears.
-fn condensed(mut targets: Vec<String>, names: &[&str]) -> Targets {
+pub(super) fn condensed(mut targets: Vec<String>, names: &[&str]) -> Targets {
     let mut seen = BTreeSet::new();
     targets.retain(|target| seen.insert(target.clone()));
     if targets.len() < LONG_LIST {

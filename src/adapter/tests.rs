@@ -53,9 +53,11 @@ struct Listed {
 
 impl Listed {
     fn resolve(&self, recipe: &Value) -> Result<targets::Selection> {
-        let linears: Vec<_> =
-            self.linears.iter().map(|(name, rows, columns)| (name.as_str(), (*rows, *columns))).collect();
-        targets::resolve(&linears, &self.head, &adapter_recipe(recipe))
+        let site = |(name, rows, columns): &(String, i64, i64)| {
+            let role = if *name == self.head { Role::Head } else { Role::Linear };
+            Site { name: name.clone(), shape: (*rows, *columns), role }
+        };
+        targets::resolve(&self.linears.iter().map(site).collect::<Vec<_>>(), &adapter_recipe(recipe))
     }
 
     fn faults(&self, recipe: Value) -> String {
@@ -416,18 +418,16 @@ fn damaged_adapters_are_refused_with_both_values() {
 fn an_adapter_for_another_base_is_refused_naming_both() {
     let loaded = LoadedAdapter::read(&fixtures().join("head")).unwrap();
     let tied = model("tied");
-    let mut linears = linears(&tied);
-    assert_eq!(loaded.fit(&linears).unwrap().len(), 3);
-    for (name, shape) in &mut linears {
-        if *name == "lm_head" {
-            *shape = (17, 8);
-        }
+    let mut sites = tied.spec.sites();
+    assert_eq!(loaded.fit(&sites).unwrap().len(), 3);
+    for site in sites.iter_mut().filter(|site| site.name == "lm_head") {
+        site.shape = (17, 8);
     }
-    let text = loaded.fit(&linears).unwrap_err().to_string();
+    let text = loaded.fit(&sites).unwrap_err().to_string();
     assert!(text.contains("lm_head ([16, 8] there, [17, 8] here)") && text.contains("owner/tiny"), "{text}");
     let loaded = LoadedAdapter::read(&fixtures().join("all-linear")).unwrap();
     let untied = model("untied");
-    let text = loaded.fit(&super::linears(&untied)).unwrap_err().to_string();
+    let text = loaded.fit(&untied.spec.sites()).unwrap_err().to_string();
     assert!(
         text.contains("7 of its modules are not linears of this base, model.layers.2.mlp.down_proj among them"),
         "{text}"

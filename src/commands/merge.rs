@@ -7,6 +7,7 @@ use super::loading;
 use crate::adapter::LoadedAdapter;
 use crate::cli::Merge;
 use crate::export::{merged, sidecars};
+use crate::model::families;
 use crate::recipe::{BaseSource, Dtype};
 use crate::{Error, Fault, Result};
 
@@ -26,12 +27,13 @@ pub fn run(arguments: &Merge) -> Result<()> {
     for notice in &adapter.notices {
         console.say(format_args!("note: {notice}"));
     }
+    let updates: Vec<_> = adapter.fit(&families::spec(&checkpoint)?.sites())?.into_values().collect();
     // The template it was trained with travels with an adapter.
     let template = adapter.chat_template()?;
     let sidecars = sidecars(&checkpoint, template.as_deref());
     let kind = arguments.dtype.unwrap_or_else(|| own_dtype(&checkpoint.config)).kind();
     let stage = console.stage("merging", Unit::Bytes);
-    merged::write(&arguments.out, &checkpoint, &adapter.updates, kind, &sidecars, &|done, total| {
+    merged::write(&arguments.out, &checkpoint, &updates, kind, &sidecars, &|done, total| {
         stage.at(done, total);
     })?;
     drop(stage);

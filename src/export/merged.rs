@@ -7,13 +7,15 @@ use std::fs;
 use std::path::Path;
 
 use serde_json::{Value, json};
-use tch::{Device, Kind};
+use tch::{Device, Kind, Tensor};
 
 use super::folder::Staging;
 use super::peft::tokenizer_file;
 use crate::adapter::Update;
-use crate::adapter::merge::merged;
+use crate::adapter::merge::{merged, merged_experts};
 use crate::model::families;
+use crate::model::sites::{Role, expert};
+use crate::model::spec::Stored;
 use crate::weights::Checkpoint;
 use crate::weights::writer::{self, SHARD_BYTES, TensorSpec};
 use crate::{Error, Fault, Result};
@@ -49,8 +51,8 @@ pub fn write(
     writer::write_model(staging.path(), &specs, SHARD_BYTES, |index| {
         let planned = &plan.tensors[index];
         let mut tensor = checkpoint.tensor(planned.from, kind, Device::Cpu)?;
-        if let Some(update) = planned.update {
-            tensor = merged(&tensor, update)?;
+        if let Some(part) = &planned.update {
+            tensor = part.merged(&tensor)?;
         }
         done += bytes(&specs[index]);
         progress(done, total);
@@ -78,15 +80,65 @@ struct Planned<'a> {
     /// The checkpoint's tensor it is made of.
     from: &'a str,
     shape: Vec<i64>,
-    update: Option<&'a Update>,
+    update: Option<Part<'a>>,
+}
+
+/// An update, as far as it goes into one tensor.
+enum Part<'a> {
+    Whole(&'a Update),
+    Expert(&'a Update, i64),
+    Experts { update: &'a Update, transposed: bool },
+}
+
+impl<'a> Part<'a> {
+    /// The tensors that `update` goes into, by name.
+    fn of(update: &'a Update) -> Vec<(String, Self)> {
+        match &update.role {
+            Role::Experts { count, stored: Stored::Apart, .. } => (0..*count)
+                .map(|number| (format!("{}.weight", expert(&update.module, number)), Self::Expert(update, number)))
+                .collect(),
+            Role::Experts { stored, .. } => {
+                let transposed = *stored != Stored::Together;
+                vec![(update.module.clone(), Self::Experts { update, transposed })]
+            }
+            Role::Linear | Role::Router | Role::Head => {
+                vec![(format!("{}.weight", update.module), Self::Whole(update))]
+            }
+        }
+    }
+
+    fn merged(&self, tensor: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Whole(update) => merged(tensor, update),
+            Self::Expert(update, number) => merged(tensor, &update.of_expert(*number)),
+            Self::Experts { update, transposed } => merged_experts(tensor, update, *transposed),
+        }
+    }
+
+    /// The shape of the tensor it fits.
+    fn shape(&self) -> Vec<i64> {
+        match self {
+            Self::Whole(update) | Self::Expert(update, _) => <[i64; 2]>::from(update.shape()).to_vec(),
+            Self::Experts { update, transposed } => {
+                let (rows, columns) = update.shape();
+                let [outer, inner] = if *transposed { [columns, rows] } else { [rows, columns] };
+                vec![update.a.size()[0], outer, inner]
+            }
+        }
+    }
+
+    fn module(&self) -> &str {
+        match self {
+            Self::Whole(update) | Self::Expert(update, _) | Self::Experts { update, .. } => &update.module,
+        }
+    }
 }
 
 impl<'a> Plan<'a> {
     fn new(checkpoint: &'a Checkpoint, updates: &'a [Update]) -> Result<Self> {
         let spec = families::spec(checkpoint)?;
         let head = format!("{}.weight", spec.head.name);
-        let mut by_weight: BTreeMap<String, &Update> =
-            updates.iter().map(|update| (format!("{}.weight", update.module), update)).collect();
+        let mut by_weight: BTreeMap<String, Part<'_>> = updates.iter().flat_map(Part::of).collect();
         let unties = spec.head.tied && by_weight.contains_key(&head);
         let mut tensors = Vec::new();
         for from in checkpoint.names() {
@@ -109,15 +161,14 @@ impl<'a> Plan<'a> {
             let what = format!(
                 "{} of the adapter's modules are not in this base, {} among them",
                 by_weight.len(),
-                update.module
+                update.module()
             );
             return Err(Error::Model(Fault::new("merge", what).hint("name the base the adapter was trained on")));
         }
         for planned in &tensors {
-            if let Some(update) = planned.update {
-                let (rows, columns) = update.shape();
-                if planned.shape != [rows, columns] {
-                    let what = format!("is {:?} in this base, but the adapter fits [{rows}, {columns}]", planned.shape);
+            if let Some(part) = &planned.update {
+                if planned.shape != part.shape() {
+                    let what = format!("is {:?} in this base, but the adapter fits {:?}", planned.shape, part.shape());
                     let fault = Fault::new(&planned.name, what);
                     return Err(Error::Model(fault.hint("name the base the adapter was trained on")));
                 }

@@ -7,7 +7,7 @@ use super::folder::Staging;
 use crate::Result;
 use crate::adapter::config::CONFIG;
 use crate::adapter::load::WEIGHTS;
-use crate::adapter::{AdapterConfig, Update, named};
+use crate::adapter::{AdapterConfig, Update, layout};
 use crate::weights::writer::{self, TensorSpec};
 
 /// Files of a base that an adapter's folder does not repeat: PEFT takes them from the base.
@@ -29,9 +29,9 @@ pub fn write(
         [CONFIG, WEIGHTS, "README.md"].contains(&name) || sidecars.contains_key(name) || tokenizer_file(name)
     };
     let staging = Staging::create(folder, ours)?;
-    let tensors: Vec<_> = named(updates).collect();
+    let tensors = layout::tensors(updates);
     let specs: Vec<TensorSpec> = tensors.iter().map(|(key, tensor)| TensorSpec::of(key, tensor)).collect();
-    writer::write(&staging.path().join(WEIGHTS), &specs, &BTreeMap::new(), |index| Ok(tensors[index].1.detach()))?;
+    writer::write(&staging.path().join(WEIGHTS), &specs, &BTreeMap::new(), |index| Ok(tensors[index].1.contiguous()))?;
     writer::write_file(&staging.path().join(CONFIG), config.to_json().as_bytes())?;
     for (name, bytes) in sidecars.iter().filter(|(name, _)| !THE_BASES_OWN.contains(&name.as_str())) {
         writer::write_file(&staging.path().join(name), bytes)?;

@@ -7,6 +7,7 @@ use super::families;
 use super::layer::{Context, Layer};
 use super::linear::{Linear, Weight};
 use super::load::Reader;
+use super::router::Balance;
 use super::spec::{ModelSpec, Position, Rope};
 use crate::Result;
 use crate::ops::{self, Documents, Norm, rope::Rotation};
@@ -34,13 +35,15 @@ pub struct Decoder {
 
 /// What changes from one forward to the next.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Forward {
+pub struct Forward<'a> {
     /// Makes the dropout masks and the noise of this micro-batch; `None` is evaluation.
     pub seed: Option<u64>,
     /// NEFTune's alpha (arXiv:2310.05914): uniform noise of `alpha / sqrt(L D)` on the embeddings of a document of L tokens.
     pub noise_alpha: f64,
     /// How many of the first blocks run again in backward instead of keeping their activations.
     pub recomputed_layers: usize,
+    /// Takes in what the routers choose, and adds its loss's gradient in backward.
+    pub balance: Option<&'a Balance>,
 }
 
 impl Decoder {
@@ -84,17 +87,18 @@ impl Decoder {
     }
 
     /// The final hidden states (T, D) of documents laid end to end in `ids` (T), i64; `positions` (T), i64, restart at each.
-    pub fn hidden(&self, ids: &Tensor, positions: &Tensor, documents: &Documents, forward: Forward) -> Tensor {
+    pub fn hidden(&self, ids: &Tensor, positions: &Tensor, documents: &Documents, forward: Forward<'_>) -> Tensor {
         let mut h = self.embed(ids, documents, forward);
         let rotations = self.rotations(positions, documents);
         for (i, layer) in self.layers.iter().enumerate() {
-            let context = self.context(layer, documents, positions, &rotations, forward.seed);
+            let context = self.context(layer, documents, positions, &rotations, forward);
             h = if i < forward.recomputed_layers {
                 layer.forward_recomputed(&h, &context)
             } else {
                 layer.forward(&h, &context, None)
             };
         }
+        forward.balance.inspect(|balance| balance.complete());
         self.final_norm.apply(&h)
     }
 
@@ -116,7 +120,7 @@ impl Decoder {
             let rotations = self.rotations(&positions, documents);
             let mut h = self.embed(ids, documents, Forward::default());
             for (layer, cache) in self.layers.iter().zip(&mut cache.layers) {
-                let context = self.context(layer, documents, &positions, &rotations, None);
+                let context = self.context(layer, documents, &positions, &rotations, Forward::default());
                 h = layer.forward(&h, &context, Some(cache));
             }
             self.final_norm.apply(&h)
@@ -132,7 +136,7 @@ impl Decoder {
     }
 
     /// The summed cross-entropy, times `scale`, of predicting `targets` (S) from the hidden states (S, D).
-    pub fn cross_entropy(&self, hidden: &Tensor, targets: &Tensor, forward: Forward, scale: f64) -> Tensor {
+    pub fn cross_entropy(&self, hidden: &Tensor, targets: &Tensor, forward: Forward<'_>, scale: f64) -> Tensor {
         ops::cross_entropy(hidden, self.head.operand(forward.seed), self.spec.head.map, targets, scale)
     }
 
@@ -146,7 +150,7 @@ impl Decoder {
         self.layers.iter_mut().flat_map(Layer::linears_mut).chain([&mut self.head]).collect()
     }
 
-    fn embed(&self, ids: &Tensor, documents: &Documents, forward: Forward) -> Tensor {
+    fn embed(&self, ids: &Tensor, documents: &Documents, forward: Forward<'_>) -> Tensor {
         let h = self.embedding.index_select(0, ids); // (T, D)
         let h = match self.spec.embedding.scale {
             1.0 => h,
@@ -168,10 +172,17 @@ impl Decoder {
         documents: &'a Documents,
         positions: &'a Tensor,
         rotations: &'a [Rotation],
-        dropout_seed: Option<u64>,
+        forward: Forward<'a>,
     ) -> Context<'a> {
         let rotation = layer.rotation.map(|which| &rotations[which]);
-        Context { documents, positions, rotation, kind: self.kind, dropout_seed }
+        Context {
+            documents,
+            positions,
+            rotation,
+            kind: self.kind,
+            dropout_seed: forward.seed,
+            balance: forward.balance,
+        }
     }
 
     fn rotations(&self, positions: &Tensor, documents: &Documents) -> Vec<Rotation> {

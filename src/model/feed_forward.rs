@@ -2,6 +2,7 @@
 
 use tch::Tensor;
 
+use super::experts::Experts;
 use super::layer::Context;
 use super::linear::Linear;
 use super::load::Reader;
@@ -11,7 +12,63 @@ use crate::ops::{self, Activation, Norm};
 
 /// A feed-forward with its weights.
 #[derive(Debug, Clone)]
-pub(super) struct FeedForward {
+pub(super) enum FeedForward {
+    Dense(Box<Dense>),
+    Experts(Box<Experts>),
+}
+
+impl FeedForward {
+    pub(super) fn load(spec: &spec::FeedForward, read: &Reader<'_>) -> Result<Self> {
+        Ok(match spec {
+            spec::FeedForward::Plain { activation, up, down } => {
+                let input = Input::Plain(Box::new(read.linear(up)?));
+                Self::Dense(Box::new(Dense { activation: *activation, input, down: read.linear(down)? }))
+            }
+            spec::FeedForward::Gated { activation, projection, down } => {
+                let input = match projection {
+                    GateUp::Separate { gate, up } => Input::Separate(Box::new([read.linear(gate)?, read.linear(up)?])),
+                    GateUp::Fused(linear) => Input::Fused(Box::new(read.linear(linear)?)),
+                };
+                Self::Dense(Box::new(Dense { activation: *activation, input, down: read.linear(down)? }))
+            }
+            spec::FeedForward::Experts(experts) => Self::Experts(Box::new(Experts::load(experts, read)?)),
+        })
+    }
+
+    /// What it gives for the stream `h` (T, D), normed first where `norm` is there; added to `residual` (T, D) if given.
+    pub(super) fn forward(
+        &self,
+        h: &Tensor,
+        norm: Option<&Norm>,
+        residual: Option<&Tensor>,
+        context: &Context<'_>,
+    ) -> Tensor {
+        match self {
+            Self::Dense(dense) => dense.forward(h, norm, residual, context),
+            Self::Experts(experts) => experts.forward(h, norm, residual, context),
+        }
+    }
+
+    /// Linears in checkpoint order.
+    pub(super) fn linears(&self) -> Vec<&Linear> {
+        match self {
+            Self::Dense(dense) => dense.linears(),
+            Self::Experts(experts) => experts.linears(),
+        }
+    }
+
+    /// Linears in checkpoint order.
+    pub(super) fn linears_mut(&mut self) -> Vec<&mut Linear> {
+        match self {
+            Self::Dense(dense) => dense.linears_mut(),
+            Self::Experts(experts) => experts.linears_mut(),
+        }
+    }
+}
+
+/// One that every token goes through.
+#[derive(Debug, Clone)]
+pub(super) struct Dense {
     activation: Activation,
     input: Input,
     down: Linear,
@@ -26,31 +83,9 @@ enum Input {
     Fused(Box<Linear>),
 }
 
-impl FeedForward {
-    pub(super) fn load(spec: &spec::FeedForward, read: &Reader<'_>) -> Result<Self> {
-        let (activation, input, down) = match spec {
-            spec::FeedForward::Plain { activation, up, down } => {
-                (activation, Input::Plain(Box::new(read.linear(up)?)), down)
-            }
-            spec::FeedForward::Gated { activation, projection, down } => {
-                let input = match projection {
-                    GateUp::Separate { gate, up } => Input::Separate(Box::new([read.linear(gate)?, read.linear(up)?])),
-                    GateUp::Fused(linear) => Input::Fused(Box::new(read.linear(linear)?)),
-                };
-                (activation, input, down)
-            }
-        };
-        Ok(Self { activation: *activation, input, down: read.linear(down)? })
-    }
-
+impl Dense {
     /// What it gives for the stream `h` (T, D), normed first where `norm` is there; added to `residual` (T, D) if given.
-    pub(super) fn forward(
-        &self,
-        h: &Tensor,
-        norm: Option<&Norm>,
-        residual: Option<&Tensor>,
-        context: &Context<'_>,
-    ) -> Tensor {
+    fn forward(&self, h: &Tensor, norm: Option<&Norm>, residual: Option<&Tensor>, context: &Context<'_>) -> Tensor {
         let seed = context.dropout_seed;
         let one = |linear: &Linear| ops::projection(h, norm, &[linear.operand(seed)], None).remove(0);
         let (gate, up) = match &self.input {
@@ -72,7 +107,7 @@ impl FeedForward {
     }
 
     /// Linears in checkpoint order.
-    pub(super) fn linears(&self) -> Vec<&Linear> {
+    fn linears(&self) -> Vec<&Linear> {
         let mut all: Vec<&Linear> = match &self.input {
             Input::Plain(linear) | Input::Fused(linear) => vec![&**linear],
             Input::Separate(linears) => linears.iter().collect(),
@@ -82,7 +117,7 @@ impl FeedForward {
     }
 
     /// Linears in checkpoint order.
-    pub(super) fn linears_mut(&mut self) -> Vec<&mut Linear> {
+    fn linears_mut(&mut self) -> Vec<&mut Linear> {
         let mut all: Vec<&mut Linear> = match &mut self.input {
             Input::Plain(linear) | Input::Fused(linear) => vec![&mut **linear],
             Input::Separate(linears) => linears.iter_mut().collect(),

@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use super::sites::{Role, Site, expert};
 use super::spec::{
-    Attention, FeedForward, GateUp, LinearSpec, ModelSpec, NormSpec, Projection, QueryKeyNorm, Residual,
+    Attention, ExpertGateUp, ExpertLinear, Experts, FeedForward, GateUp, LinearSpec, ModelSpec, NormSpec, Projection,
+    QueryKeyNorm, Residual, Routing, Stored,
 };
 use crate::weights::Checkpoint;
 use crate::{Error, Fault, Result};
@@ -14,6 +16,15 @@ const NAMED: usize = 4;
 impl ModelSpec {
     /// Every tensor the decoder reads, by its checkpoint name, with its shape.
     pub fn tensors(&self) -> BTreeMap<String, Vec<i64>> {
+        self.inventory().tensors
+    }
+
+    /// Every linear, in checkpoint order, the head last.
+    pub fn sites(&self) -> Vec<Site> {
+        self.inventory().sites
+    }
+
+    fn inventory(&self) -> Inventory {
         let mut all = Inventory::default();
         all.add(self.embedding.weight.clone(), &[self.vocab_size, self.hidden_size]);
         self.embedding.norm.iter().for_each(|norm| all.norm(norm));
@@ -29,16 +40,7 @@ impl ModelSpec {
             if let Some(QueryKeyNorm { query, key }) = &attention.query_key_norm {
                 [query, key].into_iter().for_each(|norm| all.norm(norm));
             }
-            match &layer.feed_forward {
-                FeedForward::Plain { up, down, .. } => [up, down].into_iter().for_each(|linear| all.linear(linear)),
-                FeedForward::Gated { projection, down, .. } => {
-                    match projection {
-                        GateUp::Separate { gate, up } => [gate, up].into_iter().for_each(|linear| all.linear(linear)),
-                        GateUp::Fused(linear) => all.linear(linear),
-                    }
-                    all.linear(down);
-                }
-            }
+            all.feed_forward(&layer.feed_forward);
             match &layer.residual {
                 Residual::Sequential { attention, feed_forward, .. } => {
                     let norms = [&attention.before, &attention.after, &feed_forward.before, &feed_forward.after];
@@ -56,7 +58,9 @@ impl ModelSpec {
         if self.head.bias {
             all.add(format!("{}.bias", self.head.name), &[self.vocab_size]);
         }
-        all.0
+        let shape = (self.vocab_size, self.hidden_size);
+        all.sites.push(Site { name: self.head.name.clone(), shape, role: Role::Head });
+        all
     }
 
     /// Proves that `checkpoint` holds these tensors in these shapes, and nothing that would silently be left out of the
@@ -112,16 +116,77 @@ impl ModelSpec {
     }
 }
 
-/// Tensors by name.
+/// Tensors by name, and the linears among them.
 #[derive(Default)]
-struct Inventory(BTreeMap<String, Vec<i64>>);
+struct Inventory {
+    tensors: BTreeMap<String, Vec<i64>>,
+    sites: Vec<Site>,
+}
 
 impl Inventory {
     fn add(&mut self, name: String, shape: &[i64]) {
-        self.0.insert(name, shape.to_vec());
+        self.tensors.insert(name, shape.to_vec());
+    }
+
+    fn feed_forward(&mut self, spec: &FeedForward) {
+        match spec {
+            FeedForward::Plain { up, down, .. } => [up, down].into_iter().for_each(|linear| self.linear(linear)),
+            FeedForward::Gated { projection, down, .. } => {
+                match projection {
+                    GateUp::Separate { gate, up } => [gate, up].into_iter().for_each(|linear| self.linear(linear)),
+                    GateUp::Fused(linear) => self.linear(linear),
+                }
+                self.linear(down);
+            }
+            FeedForward::Experts(experts) => self.experts(experts),
+        }
+    }
+
+    fn experts(&mut self, Experts { router, projection, down, shared, .. }: &Experts) {
+        self.linear_as(&router.linear, Role::Router);
+        if let Routing::Largest { correction: Some(name), .. } = &router.routing {
+            self.add(name.clone(), &[router.linear.output]);
+        }
+        match projection {
+            ExpertGateUp::Separate { gate, up } => [gate, up].into_iter().for_each(|linear| self.expert_linear(linear)),
+            ExpertGateUp::Fused { linear, .. } => self.expert_linear(linear),
+        }
+        self.expert_linear(down);
+        if let Some(shared) = shared {
+            self.feed_forward(&shared.feed_forward);
+            shared.gate.iter().for_each(|gate| self.linear(gate));
+        }
+    }
+
+    fn expert_linear(&mut self, spec: &ExpertLinear) {
+        let ExpertLinear { name, experts, input, output, bias, .. } = spec;
+        match spec.stored {
+            Stored::Apart => {
+                for number in 0..*experts {
+                    let module = expert(name, number);
+                    self.add(format!("{module}.weight"), &[*output, *input]);
+                    if *bias {
+                        self.add(format!("{module}.bias"), &[*output]);
+                    }
+                }
+            }
+            Stored::Together | Stored::Transposed { .. } => {
+                let shape = if spec.stored == Stored::Together { [*output, *input] } else { [*input, *output] };
+                self.add(name.clone(), &[*experts, shape[0], shape[1]]);
+                if *bias {
+                    self.add(format!("{name}_bias"), &[*experts, *output]);
+                }
+            }
+        }
+        self.sites.push(Site::of_experts(spec));
     }
 
     fn linear(&mut self, spec: &LinearSpec) {
+        self.linear_as(spec, Role::Linear);
+    }
+
+    fn linear_as(&mut self, spec: &LinearSpec, role: Role) {
+        self.sites.push(Site::of(spec, role));
         self.add(format!("{}.weight", spec.name), &[spec.output, spec.input]);
         if spec.bias {
             self.add(format!("{}.bias", spec.name), &[spec.output]);

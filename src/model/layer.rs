@@ -7,6 +7,7 @@ use super::cache::LayerCache;
 use super::feed_forward::FeedForward;
 use super::linear::Linear;
 use super::load::Reader;
+use super::router::Balance;
 use super::spec::{self, LayerSpec};
 use crate::Result;
 use crate::ops::{self, Documents, Norm, rope::Rotation};
@@ -45,6 +46,8 @@ pub(super) struct Context<'a> {
     pub(super) kind: Kind,
     /// Makes the dropout masks; `None` is evaluation.
     pub(super) dropout_seed: Option<u64>,
+    /// Where routers say what they chose.
+    pub(super) balance: Option<&'a Balance>,
 }
 
 impl Layer {
@@ -95,7 +98,7 @@ impl Layer {
         let layer = self.clone();
         let (documents, positions) = (context.documents.clone(), context.positions.shallow_clone());
         let rotation = context.rotation.map(Rotation::shallow_clone);
-        let (kind, dropout_seed) = (context.kind, context.dropout_seed);
+        let (kind, dropout_seed, balance) = (context.kind, context.dropout_seed, context.balance.cloned());
         ops::recompute(h, &trained, move |h| {
             let context = Context {
                 documents: &documents,
@@ -103,6 +106,7 @@ impl Layer {
                 rotation: rotation.as_ref(),
                 kind,
                 dropout_seed,
+                balance: balance.as_ref(),
             };
             layer.forward(h, &context, None)
         })

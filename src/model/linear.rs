@@ -1,4 +1,5 @@
-//! A linear layer of the frozen base and the low-rank update it may carry.
+//! A linear layer of the frozen base and the low-rank update it may carry; or one linear of every expert of a block, whose tensors
+//! have one more dimension (E) in front.
 
 use tch::Tensor;
 
@@ -8,11 +9,12 @@ use crate::ops::Operand;
 /// `Y = X W^T + bias (+ scale * dropout(X) A^T B^T)`.
 #[derive(Debug)]
 pub struct Linear {
-    /// Module path as the checkpoint has it, without `.weight`: `model.layers.0.self_attn.q_proj`.
+    /// Module path as the checkpoint has it, without `.weight`: `model.layers.0.self_attn.q_proj`. Where it stands for one linear of
+    /// every expert, [`super::spec::ExpertLinear::name`].
     pub name: String,
-    /// W (out, in).
+    /// W (out, in), or (E, out, in).
     pub weight: Weight,
-    /// (out).
+    /// (out), or (E, out).
     pub bias: Option<Tensor>,
     /// The low-rank update.
     pub adapter: Option<LowRank>,
@@ -46,8 +48,10 @@ impl Clone for Linear {
 impl Linear {
     /// (out, in).
     pub fn shape(&self) -> (i64, i64) {
-        match &self.weight {
-            Weight::Dense(w) => w.size2().expect("a linear weight has two dimensions: checked at load"),
+        let Weight::Dense(weight) = &self.weight;
+        match weight.size()[..] {
+            [.., rows, columns] => (rows, columns),
+            _ => unreachable!("a linear weight has two dimensions or three: checked at load"),
         }
     }
 

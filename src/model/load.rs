@@ -3,7 +3,8 @@
 use tch::{Device, Kind, Tensor};
 
 use super::linear::{Linear, Weight};
-use super::spec::{LinearSpec, NormKind, NormSpec};
+use super::sites::expert;
+use super::spec::{ExpertLinear, LinearSpec, NormKind, NormSpec, Stored};
 use crate::Result;
 use crate::ops::Norm;
 use crate::weights::Checkpoint;
@@ -23,16 +24,45 @@ impl Reader<'_> {
         self.tensor_as(name, self.kind)
     }
 
-    fn tensor_as(&self, name: &str, kind: Kind) -> Result<Tensor> {
+    pub(super) fn tensor_as(&self, name: &str, kind: Kind) -> Result<Tensor> {
         let tensor = self.checkpoint.tensor(name, kind, self.device)?;
         (self.read)(tensor.numel() as u64);
         Ok(tensor)
     }
 
     pub(super) fn linear(&self, spec: &LinearSpec) -> Result<Linear> {
-        let weight = self.tensor(&format!("{}.weight", spec.name))?;
-        let bias = if spec.bias { Some(self.tensor(&format!("{}.bias", spec.name))?) } else { None };
+        self.linear_as(spec, self.kind)
+    }
+
+    pub(super) fn linear_as(&self, spec: &LinearSpec, kind: Kind) -> Result<Linear> {
+        let weight = self.tensor_as(&format!("{}.weight", spec.name), kind)?;
+        let bias = if spec.bias { Some(self.tensor_as(&format!("{}.bias", spec.name), kind)?) } else { None };
         Ok(Linear { name: spec.name.clone(), weight: Weight::Dense(weight), bias, adapter: None })
+    }
+
+    /// One linear of every expert: (E, out, in), whatever the checkpoint has. Tensors stored apart are put in place one by one.
+    pub(super) fn experts(&self, spec: &ExpertLinear) -> Result<Linear> {
+        let ExpertLinear { name, experts, input, output, .. } = spec;
+        let (weight, bias) = match spec.stored {
+            Stored::Apart => {
+                let gather = |end: &str, shape: &[i64]| -> Result<Tensor> {
+                    let all = Tensor::empty(shape, (self.kind, self.device));
+                    for number in 0..*experts {
+                        let own = self.tensor(&format!("{}.{end}", expert(name, number)))?;
+                        all.select(0, number).copy_(&own);
+                    }
+                    Ok(all)
+                };
+                let weight = gather("weight", &[*experts, *output, *input])?;
+                (weight, spec.bias.then(|| gather("bias", &[*experts, *output])).transpose()?)
+            }
+            Stored::Together | Stored::Transposed { .. } => {
+                let weight = self.tensor(name)?;
+                let weight = if spec.stored == Stored::Together { weight } else { weight.transpose(1, 2).contiguous() };
+                (weight, spec.bias.then(|| self.tensor(&format!("{name}_bias"))).transpose()?)
+            }
+        };
+        Ok(Linear { name: name.clone(), weight: Weight::Dense(weight), bias, adapter: None })
     }
 
     /// Norms compute in fp32, so their weights are kept in it: `1 + w` would not survive in bf16.

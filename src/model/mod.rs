@@ -2,15 +2,17 @@
 //!
 //! Legend of shape letters, used in every comment: T tokens of a micro-batch (all documents end to end,
 //! no padding), L tokens of one document, S rows picked from T (or keys in sight), B sequences of a cache, D model width,
-//! N heads, K key/value heads, G heads to a group, H head size, F hidden width of the feed-forward, E experts,
+//! N heads, K key/value heads, G heads to a group, H head size, F hidden width of the feed-forward, E experts, C of them chosen,
 //! V vocabulary, R rank.
 
 pub mod families;
+pub mod sites;
 pub mod spec;
 
 mod attention;
 mod cache;
 mod decoder;
+mod experts;
 mod feed_forward;
 mod fit;
 mod generate;
@@ -19,10 +21,12 @@ mod linear;
 mod load;
 mod mask;
 mod position;
+mod router;
 
 pub use crate::ops::Documents;
 pub use cache::Cache;
 pub use decoder::{Decoder, Forward};
 pub use generate::{Continuation, Finish, Sampling};
 pub use linear::{Linear, LowRank, Weight};
+pub use router::Balance;
 pub use spec::ModelSpec;

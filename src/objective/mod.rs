@@ -38,8 +38,12 @@ impl Learner for Supervised<'_> {
     }
 
     fn loss(&self, batch: &Batch, dropout_seed: Option<u64>, scale: f64) -> Tensor {
-        let training =
-            Forward { seed: dropout_seed, noise_alpha: self.noise_alpha, recomputed_layers: self.recomputed_layers };
+        let training = Forward {
+            seed: dropout_seed,
+            noise_alpha: self.noise_alpha,
+            recomputed_layers: self.recomputed_layers,
+            balance: None,
+        };
         let forward = if dropout_seed.is_some() { training } else { Forward::default() };
         supervised(self.model, batch, forward, scale)
     }
@@ -48,7 +52,7 @@ impl Learner for Supervised<'_> {
 /// The sum over trained tokens of `-log softmax(logits)[target]`, times `scale`: a scalar, fp32, with its graph.
 ///
 /// Only the trained rows reach the head.
-pub fn supervised(model: &Decoder, batch: &Batch, forward: Forward, scale: f64) -> Tensor {
+pub fn supervised(model: &Decoder, batch: &Batch, forward: Forward<'_>, scale: f64) -> Tensor {
     let here = |tensor: &Tensor| tensor.to_device(model.device);
     let hidden = model.hidden(&here(&batch.ids), &here(&batch.positions), &batch.documents, forward); // (T, D)
     let rows = hidden.index_select(0, &here(&batch.rows)); // (S, D)

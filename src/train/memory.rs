@@ -8,7 +8,7 @@
 use tch::{Device, Kind};
 
 use crate::model::ModelSpec;
-use crate::model::spec::{Attention, FeedForward, GateUp, GroupedAttention};
+use crate::model::spec::{Attention, ExpertGateUp, Experts, FeedForward, GateUp, GroupedAttention, Routing};
 use crate::recipe::Recompute;
 use crate::torch_ext::cuda_memory;
 
@@ -45,13 +45,31 @@ fn fewest(spec: &ModelSpec, kind: Kind, tokens: u64, budget: u64) -> usize {
 
 fn kept_bytes(layer: &crate::model::spec::LayerSpec, hidden: u64, element: u64) -> u64 {
     let Attention::Grouped(GroupedAttention { heads, kv_heads, head_size, .. }) = &layer.attention;
-    let wide = match &layer.feed_forward {
+    let wide = feed_forward_width(&layer.feed_forward);
+    let attention = (2 * heads + 2 * kv_heads) * head_size;
+    (2 * hidden + attention as u64 + wide as u64) * element + (*heads as u64 + 4) * 4
+}
+
+/// Elements a token keeps of gate and up; of the experts it goes through, also their shared input.
+fn feed_forward_width(feed_forward: &FeedForward) -> i64 {
+    match feed_forward {
         FeedForward::Plain { up, .. } => up.output,
         FeedForward::Gated { projection: GateUp::Separate { gate, up }, .. } => gate.output + up.output,
         FeedForward::Gated { projection: GateUp::Fused(both), .. } => both.output,
-    };
-    let attention = (2 * heads + 2 * kv_heads) * head_size;
-    (2 * hidden + attention as u64 + wide as u64) * element + (*heads as u64 + 4) * 4
+        FeedForward::Experts(experts) => {
+            let Experts { router, projection, down, shared, .. } = &**experts;
+            let width = match projection {
+                ExpertGateUp::Separate { gate, up } => gate.output + up.output,
+                ExpertGateUp::Fused { linear, .. } => linear.output,
+            };
+            let chosen = match router.routing {
+                Routing::Largest { chosen, .. } => chosen,
+                Routing::SparseMixer { .. } => 2,
+            };
+            let shared = shared.as_ref().map_or(0, |shared| feed_forward_width(&shared.feed_forward));
+            chosen * width + shared + down.output
+        }
+    }
 }
 
 /// Bytes free on the device; what the kernel says is available, within the cgroup's limit, for the CPU.

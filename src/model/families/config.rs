@@ -55,6 +55,8 @@ const COMPUTES: &[(&str, &str)] = &[
     ("sliding_window", "a sliding window"),
     ("use_bidirectional_attention", "attention to later tokens"),
     ("use_qk_norm", "norms of queries and keys"),
+    ("shared_expert_intermediate_size", "a shared expert"),
+    ("router_jitter_noise", "noise on the stream"),
     ("vision_config", "pictures"),
     ("audio_config", "sound"),
 ];
@@ -143,6 +145,17 @@ impl<'a> Config<'a> {
 
     pub(super) fn positive_or(&self, name: &str, default: f64) -> Result<f64> {
         if self.field(name).is_some() { self.positive(name) } else { Ok(default) }
+    }
+
+    /// A finite number of at least 0.
+    pub(super) fn number_or(&self, name: &str, default: f64) -> Result<f64> {
+        match self.field(name) {
+            None => Ok(default),
+            Some(value) => value
+                .as_f64()
+                .filter(|x| x.is_finite() && *x >= 0.0)
+                .ok_or_else(|| wrong(name, value, "a finite number of at least 0")),
+        }
     }
 
     pub(super) fn flag_or(&self, name: &str, default: bool) -> Result<bool> {

@@ -11,19 +11,19 @@ use crate::ops::{Activation, LogitMap};
 use crate::{Error, Fault, Result};
 
 /// What tells these families apart.
-struct Differences {
+pub(super) struct Differences {
     /// Biases of query, key, value, and of the attention's output.
-    biases: (bool, bool),
+    pub(super) biases: (bool, bool),
     /// `head_dim` where the config has none; `None` is D / N.
-    head_size: Option<i64>,
-    theta: f64,
-    eps: f64,
-    tied: bool,
+    pub(super) head_size: Option<i64>,
+    pub(super) theta: f64,
+    pub(super) eps: f64,
+    pub(super) tied: bool,
     /// Whether queries and keys are normed, head by head.
-    query_key_norm: bool,
+    pub(super) query_key_norm: bool,
     /// Of each layer: whether it rotates, and what it sees.
-    layers: Vec<(bool, Mask)>,
-    temperature: Option<Temperature>,
+    pub(super) layers: Vec<(bool, Mask)>,
+    pub(super) temperature: Option<Temperature>,
 }
 
 /// `transformers`' `LlamaConfig`, field by field.
@@ -124,7 +124,7 @@ pub(super) fn granite(config: &Config<'_>) -> Result<ModelSpec> {
 }
 
 /// Llama's own.
-fn plain(config: &Config<'_>) -> Result<Differences> {
+pub(super) fn plain(config: &Config<'_>) -> Result<Differences> {
     let bias = config.flag_or("attention_bias", false)?;
     Ok(Differences {
         biases: (bias, bias),
@@ -146,13 +146,13 @@ fn qwen_layers(config: &Config<'_>) -> Result<Vec<(bool, Mask)>> {
     Ok(masks(&slides, window).into_iter().map(|mask| (true, mask)).collect())
 }
 
-/// `sliding_window`, where it is `used`.
-fn window(config: &Config<'_>, used: bool) -> Result<Option<i64>> {
-    let window = if config.field("sliding_window").is_some() { Some(config.size("sliding_window")?) } else { None };
-    Ok(window.filter(|_| used))
+/// `sliding_window`, where it is `used`; 0 is none.
+pub(super) fn window(config: &Config<'_>, used: bool) -> Result<Option<i64>> {
+    let window = config.count_or("sliding_window", 0)?;
+    Ok(Some(window).filter(|window| used && *window > 0))
 }
 
-fn every(config: &Config<'_>, window: Option<i64>) -> Result<Vec<(bool, Mask)>> {
+pub(super) fn every(config: &Config<'_>, window: Option<i64>) -> Result<Vec<(bool, Mask)>> {
     let mask = window.map_or(Mask::Full, |window| Mask::Sliding { window });
     Ok((0..common::layer_count(config, "num_hidden_layers")?).map(|_| (true, mask)).collect())
 }
@@ -163,7 +163,7 @@ pub(super) fn masks(slides: &[bool], window: Option<i64>) -> Vec<Mask> {
     slides.iter().map(|slides| if *slides { sliding } else { Mask::Full }).collect()
 }
 
-fn build(config: &Config<'_>, differences: Differences) -> Result<ModelSpec> {
+pub(super) fn build(config: &Config<'_>, differences: Differences) -> Result<ModelSpec> {
     let heads = Heads::read(config, differences.head_size)?;
     let hidden = heads.hidden_size;
     let eps = config.positive_or("rms_norm_eps", differences.eps)?;

@@ -3,6 +3,7 @@
 mod cohere;
 mod common;
 mod config;
+mod experts;
 mod fused;
 mod gemma;
 mod layer_norm;
@@ -32,6 +33,9 @@ const FAMILIES: &[Family] = &[
     Family { model_type: "ministral3", known_as: "Ministral 3", spec: llama::ministral3 },
     Family { model_type: "qwen2", known_as: "Qwen 2 and 2.5", spec: llama::qwen2 },
     Family { model_type: "qwen3", known_as: "Qwen 3", spec: llama::qwen3 },
+    Family { model_type: "mixtral", known_as: "Mixtral", spec: experts::mixtral },
+    Family { model_type: "qwen2_moe", known_as: "Qwen 1.5 and 2 MoE", spec: experts::qwen2_moe },
+    Family { model_type: "qwen3_moe", known_as: "Qwen 3 MoE (30B-A3B, 235B-A22B)", spec: experts::qwen3_moe },
     Family { model_type: "granite", known_as: "Granite 3", spec: llama::granite },
     Family { model_type: "gemma", known_as: "Gemma", spec: gemma::gemma },
     Family { model_type: "gemma2", known_as: "Gemma 2", spec: gemma::gemma2 },

@@ -1,0 +1,231 @@
+//! Routers: which experts a token goes through, and with what weight; and the loss that keeps them balanced.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tch::{Device, Kind, Tensor};
+
+use super::layer::Context;
+use super::linear::Linear;
+use super::load::Reader;
+use super::spec::{self, Groups, Routing, Scores};
+use crate::Result;
+use crate::ops::{self, Documents};
+use crate::torch_ext::custom;
+
+/// A router with its weights.
+#[derive(Debug)]
+pub(super) struct Router {
+    linear: Linear,
+    wide: bool,
+    routing: Routing,
+    /// Added to the scores (E), fp32, for the choice alone.
+    correction: Option<Tensor>,
+    balance: f64,
+}
+
+impl Clone for Router {
+    /// Another handle to the same tensors.
+    fn clone(&self) -> Self {
+        Self {
+            linear: self.linear.clone(),
+            routing: self.routing.clone(),
+            correction: self.correction.as_ref().map(Tensor::shallow_clone),
+            ..*self
+        }
+    }
+}
+
+impl Router {
+    pub(super) fn load(spec: &spec::Router, read: &Reader<'_>) -> Result<Self> {
+        let kind = if spec.wide { Kind::Float } else { read.kind };
+        let correction = match &spec.routing {
+            Routing::Largest { correction: Some(name), .. } => Some(read.tensor_as(name, Kind::Float)?),
+            Routing::Largest { .. } | Routing::SparseMixer { .. } => None,
+        };
+        Ok(Self {
+            linear: read.linear_as(&spec.linear, kind)?,
+            wide: spec.wide,
+            routing: spec.routing.clone(),
+            correction,
+            balance: spec.balance,
+        })
+    }
+
+    pub(super) fn linear(&self) -> &Linear {
+        &self.linear
+    }
+
+    pub(super) fn linear_mut(&mut self) -> &mut Linear {
+        &mut self.linear
+    }
+
+    /// The experts of each row of x (T, D): (T, C), i64, and their weights (T, C), fp32.
+    pub(super) fn forward(&self, x: &Tensor, context: &Context<'_>) -> (Tensor, Tensor) {
+        let x = if self.wide { x.to_kind(Kind::Float) } else { x.shallow_clone() };
+        let products = ops::projection(&x, None, &[self.linear.operand(context.dropout_seed)], None).remove(0);
+        let logits = products.to_kind(Kind::Float); // (T, E)
+        let (chosen, weights) = match &self.routing {
+            Routing::Largest { chosen, scores, groups, normalised, scale, .. } => {
+                let scores = match scores {
+                    Scores::Softmax => logits.softmax(-1, Kind::Float),
+                    Scores::Sigmoid => logits.sigmoid(),
+                };
+                let index = tch::no_grad(|| self.largest(&scores.detach(), *chosen, *groups));
+                let weights = scores.gather(1, &index, false); // (T, C)
+                let weights = match normalised {
+                    Some(eps) => &weights / (weights.sum_dim_intlist([1i64].as_slice(), true, Kind::Float) + *eps),
+                    None => weights,
+                };
+                (index, if *scale == 1.0 { weights } else { weights * *scale })
+            }
+            Routing::SparseMixer { jitter } => sparse_mixer(&logits, *jitter),
+        };
+        // The gradient of the balancing loss enters where the logits are, so that it is there however the block is run.
+        let weights = match context.balance {
+            Some(balance) if self.balance > 0.0 => {
+                balance.enter(&logits, &chosen, weights, context.documents, self.balance)
+            }
+            _ => weights,
+        };
+        (chosen, weights)
+    }
+
+    /// Index (T, C) of the largest scores (T, E). No graph.
+    fn largest(&self, scores: &Tensor, chosen: i64, groups: Option<Groups>) -> Tensor {
+        let scores = self.correction.as_ref().map_or_else(|| scores.shallow_clone(), |added| scores + added);
+        let scores = match groups {
+            Some(Groups { count, kept, judged_by }) => {
+                let grouped = scores.view([-1, count, scores.size()[1] / count]); // (T, groups, E / groups)
+                let merit =
+                    grouped.topk(judged_by, -1, true, false).0.sum_dim_intlist([-1i64].as_slice(), false, Kind::Float);
+                let best = merit.topk(kept, -1, true, false).1; // (T, kept)
+                let out = merit.ones_like().scatter_value(1, &best, 0.0).to_kind(Kind::Bool); // (T, groups)
+                grouped.masked_fill(&out.unsqueeze(-1), f64::NEG_INFINITY).view(scores.size().as_slice())
+            }
+            None => scores,
+        };
+        scores.topk(chosen, -1, true, true).1
+    }
+}
+
+/// The inference form of SparseMixer: the largest logit, and the largest of the others, each weighed by a softmax over the logits
+/// that are near it. Index (T, 2) and weights (T, 2) of logits (T, E).
+fn sparse_mixer(logits: &Tensor, jitter: f64) -> (Tensor, Tensor) {
+    let pick = |considered: &Tensor| {
+        let (largest, index) = considered.detach().max_dim(1, true); // (T, 1)
+        let distance = (&largest - logits.detach()) / logits.detach().abs().maximum(&largest);
+        let far = distance.gt(2.0 * jitter);
+        let weight = considered.masked_fill(&far, f64::NEG_INFINITY).softmax(-1, Kind::Float).gather(1, &index, false);
+        (index, weight)
+    };
+    let (first, first_weight) = pick(logits);
+    let others = logits.scatter_value(1, &first, f64::NEG_INFINITY);
+    let (second, second_weight) = pick(&others);
+    (Tensor::cat(&[first, second], 1), Tensor::cat(&[first_weight, second_weight], 1))
+}
+
+/// The loss that keeps experts balanced (arXiv:2101.03961, equations 4 to 6), over all routers of a forward, document by document:
+/// `E sum_e tokens_e prob_e` with `tokens_e` the share of a document's tokens that went to expert e (C in all) and `prob_e` its mean
+/// softmax. The mean over documents is weighted by their length, so that packing and accumulation do not change it.
+///
+/// Routers fill it in the forward; its gradient, which needs the sums of all of them, is added in their backward.
+#[derive(Debug, Clone)]
+pub struct Balance(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    /// What the loss is multiplied with beside each router's own coefficient: 1 over the tokens of the whole step.
+    scale: f64,
+    sums: Mutex<Sums>,
+}
+
+#[derive(Debug, Default)]
+struct Sums {
+    /// Tokens that went to each expert (documents, E), and the sum of their softmax, fp32.
+    filled: Option<(Tensor, Tensor)>,
+    /// Routers.
+    routers: u32,
+    /// From here on blocks only run again.
+    complete: bool,
+}
+
+impl Balance {
+    /// Empty; the loss is the sum over the step's documents of `scale * tokens * loss`.
+    pub fn new(scale: f64) -> Self {
+        Self(Arc::new(Shared { scale, sums: Mutex::default() }))
+    }
+
+    /// The forward is done: what runs now, runs again.
+    pub(super) fn complete(&self) {
+        self.sums().complete = true;
+    }
+
+    /// The loss, with `scale` and without the coefficient: an fp32 scalar. Zero where no router took part.
+    pub fn loss(&self, documents: &Documents) -> Tensor {
+        let sums = self.sums();
+        let Some((counts, probabilities)) = &sums.filled else { return Tensor::from(0f32) };
+        let experts = counts.size()[1] as f64;
+        let lengths = lengths(documents, counts.device()); // (documents, 1)
+        let rows = &lengths * f64::from(sums.routers);
+        let own = (counts * probabilities / (&rows * &rows)).sum_dim_intlist([1i64].as_slice(), true, Kind::Float);
+        (own * lengths).sum(Kind::Float) * (experts * self.0.scale)
+    }
+
+    fn sums(&self) -> MutexGuard<'_, Sums> {
+        self.0.sums.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// `weights` as they are, with this loss's gradient, times `coefficient`, going into `logits` (T, E) beside theirs.
+    fn enter(
+        &self,
+        logits: &Tensor,
+        chosen: &Tensor,
+        weights: Tensor,
+        documents: &Documents,
+        coefficient: f64,
+    ) -> Tensor {
+        let of_token = token_documents(documents, logits.device()); // (T)
+        let probabilities = tch::no_grad(|| {
+            let probabilities = logits.detach().softmax(-1, Kind::Float); // (T, E)
+            let mut sums = self.sums();
+            if !sums.complete {
+                let shape = [documents.spans().count() as i64, logits.size()[1]];
+                let zeros = || Tensor::zeros(shape, (Kind::Float, logits.device()));
+                let ones = probabilities.zeros_like().scatter_value(1, chosen, 1.0); // (T, E)
+                let counted = zeros().index_add(0, &of_token, &ones);
+                let summed = zeros().index_add(0, &of_token, &probabilities);
+                sums.filled = Some(match sums.filled.take() {
+                    Some((counts, probabilities)) => (counts + counted, probabilities + summed),
+                    None => (counted, summed),
+                });
+                sums.routers += 1;
+            }
+            probabilities
+        });
+        let (balance, lengths) = (self.clone(), lengths(documents, logits.device()));
+        let outputs = vec![tch::no_grad(|| weights.copy())];
+        custom(c"engraft::router_balance", &[&weights, logits], outputs, move |grads| {
+            let sums = balance.sums();
+            let (counts, _) = sums.filled.as_ref().expect("filled in the forward");
+            let factor = coefficient * balance.0.scale * counts.size()[1] as f64 / f64::from(sums.routers).powi(2);
+            let of_document = counts * factor / &lengths; // (documents, E): d loss / d softmax of each token
+            let dprobabilities = of_document.index_select(0, &of_token); // (T, E)
+            let product = &probabilities * dprobabilities;
+            let sum = product.sum_dim_intlist([1i64].as_slice(), true, Kind::Float);
+            vec![Some(grads[0].shallow_clone()), Some(product - &probabilities * sum)]
+        })
+        .remove(0)
+    }
+}
+
+/// The length of each document: (documents, 1), fp32.
+fn lengths(documents: &Documents, device: Device) -> Tensor {
+    let lengths: Vec<f32> = documents.spans().map(|(_, length)| length as f32).collect();
+    Tensor::from_slice(&lengths).unsqueeze(1).to_device(device)
+}
+
+/// Which document each token belongs to: (T), i64.
+fn token_documents(documents: &Documents, device: Device) -> Tensor {
+    let of = documents.spans().enumerate().flat_map(|(i, (_, length))| std::iter::repeat_n(i as i64, length as usize));
+    Tensor::from_slice(&of.collect::<Vec<i64>>()).to_device(device)
+}

@@ -1,0 +1,58 @@
+//! Where adapters can be attached, known from the spec alone.
+
+use super::spec::{ExpertLinear, LinearSpec, Stored};
+
+/// A linear, or one linear of every expert of a block.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Site {
+    /// Module path, as [`crate::model::Linear::name`] has it.
+    pub name: String,
+    /// (out, in).
+    pub shape: (i64, i64),
+    /// What it is to the model.
+    pub role: Role,
+}
+
+/// What a linear is to the model.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Role {
+    /// One of a block's.
+    Linear,
+    /// Chooses experts.
+    Router,
+    /// Makes logits.
+    Head,
+    /// One linear of every expert.
+    Experts {
+        /// E.
+        count: i64,
+        /// How the checkpoint has them.
+        stored: Stored,
+        /// Path of the parameter in transformers.
+        parameter: String,
+    },
+}
+
+impl Site {
+    pub(super) fn of(spec: &LinearSpec, role: Role) -> Self {
+        Self { name: spec.name.clone(), shape: (spec.output, spec.input), role }
+    }
+
+    pub(super) fn of_experts(spec: &ExpertLinear) -> Self {
+        let role = Role::Experts { count: spec.experts, stored: spec.stored, parameter: spec.parameter.clone() };
+        Self { name: spec.name.clone(), shape: (spec.output, spec.input), role }
+    }
+
+    /// Module paths in the checkpoint: of each expert, where they are stored apart.
+    pub fn modules(&self) -> Vec<String> {
+        match self.role {
+            Role::Experts { count, stored: Stored::Apart, .. } => (0..count).map(|e| expert(&self.name, e)).collect(),
+            _ => vec![self.name.clone()],
+        }
+    }
+}
+
+/// The path of one expert's module.
+pub fn expert(name: &str, number: i64) -> String {
+    name.replacen('*', &number.to_string(), 1)
+}
