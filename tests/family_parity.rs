@@ -13,10 +13,11 @@ use engraft::weights::writer::{self, TensorSpec};
 use tch::{Device, Kind, Tensor};
 
 /// The fixtures that are compared; the README's table is made of them.
-const VERIFIED: [&str; 28] = [
+const VERIFIED: [&str; 31] = [
     "llama",
     "smollm3",
     "mistral",
+    "mistral3",
     "ministral",
     "ministral3",
     "qwen2",
@@ -25,6 +26,7 @@ const VERIFIED: [&str; 28] = [
     "gemma",
     "gemma2",
     "gemma3_text",
+    "gemma3",
     "phi3",
     "phi3-longrope",
     "glm",
@@ -42,6 +44,7 @@ const VERIFIED: [&str; 28] = [
     "falcon",
     "falcon-grouped",
     "falcon-alibi",
+    "bloom",
 ];
 const TOLERANCE: f64 = 3e-5;
 

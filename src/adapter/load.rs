@@ -7,6 +7,7 @@ use tch::{Device, Kind};
 
 use super::config::{AdapterConfig, CONFIG, MERGE_IT, Ranks};
 use super::{Update, overview};
+use crate::model::names::Names;
 use crate::weights::Checkpoint;
 use crate::{Error, Fault, Result};
 
@@ -77,17 +78,19 @@ impl LoadedAdapter {
     }
 
     /// Checks that the adapter fits a base whose linears are `linears` (module path and (out, in)); returns, for each update, the
-    /// index of its linear.
+    /// index of its linear. Modules may be called as transformers does or as the base's files do.
     ///
     /// The error of an adapter for another base names both and what differs.
-    pub fn fit(&self, linears: &[(&str, (i64, i64))]) -> Result<Vec<usize>> {
+    pub fn fit(&self, linears: &[(&str, (i64, i64))], names: &Names) -> Result<Vec<usize>> {
         let by_name: BTreeMap<&str, usize> =
             linears.iter().enumerate().map(|(index, (name, _))| (*name, index)).collect();
+        let find =
+            |module: &str| names.spec_names(module).find_map(|name| by_name.get(names.module(&name).as_str()).copied());
         let mut absent = Vec::new();
         let mut differing = Vec::new();
         let mut found = Vec::new();
         for update in &self.updates {
-            let Some(&index) = by_name.get(update.module.as_str()) else {
+            let Some(index) = find(&update.module) else {
                 absent.push(update.module.as_str());
                 continue;
             };
@@ -98,7 +101,7 @@ impl LoadedAdapter {
             found.push(index);
         }
         for (module, shape) in &self.base_layers {
-            let here = by_name.get(module.as_str()).map(|&index| linears[index].1);
+            let here = find(module).map(|index| linears[index].1);
             if let Some((rows, columns)) = here.filter(|(rows, columns)| shape != &[*rows, *columns]) {
                 differing.push(format!("{module} ({shape:?} there, [{rows}, {columns}] here)"));
             }

@@ -6,6 +6,7 @@ pub mod config;
 pub mod init;
 pub mod load;
 pub mod merge;
+mod spelling;
 pub mod targets;
 
 #[cfg(test)]
@@ -27,7 +28,7 @@ pub use targets::overview;
 /// The update of one linear: `scale * B A` on its weight (out, in).
 #[derive(Debug)]
 pub struct Update {
-    /// Module path, as the checkpoint has it.
+    /// Module path, as transformers has it.
     pub module: String,
     /// A (R, in), fp32.
     pub a: Tensor,
@@ -70,11 +71,12 @@ impl Adapters {
     pub fn attach(model: &mut Decoder, recipe: &AdapterRecipe, seed: u64) -> Result<Self> {
         if let Some(folder) = &recipe.adapter_name_or_path {
             let loaded = LoadedAdapter::read(folder)?;
-            let indices = loaded.fit(&linears(model))?;
+            let indices = loaded.fit(&linears(model), &model.spec.names)?;
             agrees(model, recipe, &loaded, &indices)?;
             return Self::attach_loaded(model, &loaded, recipe.lora_dropout);
         }
-        let head = model.spec.head.name.clone();
+        let head = model.spec.names.module(&model.spec.head.name);
+        let recipe = &respelled(model, recipe);
         let selection = targets::resolve(&linears(model), &head, recipe)?;
         let device = model.device;
         let mut all = model.linears_mut();
@@ -96,7 +98,11 @@ impl Adapters {
             Ok(update)
         });
         let updates = updates.collect::<Result<Vec<_>>>()?;
-        let config = AdapterConfig::new(recipe, &selection);
+        let mut config = AdapterConfig::new(recipe, &selection);
+        if model.spec.names.among_others {
+            // A short name would match in the parts that are not trained, too.
+            config.spell_out(&updates);
+        }
         let mut notices = selection.notices;
         notices.extend(tied_head(model, &updates));
         Ok(Self { config, notices, updates })
@@ -104,17 +110,20 @@ impl Adapters {
 
     /// Attaches an adapter that was read, trained on from where it is: with `dropout` while training.
     pub fn attach_loaded(model: &mut Decoder, loaded: &LoadedAdapter, dropout: f64) -> Result<Self> {
-        let indices = loaded.fit(&linears(model))?;
+        let indices = loaded.fit(&linears(model), &model.spec.names)?;
         let device = model.device;
         let mut all = model.linears_mut();
         let mut updates = Vec::with_capacity(indices.len());
         for (update, &index) in loaded.updates.iter().zip(&indices) {
             let update = catching(&update.module, || {
-                Ok(Update { a: leaf(&update.a, device), b: leaf(&update.b, device), ..update.shallow_clone() })
+                let (a, b) = (leaf(&update.a, device), leaf(&update.b, device));
+                Ok(Update { module: all[index].name.clone(), a, b, scale: update.scale })
             })?;
             all[index].adapter = Some(low_rank(&update, dropout));
             updates.push((index, update));
         }
+        let otherwise_spelled =
+            loaded.updates.iter().zip(&updates).any(|(theirs, (_, ours))| theirs.module != ours.module);
         updates.sort_by_key(|(index, _)| *index);
         let updates: Vec<Update> = updates.into_iter().map(|(_, update)| update).collect();
         let mut config = AdapterConfig { lora_dropout: dropout, ..loaded.config.clone() };
@@ -122,6 +131,9 @@ impl Adapters {
         config
             .target_modules
             .get_or_insert_with(|| Targets::Names(updates.iter().map(|update| update.module.clone()).collect()));
+        if otherwise_spelled {
+            config.spell_out(&updates);
+        }
         let mut notices = loaded.notices.clone();
         notices.extend(tied_head(model, &updates));
         Ok(Self { config, notices, updates })
@@ -159,6 +171,11 @@ pub fn named(updates: &[Update]) -> impl Iterator<Item = (String, &Tensor)> {
     })
 }
 
+fn respelled(model: &Decoder, recipe: &AdapterRecipe) -> AdapterRecipe {
+    let all = linears(model);
+    spelling::respelled(recipe, &all.iter().map(|(name, _)| *name).collect::<Vec<_>>(), &model.spec.names)
+}
+
 fn linears(model: &Decoder) -> Vec<(&str, (i64, i64))> {
     model.linears().into_iter().map(|linear| (linear.name.as_str(), linear.shape())).collect()
 }
@@ -173,12 +190,11 @@ fn low_rank(update: &Update, dropout: f64) -> LowRank {
 }
 
 fn tied_head(model: &Decoder, updates: &[Update]) -> Option<String> {
-    let head = &model.spec.head;
-    (head.tied && updates.iter().any(|update| update.module == head.name)).then(|| {
+    let head = model.spec.names.module(&model.spec.head.name);
+    (model.spec.head.tied && updates.iter().any(|update| update.module == head)).then(|| {
         format!(
-            "{} shares its weight with the embedding and gets an adapter of its own: a merged model has to store both, and \
-             llama.cpp refuses the adapter",
-            head.name
+            "{head} shares its weight with the embedding and gets an adapter of its own: a merged model has to store both, and \
+             llama.cpp refuses the adapter"
         )
     })
 }
@@ -233,7 +249,8 @@ fn agrees(model: &Decoder, recipe: &AdapterRecipe, loaded: &LoadedAdapter, indic
             layers_to_transform: recipe.layers_to_transform.clone(),
             ..default
         };
-        let selection = targets::resolve(&all, &model.spec.head.name, &only_targets)?;
+        let head = model.spec.names.module(&model.spec.head.name);
+        let selection = targets::resolve(&all, &head, &respelled(model, &only_targets))?;
         let typed: BTreeSet<usize> = selection.targets.iter().map(|target| target.index).collect();
         let found: BTreeSet<usize> = indices.iter().copied().collect();
         if let Some(&one) = typed.symmetric_difference(&found).next() {

@@ -41,7 +41,13 @@ pub fn run(arguments: &Merge) -> Result<()> {
 
 /// What the base's config says its weights are.
 fn own_dtype(config: &serde_json::Value) -> Dtype {
-    match config.get("dtype").or_else(|| config.get("torch_dtype")).and_then(|dtype| dtype.as_str()) {
+    let said = [
+        &config["dtype"],
+        &config["torch_dtype"],
+        &config["text_config"]["dtype"],
+        &config["text_config"]["torch_dtype"],
+    ];
+    match said.into_iter().find_map(|dtype| dtype.as_str()) {
         Some("float32") => Dtype::Fp32,
         Some("float16") => Dtype::Fp16,
         _ => Dtype::Bf16,

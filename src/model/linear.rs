@@ -8,7 +8,7 @@ use crate::ops::Operand;
 /// `Y = X W^T + bias (+ scale * dropout(X) A^T B^T)`.
 #[derive(Debug)]
 pub struct Linear {
-    /// Module path as the checkpoint has it, without `.weight`: `model.layers.0.self_attn.q_proj`.
+    /// Module path as transformers has it, without `.weight`: `model.layers.0.self_attn.q_proj`.
     pub name: String,
     /// W (out, in).
     pub weight: Weight,

@@ -3,6 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::linear::{Linear, Weight};
+use super::names::Names;
 use super::spec::{LinearSpec, NormKind, NormSpec};
 use crate::Result;
 use crate::ops::Norm;
@@ -11,6 +12,7 @@ use crate::weights::Checkpoint;
 /// Where weights come from and what they become.
 pub(super) struct Reader<'a> {
     pub(super) checkpoint: &'a Checkpoint,
+    pub(super) names: &'a Names,
     pub(super) kind: Kind,
     pub(super) device: Device,
     /// Called after each tensor with its numbers.
@@ -24,7 +26,7 @@ impl Reader<'_> {
     }
 
     fn tensor_as(&self, name: &str, kind: Kind) -> Result<Tensor> {
-        let tensor = self.checkpoint.tensor(name, kind, self.device)?;
+        let tensor = self.checkpoint.tensor(&self.names.stored(name), kind, self.device)?;
         (self.read)(tensor.numel() as u64);
         Ok(tensor)
     }
@@ -32,7 +34,7 @@ impl Reader<'_> {
     pub(super) fn linear(&self, spec: &LinearSpec) -> Result<Linear> {
         let weight = self.tensor(&format!("{}.weight", spec.name))?;
         let bias = if spec.bias { Some(self.tensor(&format!("{}.bias", spec.name))?) } else { None };
-        Ok(Linear { name: spec.name.clone(), weight: Weight::Dense(weight), bias, adapter: None })
+        Ok(Linear { name: self.names.module(&spec.name), weight: Weight::Dense(weight), bias, adapter: None })
     }
 
     /// Norms compute in fp32, so their weights are kept in it: `1 + w` would not survive in bf16.
