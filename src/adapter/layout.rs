@@ -13,6 +13,7 @@ use super::config::AdapterConfig;
 use super::load::PREFIX;
 use super::targets::condensed;
 use super::{Update, scale_numerator};
+use crate::model::names::Names;
 use crate::model::sites::{Role, Site, expert};
 use crate::model::spec::Stored;
 use crate::recipe::Targets;
@@ -97,7 +98,13 @@ impl Assembled {
     ///
     /// # Errors
     /// [`Error::Model`] when a block's experts are adapted in part or with different ranks, or with another rank than `config` says.
-    pub(super) fn new(updates: &[Update], sites: &[Site], config: &AdapterConfig, place: &str) -> Result<Self> {
+    pub(super) fn new(
+        updates: &[Update],
+        sites: &[Site],
+        names: &Names,
+        config: &AdapterConfig,
+        place: &str,
+    ) -> Result<Self> {
         let mut all = Self::default();
         let mut alone: BTreeMap<String, (usize, Option<i64>)> = BTreeMap::new();
         let mut together: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
@@ -114,7 +121,8 @@ impl Assembled {
         }
         let mut gathered: BTreeMap<usize, BTreeMap<i64, &Update>> = BTreeMap::new();
         for update in updates {
-            if let Some(&(index, number)) = alone.get(&update.module) {
+            let spelled = |module: &str| names.spec_names(module).map(|name| names.module(&name)).collect::<Vec<_>>();
+            if let Some(&(index, number)) = spelled(&update.module).iter().find_map(|name| alone.get(name)) {
                 let ((rows, columns), own) = (sites[index].shape, update.shape());
                 if own != (rows, columns) {
                     all.differing
@@ -123,14 +131,15 @@ impl Assembled {
                 match number {
                     Some(number) => drop(gathered.entry(index).or_default().insert(number, update)),
                     None => {
-                        let own = Update { role: sites[index].role.clone(), ..update.shallow_clone() };
+                        let Site { name, role, .. } = &sites[index];
+                        let own = Update { module: name.clone(), role: role.clone(), ..update.shallow_clone() };
                         all.updates.insert(index, own);
                     }
                 }
                 continue;
             }
             let module = update.module.strip_suffix(".base_layer").unwrap_or(&update.module);
-            match together.get(module) {
+            match spelled(module).iter().find_map(|name| together.get(name.as_str())) {
                 Some(of_module) => all.stacked(update, of_module, sites, config, place)?,
                 None => all.absent.push(update.module.clone()),
             }

@@ -8,6 +8,7 @@ use tch::{Device, Kind};
 use super::config::{AdapterConfig, CONFIG, MERGE_IT, Ranks};
 use super::layout::Assembled;
 use super::{Update, overview};
+use crate::model::names::Names;
 use crate::model::sites::{Role, Site};
 use crate::weights::Checkpoint;
 use crate::{Error, Fault, Result};
@@ -79,15 +80,17 @@ impl LoadedAdapter {
     }
 
     /// Checks that the adapter fits a base whose linears are `sites`; returns the updates by the index of their site, those of
-    /// experts put together.
+    /// experts put together. Modules may be called as transformers does or as the base's files do.
     ///
     /// The error of an adapter for another base names both and what differs.
-    pub fn fit(&self, sites: &[Site]) -> Result<BTreeMap<usize, Update>> {
+    pub fn fit(&self, sites: &[Site], names: &Names) -> Result<BTreeMap<usize, Update>> {
         let place = self.folder.join(WEIGHTS).display().to_string();
-        let Assembled { updates, absent, mut differing } = Assembled::new(&self.updates, sites, &self.config, &place)?;
+        let Assembled { updates, absent, mut differing } =
+            Assembled::new(&self.updates, sites, names, &self.config, &place)?;
         let by_name: BTreeMap<&str, &Site> = sites.iter().map(|site| (site.name.as_str(), site)).collect();
         for (module, shape) in &self.base_layers {
-            let here = by_name.get(module.as_str()).map(|site| site.shape);
+            let mut spelled = names.spec_names(module).map(|name| names.module(&name));
+            let here = spelled.find_map(|name| by_name.get(name.as_str()).map(|site| site.shape));
             if let Some((rows, columns)) = here.filter(|(rows, columns)| shape != &[*rows, *columns]) {
                 differing.push(format!("{module} ({shape:?} there, [{rows}, {columns}] here)"));
             }

@@ -7,6 +7,7 @@ pub mod init;
 pub mod layout;
 pub mod load;
 pub mod merge;
+mod spelling;
 pub mod targets;
 
 #[cfg(test)]
@@ -16,6 +17,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use tch::{Device, Kind, Tensor};
 
+use crate::model::names::Names;
 use crate::model::sites::{self, Role, Site};
 use crate::model::{Decoder, Linear, LowRank};
 use crate::recipe::{AdapterRecipe, Targets};
@@ -29,7 +31,7 @@ pub use targets::overview;
 /// The update of one linear: `scale * B A` on its weight (out, in); or of one linear of every expert of a block.
 #[derive(Debug)]
 pub struct Update {
-    /// Module path, as [`Site::name`] has it.
+    /// Module path as transformers has it: [`Site::name`].
     pub module: String,
     /// What it updates.
     pub role: Role,
@@ -90,10 +92,11 @@ impl Adapters {
         let sites = model.spec.sites();
         if let Some(folder) = &recipe.adapter_name_or_path {
             let loaded = LoadedAdapter::read(folder)?;
-            let fitted = loaded.fit(&sites)?;
-            agrees(&sites, recipe, &loaded, &fitted.keys().copied().collect())?;
+            let fitted = loaded.fit(&sites, &model.spec.names)?;
+            agrees(&sites, &model.spec.names, recipe, &loaded, &fitted.keys().copied().collect())?;
             return Self::attach_fitted(model, &loaded, &sites, fitted, recipe.lora_dropout);
         }
+        let recipe = &spelling::respelled(recipe, &sites, &model.spec.names);
         let selection = targets::resolve(&sites, recipe)?;
         let mut config = AdapterConfig::new(recipe, &selection);
         let chosen: Vec<(usize, u32, f64)> = selection.targets.iter().map(|t| (t.index, t.r, t.scale)).collect();
@@ -112,6 +115,10 @@ impl Adapters {
             Ok(update)
         });
         let updates = updates.collect::<Result<Vec<_>>>()?;
+        if model.spec.names.among_others && config.target_parameters.is_none() {
+            // A short name would match in the parts that are not trained, too.
+            config.spell_out(&updates);
+        }
         let mut notices = selection.notices;
         notices.extend(tied_head(model, &updates));
         Ok(Self { config, notices, updates })
@@ -120,7 +127,7 @@ impl Adapters {
     /// Attaches an adapter that was read, trained on from where it is: with `dropout` while training.
     pub fn attach_loaded(model: &mut Decoder, loaded: &LoadedAdapter, dropout: f64) -> Result<Self> {
         let sites = model.spec.sites();
-        let fitted = loaded.fit(&sites)?;
+        let fitted = loaded.fit(&sites, &model.spec.names)?;
         Self::attach_fitted(model, loaded, &sites, fitted, dropout)
     }
 
@@ -136,6 +143,8 @@ impl Adapters {
         let chosen: Vec<(usize, u32, f64)> =
             fitted.iter().map(|(index, update)| (*index, update.rank() as u32, update.scale)).collect();
         layout::describe(&mut config, sites, &chosen)?;
+        let theirs: BTreeSet<&str> = loaded.updates.iter().map(|update| update.module.as_str()).collect();
+        let otherwise_spelled = fitted.values().any(|update| !theirs.contains(update.module.as_str()));
         let mut linears = by_name(model);
         let mut updates = Vec::with_capacity(fitted.len());
         for update in fitted.into_values() {
@@ -150,6 +159,9 @@ impl Adapters {
         config
             .target_modules
             .get_or_insert_with(|| Targets::Names(updates.iter().map(|update| update.module.clone()).collect()));
+        if otherwise_spelled && config.target_parameters.is_none() {
+            config.spell_out(&updates);
+        }
         let mut notices = loaded.notices.clone();
         notices.extend(tied_head(model, &updates));
         Ok(Self { config, notices, updates })
@@ -220,18 +232,23 @@ fn low_rank(update: &Update, dropout: f64) -> LowRank {
 }
 
 fn tied_head(model: &Decoder, updates: &[Update]) -> Option<String> {
-    let head = &model.spec.head;
-    (head.tied && updates.iter().any(|update| update.module == head.name)).then(|| {
+    let head = model.spec.names.module(&model.spec.head.name);
+    (model.spec.head.tied && updates.iter().any(|update| update.module == head)).then(|| {
         format!(
-            "{} shares its weight with the embedding and gets an adapter of its own: a merged model has to store both, and \
-             llama.cpp refuses the adapter",
-            head.name
+            "{head} shares its weight with the embedding and gets an adapter of its own: a merged model has to store both, and \
+             llama.cpp refuses the adapter"
         )
     })
 }
 
 /// What a recipe says of an adapter it continues must be what that adapter is. What it leaves at the default, it does not say.
-fn agrees(sites: &[Site], recipe: &AdapterRecipe, loaded: &LoadedAdapter, fitted: &BTreeSet<usize>) -> Result<()> {
+fn agrees(
+    sites: &[Site],
+    names: &Names,
+    recipe: &AdapterRecipe,
+    loaded: &LoadedAdapter,
+    fitted: &BTreeSet<usize>,
+) -> Result<()> {
     let (config, default) = (&loaded.config, AdapterRecipe::default());
     let mut faults = Vec::new();
     let mut differs = |key: &str, typed: String, found: String| {
@@ -279,7 +296,7 @@ fn agrees(sites: &[Site], recipe: &AdapterRecipe, loaded: &LoadedAdapter, fitted
             layers_to_transform: recipe.layers_to_transform.clone(),
             ..default
         };
-        let selection = targets::resolve(sites, &only_targets)?;
+        let selection = targets::resolve(sites, &spelling::respelled(&only_targets, sites, names))?;
         let typed: BTreeSet<usize> = selection.targets.iter().map(|target| target.index).collect();
         if let Some(&one) = typed.symmetric_difference(fitted).next() {
             let which = if typed.contains(&one) { "without" } else { "with" };

@@ -268,7 +268,7 @@ impl Matcher {
 }
 
 /// Whether `name` is `typed` or ends in `.typed`.
-fn is_suffix(typed: &str, name: &str) -> bool {
+pub(super) fn is_suffix(typed: &str, name: &str) -> bool {
     name.strip_suffix(typed).is_some_and(|before| before.is_empty() || before.ends_with('.'))
 }
 

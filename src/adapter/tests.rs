@@ -8,6 +8,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::*;
+use crate::model::names::Names;
 use crate::recipe::BaseSource;
 use crate::weights::Checkpoint;
 
@@ -419,15 +420,15 @@ fn an_adapter_for_another_base_is_refused_naming_both() {
     let loaded = LoadedAdapter::read(&fixtures().join("head")).unwrap();
     let tied = model("tied");
     let mut sites = tied.spec.sites();
-    assert_eq!(loaded.fit(&sites).unwrap().len(), 3);
+    assert_eq!(loaded.fit(&sites, &Names::default()).unwrap().len(), 3);
     for site in sites.iter_mut().filter(|site| site.name == "lm_head") {
         site.shape = (17, 8);
     }
-    let text = loaded.fit(&sites).unwrap_err().to_string();
+    let text = loaded.fit(&sites, &Names::default()).unwrap_err().to_string();
     assert!(text.contains("lm_head ([16, 8] there, [17, 8] here)") && text.contains("owner/tiny"), "{text}");
     let loaded = LoadedAdapter::read(&fixtures().join("all-linear")).unwrap();
     let untied = model("untied");
-    let text = loaded.fit(&untied.spec.sites()).unwrap_err().to_string();
+    let text = loaded.fit(&untied.spec.sites(), &untied.spec.names).unwrap_err().to_string();
     assert!(
         text.contains("7 of its modules are not linears of this base, model.layers.2.mlp.down_proj among them"),
         "{text}"

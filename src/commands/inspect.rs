@@ -67,17 +67,19 @@ fn facts(name: &str, console: &Console) -> Result<Map<String, Value>> {
 fn model(checkpoint: &Checkpoint) -> Value {
     let config = &checkpoint.config;
     let spec = families::from_config(config);
+    // Where the model has several parts, the text model's.
+    let size = |field: &str| if config[field].is_null() { &config["text_config"][field] } else { &config[field] };
     let mut facts = json!({
         "kind": "model",
         "model_type": config["model_type"],
         "supported": spec.is_ok(),
-        "layers": config["num_hidden_layers"],
-        "hidden_size": config["hidden_size"],
-        "attention_heads": config["num_attention_heads"],
-        "key_value_heads": config["num_key_value_heads"],
-        "feed_forward_size": config["intermediate_size"],
-        "vocabulary": config["vocab_size"],
-        "context": config["max_position_embeddings"],
+        "layers": size("num_hidden_layers"),
+        "hidden_size": size("hidden_size"),
+        "attention_heads": size("num_attention_heads"),
+        "key_value_heads": size("num_key_value_heads"),
+        "feed_forward_size": size("intermediate_size"),
+        "vocabulary": size("vocab_size"),
+        "context": size("max_position_embeddings"),
         "tied_head": config["tie_word_embeddings"],
         "chat_template": checkpoint.sidecars.contains_key("chat_template.jinja")
             || checkpoint.sidecars.get("tokenizer_config.json").is_some_and(|bytes| String::from_utf8_lossy(bytes).contains("\"chat_template\"")),

@@ -27,7 +27,8 @@ pub fn run(arguments: &Merge) -> Result<()> {
     for notice in &adapter.notices {
         console.say(format_args!("note: {notice}"));
     }
-    let updates: Vec<_> = adapter.fit(&families::spec(&checkpoint)?.sites())?.into_values().collect();
+    let spec = families::spec(&checkpoint)?;
+    let updates: Vec<_> = adapter.fit(&spec.sites(), &spec.names)?.into_values().collect();
     // The template it was trained with travels with an adapter.
     let template = adapter.chat_template()?;
     let sidecars = sidecars(&checkpoint, template.as_deref());
@@ -43,7 +44,13 @@ pub fn run(arguments: &Merge) -> Result<()> {
 
 /// What the base's config says its weights are.
 fn own_dtype(config: &serde_json::Value) -> Dtype {
-    match config.get("dtype").or_else(|| config.get("torch_dtype")).and_then(|dtype| dtype.as_str()) {
+    let said = [
+        &config["dtype"],
+        &config["torch_dtype"],
+        &config["text_config"]["dtype"],
+        &config["text_config"]["torch_dtype"],
+    ];
+    match said.into_iter().find_map(|dtype| dtype.as_str()) {
         Some("float32") => Dtype::Fp32,
         Some("float16") => Dtype::Fp16,
         _ => Dtype::Bf16,

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
 use super::folder::Staging;
@@ -71,7 +71,7 @@ const OURS: [&str; 3] = ["config.json", "generation_config.json", "README.md"];
 /// What is stored.
 struct Plan<'a> {
     tensors: Vec<Planned<'a>>,
-    /// Whether the head stops sharing the embedding's weight.
+    /// Whether the config must say that the head does not share the embedding's weight.
     unties: bool,
 }
 
@@ -137,8 +137,14 @@ impl<'a> Part<'a> {
 impl<'a> Plan<'a> {
     fn new(checkpoint: &'a Checkpoint, updates: &'a [Update]) -> Result<Self> {
         let spec = families::spec(checkpoint)?;
-        let head = format!("{}.weight", spec.head.name);
-        let mut by_weight: BTreeMap<String, Part<'_>> = updates.iter().flat_map(Part::of).collect();
+        let head = spec.names.stored(&format!("{}.weight", spec.head.name));
+        let embedding = spec.names.stored(&spec.embedding.weight);
+        let stored = |path: &str| {
+            let mut all = spec.names.spec_names(path).map(|name| spec.names.stored(&name));
+            all.find(|name| *name == head || checkpoint.shape(name).is_some()).unwrap_or_else(|| path.to_string())
+        };
+        let parts = updates.iter().flat_map(Part::of);
+        let mut by_weight: BTreeMap<String, Part<'_>> = parts.map(|(name, part)| (stored(&name), part)).collect();
         let unties = spec.head.tied && by_weight.contains_key(&head);
         let mut tensors = Vec::new();
         for from in checkpoint.names() {
@@ -153,7 +159,7 @@ impl<'a> Plan<'a> {
                 shape: shape.clone(),
                 update: by_weight.remove(from),
             });
-            if unties && from == spec.embedding.weight {
+            if unties && from == embedding {
                 tensors.push(Planned { name: head.clone(), from, shape, update: by_weight.remove(&head) });
             }
         }
@@ -174,31 +180,48 @@ impl<'a> Plan<'a> {
                 }
             }
         }
-        Ok(Self { tensors, unties })
+        // Of a larger model, the files say whether the head is its own, and its config may not.
+        Ok(Self { tensors, unties: unties || (spec.names.own_head_if_stored && !spec.head.tied) })
     }
 }
 
 /// The base's config, with what merging changes: the number type, and whether the head is tied.
 fn config(base: &Value, kind: Kind, unties: bool) -> Value {
     let mut config = base.clone();
-    let Some(fields) = config.as_object_mut() else { return config };
     let dtype = json!(match kind {
         Kind::BFloat16 => "bfloat16",
         Kind::Half => "float16",
         _ => "float32",
     });
-    // The name before transformers 4.56; both are read, and must not differ.
-    if let Some(old) = fields.get_mut("torch_dtype") {
-        *old = dtype.clone();
-    }
-    fields.insert("dtype".into(), dtype);
+    let Some(fields) = config.as_object_mut() else { return config };
+    fields.insert("dtype".into(), dtype.clone());
     if unties {
         fields.insert("tie_word_embeddings".into(), json!(false));
-        if let Some(shared) = fields.get_mut("share_embedding") {
-            *shared = json!(false);
+    }
+    // A model of several parts says it again for each.
+    let parts = ["text_config", "vision_config", "audio_config"];
+    change(fields, &dtype, unties);
+    for part in parts {
+        if let Some(fields) = fields.get_mut(part).and_then(Value::as_object_mut) {
+            change(fields, &dtype, unties);
         }
     }
     config
+}
+
+/// Sets what is said already.
+fn change(fields: &mut Map<String, Value>, dtype: &Value, unties: bool) {
+    // The second is the name before transformers 4.56; both are read, and must not differ.
+    for name in ["dtype", "torch_dtype"] {
+        if let Some(said) = fields.get_mut(name) {
+            *said = dtype.clone();
+        }
+    }
+    for name in ["tie_word_embeddings", "share_embedding"] {
+        if let Some(said) = fields.get_mut(name).filter(|_| unties) {
+            *said = json!(false);
+        }
+    }
 }
 
 /// Merging must not replace the files it reads.

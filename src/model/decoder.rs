@@ -59,7 +59,7 @@ impl Decoder {
             done.set(done.get() + count);
             progress(bytes(done.get()), bytes(numbers as u64));
         };
-        let reader = Reader { checkpoint, kind, device, read: &read };
+        let reader = Reader { checkpoint, names: &spec.names, kind, device, read: &read };
 
         let embedding = reader.tensor(&spec.embedding.weight)?;
         let embedding_norm = reader.optional_norm(spec.embedding.norm.as_ref())?;
@@ -82,7 +82,8 @@ impl Decoder {
             reader.tensor(&format!("{}.weight", spec.head.name))?
         };
         let bias = if spec.head.bias { Some(reader.tensor(&format!("{}.bias", spec.head.name))?) } else { None };
-        let head = Linear { name: spec.head.name.clone(), weight: Weight::Dense(head), bias, adapter: None };
+        let head =
+            Linear { name: spec.names.module(&spec.head.name), weight: Weight::Dense(head), bias, adapter: None };
         Ok(Self { spec, kind, device, embedding, embedding_norm, layers, ropes, final_norm, head })
     }
 

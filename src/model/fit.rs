@@ -14,14 +14,21 @@ use crate::{Error, Fault, Result};
 const NAMED: usize = 4;
 
 impl ModelSpec {
-    /// Every tensor the decoder reads, by its checkpoint name, with its shape.
+    /// Every tensor the decoder reads, by its name in the spec, with its shape.
     pub fn tensors(&self) -> BTreeMap<String, Vec<i64>> {
         self.inventory().tensors
     }
 
     /// Every linear, in checkpoint order, the head last.
     pub fn sites(&self) -> Vec<Site> {
-        self.inventory().sites
+        let mut sites = self.inventory().sites;
+        for site in &mut sites {
+            site.name = self.names.module(&site.name);
+            if let Role::Experts { parameter, .. } = &mut site.role {
+                *parameter = self.names.module(parameter);
+            }
+        }
+        sites
     }
 
     fn inventory(&self) -> Inventory {
@@ -69,7 +76,8 @@ impl ModelSpec {
     /// # Errors
     /// [`Error::Model`] listing what is missing, has another shape, or is not accounted for by `config.json`.
     pub fn prove(&self, checkpoint: &Checkpoint) -> Result<()> {
-        let wanted = self.tensors();
+        let stored = |(name, shape): (String, Vec<i64>)| (self.names.stored(&name), shape);
+        let wanted: BTreeMap<String, Vec<i64>> = self.tensors().into_iter().map(stored).collect();
         let mut missing = Vec::new();
         let mut misshapen = Vec::new();
         for (name, shape) in &wanted {
@@ -81,13 +89,14 @@ impl ModelSpec {
                 Some(_) => {}
             }
         }
-        let head = format!("{}.weight", self.head.name);
+        let head = self.names.stored(&format!("{}.weight", self.head.name));
         let unused: Vec<String> = checkpoint
             .names()
             .into_iter()
             .filter(|name| !wanted.contains_key(*name))
             // A checkpoint may store a tied head a second time.
             .filter(|name| !(self.head.tied && *name == head))
+            .filter(|name| !self.names.is_other_part(name))
             .filter(|name| !self.ignored_suffixes.iter().any(|suffix| name.ends_with(suffix)))
             .map(ToString::to_string)
             .collect();

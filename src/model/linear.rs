@@ -9,8 +9,8 @@ use crate::ops::Operand;
 /// `Y = X W^T + bias (+ scale * dropout(X) A^T B^T)`.
 #[derive(Debug)]
 pub struct Linear {
-    /// Module path as the checkpoint has it, without `.weight`: `model.layers.0.self_attn.q_proj`. Where it stands for one linear of
-    /// every expert, [`super::spec::ExpertLinear::name`].
+    /// Module path as transformers has it, without `.weight`: `model.layers.0.self_attn.q_proj`. Where it stands for one linear of
+    /// every expert, [`super::sites::Site::name`].
     pub name: String,
     /// W (out, in), or (E, out, in).
     pub weight: Weight,

@@ -3,6 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::linear::{Linear, Weight};
+use super::names::Names;
 use super::sites::expert;
 use super::spec::{ExpertLinear, LinearSpec, NormKind, NormSpec, Stored};
 use crate::Result;
@@ -12,6 +13,7 @@ use crate::weights::Checkpoint;
 /// Where weights come from and what they become.
 pub(super) struct Reader<'a> {
     pub(super) checkpoint: &'a Checkpoint,
+    pub(super) names: &'a Names,
     pub(super) kind: Kind,
     pub(super) device: Device,
     /// Called after each tensor with its numbers.
@@ -25,7 +27,7 @@ impl Reader<'_> {
     }
 
     pub(super) fn tensor_as(&self, name: &str, kind: Kind) -> Result<Tensor> {
-        let tensor = self.checkpoint.tensor(name, kind, self.device)?;
+        let tensor = self.checkpoint.tensor(&self.names.stored(name), kind, self.device)?;
         (self.read)(tensor.numel() as u64);
         Ok(tensor)
     }
@@ -37,7 +39,7 @@ impl Reader<'_> {
     pub(super) fn linear_as(&self, spec: &LinearSpec, kind: Kind) -> Result<Linear> {
         let weight = self.tensor_as(&format!("{}.weight", spec.name), kind)?;
         let bias = if spec.bias { Some(self.tensor_as(&format!("{}.bias", spec.name), kind)?) } else { None };
-        Ok(Linear { name: spec.name.clone(), weight: Weight::Dense(weight), bias, adapter: None })
+        Ok(Linear { name: self.names.module(&spec.name), weight: Weight::Dense(weight), bias, adapter: None })
     }
 
     /// One linear of every expert: (E, out, in), whatever the checkpoint has. Tensors stored apart are put in place one by one.
@@ -62,7 +64,7 @@ impl Reader<'_> {
                 (weight, spec.bias.then(|| self.tensor(&format!("{name}_bias"))).transpose()?)
             }
         };
-        Ok(Linear { name: name.clone(), weight: Weight::Dense(weight), bias, adapter: None })
+        Ok(Linear { name: self.names.module(name), weight: Weight::Dense(weight), bias, adapter: None })
     }
 
     /// Norms compute in fp32, so their weights are kept in it: `1 + w` would not survive in bf16.

@@ -6,6 +6,7 @@
 //! V vocabulary, R rank.
 
 pub mod families;
+pub mod names;
 pub mod sites;
 pub mod spec;
 

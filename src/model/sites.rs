@@ -5,7 +5,7 @@ use super::spec::{ExpertLinear, LinearSpec, Stored};
 /// A linear, or one linear of every expert of a block.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Site {
-    /// Module path, as [`crate::model::Linear::name`] has it.
+    /// Module path as transformers has it; with `*` for the number of an expert where experts are stored apart.
     pub name: String,
     /// (out, in).
     pub shape: (i64, i64),
@@ -43,7 +43,7 @@ impl Site {
         Self { name: spec.name.clone(), shape: (spec.output, spec.input), role }
     }
 
-    /// Module paths in the checkpoint: of each expert, where they are stored apart.
+    /// Module paths: of each expert, where they are stored apart.
     pub fn modules(&self) -> Vec<String> {
         match self.role {
             Role::Experts { count, stored: Stored::Apart, .. } => (0..count).map(|e| expert(&self.name, e)).collect(),

@@ -8,6 +8,7 @@
 //!                             └──────────────────────────┘
 //! ```
 
+use super::names::Names;
 use crate::ops::{Activation, LogitMap, RopeLayout, Weighted};
 
 /// A whole decoder.
@@ -31,6 +32,8 @@ pub struct ModelSpec {
     pub head: HeadSpec,
     /// Tensors a checkpoint may hold that mean nothing here (old buffers), by the end of their name.
     pub ignored_suffixes: Vec<&'static str>,
+    /// What its modules are called in files and in transformers.
+    pub names: Names,
 }
 
 /// From token ids to the stream.
@@ -466,7 +469,7 @@ pub enum NormKind {
 /// A linear layer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LinearSpec {
-    /// Module path, without `.weight`.
+    /// Module path, without `.weight`; elsewhere it may be spelled otherwise, see [`Names`].
     pub name: String,
     /// Width of what goes in.
     pub input: i64,

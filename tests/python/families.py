@@ -62,7 +62,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 FIXTURES = pathlib.Path(__file__).resolve().parent.parent / "fixtures" / "families"
 RANK, ALPHA = 3, 6
@@ -109,6 +109,11 @@ class Variant:
     attention: str = "eager"
     # The model_type of the config that has this one as its `text_config`.
     wrapper: str | None = None
+    # The other fields of that config, where transformers makes the larger model of it: it has other parts, which no
+    # adapter touches and no token reaches.
+    parts: dict | None = None
+    # What makes the model.
+    maker: type = AutoModelForCausalLM
 
 
 # Widths where the architecture has no `head_dim` of its own: hidden_size / heads.
@@ -139,6 +144,7 @@ MROPE = {
     "mrope_interleaved": True,
 }
 WRAPPED = [(r"^model\.(?!language_model\.)", "model.language_model.")]
+APART = [(r"^lm_head\.", "language_model.lm_head."), (r"^model\.language_model\.", "language_model.model."), (r"^model\.", "")]
 MIXTRAL_NAMES = [(r"\.mlp(\.|$)", r".block_sparse_moe\1")]
 
 VARIANTS = {
@@ -163,6 +169,27 @@ VARIANTS = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
             "rope_theta": 10000.0,
         },
+    ),
+    # As published: the config says nothing of the head, which is in the files.
+    "mistral3": Variant(
+        "mistral",
+        {"sliding_window": None, "rope_theta": 1000000.0},
+        renamed=APART,
+        wrapper="mistral3",
+        parts={
+            "spatial_merge_size": 2,
+            "vision_config": {
+                "model_type": "pixtral",
+                "hidden_size": 16,
+                "intermediate_size": 14,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "head_dim": 8,
+                "image_size": 8,
+                "patch_size": 4,
+            },
+        },
+        maker=AutoModelForImageTextToText,
     ),
     "ministral3": Variant(
         "ministral3",
@@ -342,6 +369,32 @@ VARIANTS = {
             "rope_theta": 1000000.0,
             "rope_local_base_freq": 10000.0,
             "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+    ),
+    # As published since the 4B: a model that sees, whose files call the language model a part.
+    "gemma3": Variant(
+        "gemma3_text",
+        {
+            "num_hidden_layers": 3,
+            "query_pre_attn_scalar": 14,
+            "sliding_window": 9,
+            "sliding_window_pattern": 3,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+        renamed=APART,
+        wrapper="gemma3",
+        parts={
+            "mm_tokens_per_image": 4,
+            "vision_config": {
+                "model_type": "siglip_vision_model",
+                "hidden_size": 12,
+                "intermediate_size": 14,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 8,
+                "patch_size": 4,
+                "vision_use_head": False,
+            },
         },
     ),
     # As the small ones: inputs per layer, keys and values shared by the last layers, whose MLP is twice as wide.
@@ -915,6 +968,9 @@ def configuration(variant, hidden, layers):
 
 def published(variant, config, written, options):
     """The config that save_pretrained wrote, as the hub would have it."""
+    if variant.parts:  # `tie_word_embeddings` is left out, as the hub does
+        text = {k: v for k, v in written["text_config"].items() if k not in [*DERIVED, "tie_word_embeddings"]}
+        return {"model_type": variant.wrapper, "text_config": text | options, **variant.parts}
     aliases = {ours for theirs, ours in config.attribute_map.items() if theirs in options}
     fields = {k: v for k, v in written.items() if k not in DERIVED and k not in aliases} | options
     if not variant.wrapper:
@@ -997,6 +1053,8 @@ class Adapter:
         self.projections = ["w1", "w3", "w2"] if lettered else ["gate_proj", "up_proj", "down_proj"]
         head = model.get_output_embeddings()
         linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+        if variant.parts:
+            linears = {n for n in linears if ".language_model." in n}
         routers = {n for n, m in model.named_modules() if type(m).__name__.endswith("Router") and hasattr(m, "weight")}
         self.experts = [n for n, p in model.named_parameters() if re.search(r"\.experts\.(gate_up|down)_proj$", n)]
         # Where transformers fuses experts that the checkpoint stores apart, PEFT takes these names for experts wherever
@@ -1042,7 +1100,7 @@ class Adapter:
         config = LoraConfig(
             r=RANK,
             lora_alpha=ALPHA,
-            target_modules=self.modules if self.parameters else "all-linear",
+            target_modules=self.modules if self.parameters or self.variant.parts else "all-linear",
             target_parameters=self.parameters or None,
             rank_pattern={k: v * RANK for k, v in doubled.items()},
             alpha_pattern={k: v * ALPHA for k, v in doubled.items()},
@@ -1131,8 +1189,11 @@ def write_model(variant, arguments, work):
     """A checkpoint with the weights of a variant: its rows of `tensors.json`."""
     options = configuration(variant, arguments.hidden, arguments.layers)
     config = AutoConfig.for_model(variant.model_type, **copy.deepcopy(options))
+    if variant.parts:
+        whole = copy.deepcopy(variant.parts) | {"tie_word_embeddings": config.tie_word_embeddings}
+        config = AutoConfig.for_model(variant.wrapper, text_config=config.to_dict(), **whole)
     torch.manual_seed(0)
-    fresh = AutoModelForCausalLM.from_config(config, **how(variant)).float()
+    fresh = variant.maker.from_config(config, **how(variant)).float()
     initial = checkpoint_of(variant, fresh, work)
     rows = [[name, list(t.shape), *moments(name, t, variant)] for name, t in sorted(initial.items())]
     weights = {name: drawn(name, *rest, arguments.seed) for name, *rest in rows}
@@ -1156,7 +1217,7 @@ def how(variant):
 
 def load(variant, work):
     """The model of a checkpoint, in fp32; every tensor must have found its place."""
-    model, found = AutoModelForCausalLM.from_pretrained(
+    model, found = variant.maker.from_pretrained(
         work, dtype=torch.float32, output_loading_info=True, **how(variant)
     )
     assert not any(found.values()), found
@@ -1172,7 +1233,7 @@ def make(name, variant, arguments):
         work = pathlib.Path(place)
         rows = write_model(variant, arguments, work)
         model = load(variant, work)
-        ids, offsets, mask = documents(model.config.vocab_size, seed)
+        ids, offsets, mask = documents(model.config.get_text_config().vocab_size, seed)
         first = ids[: offsets[1]]
         with routing_gaps() as gaps:
             with torch.no_grad():

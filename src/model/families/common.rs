@@ -1,6 +1,7 @@
 //! What the pages share: the parts that nearly every family spells the same way in `config.json` and in its tensor names.
 
 use super::config::{Config, wrong};
+use crate::model::names::Names;
 use crate::model::spec::{
     Around, EmbeddingSpec, GateUp, GroupedAttention, HeadSpec, LayerSpec, LinearSpec, ModelSpec, NormKind, NormSpec,
     Projection, Residual, Rope, RopeScaling,
@@ -141,7 +142,7 @@ pub(super) fn model(
     map: LogitMap,
 ) -> Result<ModelSpec> {
     Ok(ModelSpec {
-        model_type: config.text("model_type")?.to_string(),
+        model_type: String::new(), // that of the whole config, which may hold this one
         hidden_size: config.size("hidden_size")?,
         vocab_size: config.size("vocab_size")?,
         max_position_embeddings: config.size_or("max_position_embeddings", 2048)?,
@@ -150,6 +151,7 @@ pub(super) fn model(
         final_norm,
         head: HeadSpec { name: head.into(), tied: config.flag_or("tie_word_embeddings", tied)?, bias: false, map },
         ignored_suffixes: vec!["rotary_emb.inv_freq"],
+        names: Names::default(),
     })
 }
 

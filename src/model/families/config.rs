@@ -13,6 +13,8 @@ pub(super) struct Config<'a> {
     value: &'a Value,
     /// Names of the fields that were asked for, at any depth.
     asked: &'a RefCell<BTreeSet<String>>,
+    /// Sizes of fields that the config leaves out.
+    defaults: &'a [(&'static str, i64)],
 }
 
 /// Fields that change what some family computes. One that is set in a config whose page never asks for it is an error, not
@@ -66,7 +68,12 @@ const LARGEST: i64 = 1 << 30;
 
 impl<'a> Config<'a> {
     pub(super) fn new(value: &'a Value, asked: &'a RefCell<BTreeSet<String>>) -> Self {
-        Self { value, asked }
+        Self { value, asked, defaults: &[] }
+    }
+
+    /// The same, with these sizes where it has none.
+    pub(super) fn with_defaults(self, defaults: &'a [(&'static str, i64)]) -> Self {
+        Self { defaults, ..self }
     }
 
     /// An error for the first field that changes the computation and was not asked for.
@@ -103,6 +110,10 @@ impl<'a> Config<'a> {
 
     /// A size: a whole number from 1 to 2^30.
     pub(super) fn size(&self, name: &str) -> Result<i64> {
+        if let Some((_, default)) = self.defaults.iter().find(|(known, _)| *known == name && self.field(name).is_none())
+        {
+            return Ok(*default);
+        }
         let value = self.required(name)?;
         value
             .as_i64()
@@ -111,7 +122,8 @@ impl<'a> Config<'a> {
     }
 
     pub(super) fn size_or(&self, name: &str, default: i64) -> Result<i64> {
-        if self.field(name).is_some() { self.size(name) } else { Ok(default) }
+        let known = self.defaults.iter().any(|(known, _)| *known == name);
+        if known || self.field(name).is_some() { self.size(name) } else { Ok(default) }
     }
 
     /// A whole number from 0 to 2^30.
@@ -168,7 +180,7 @@ impl<'a> Config<'a> {
     pub(super) fn object(&self, name: &str) -> Result<Option<Config<'a>>> {
         match self.field(name) {
             None => Ok(None),
-            Some(value) if value.is_object() => Ok(Some(Config { value, asked: self.asked })),
+            Some(value) if value.is_object() => Ok(Some(Config { value, asked: self.asked, defaults: &[] })),
             Some(value) => Err(wrong(name, value, "an object")),
         }
     }

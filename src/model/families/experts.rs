@@ -3,6 +3,7 @@
 use super::common::{self, activation};
 use super::config::{Config, wrong};
 use super::llama::{self, Differences};
+use crate::model::names::Rename;
 use crate::model::spec::{
     ExpertGateUp, ExpertLinear, Experts, FeedForward, LinearSpec, ModelSpec, Router, Routing, Scores, SharedExpert,
     Stored,
@@ -47,6 +48,7 @@ pub(super) fn mixtral(config: &Config<'_>) -> Result<ModelSpec> {
             shared: None,
         }));
     }
+    spec.names.modules.push(Rename::Part("block_sparse_moe.gate", "mlp.gate"));
     Ok(spec)
 }
 

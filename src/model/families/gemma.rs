@@ -39,6 +39,13 @@ pub(super) fn gemma2(config: &Config<'_>) -> Result<ModelSpec> {
 
 /// `Gemma3TextConfig`: queries and keys are normed, and sliding layers have a rotary embedding of their own.
 pub(super) fn gemma3(config: &Config<'_>) -> Result<ModelSpec> {
+    // The published files of the 4B leave out what transformers has for its own defaults.
+    let config = &config.with_defaults(&[
+        ("num_attention_heads", 8),
+        ("num_key_value_heads", 4),
+        ("vocab_size", 262_208),
+        ("max_position_embeddings", 131_072),
+    ]);
     let heads = Heads::read(config, Some(256))?;
     let count = common::layer_count(config, "num_hidden_layers")?;
     let pattern = config.size_or("sliding_window_pattern", 6)?;

@@ -1,7 +1,8 @@
-//! Families with LayerNorm, most with a plain feed-forward: StarCoder 2, GPT-NeoX (Pythia), StableLM, Phi, Falcon.
+//! Families with LayerNorm, most with a plain feed-forward: StarCoder 2, GPT-NeoX (Pythia), StableLM, Phi, Falcon, BLOOM.
 
 use super::common::{self, Heads, activation, layer_norm};
 use super::config::{Config, wrong};
+use crate::model::names::Rename;
 use crate::model::spec::{
     Attention, EmbeddingSpec, FeedForward, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind, NormSpec, Position,
     Projection, QueryKeyNorm, Residual,
@@ -64,8 +65,9 @@ pub(super) fn gpt_neox(config: &Config<'_>) -> Result<ModelSpec> {
     });
     let final_norm = layer_norm("gpt_neox.final_layer_norm".into(), hidden, eps);
     let embedding = embedding("gpt_neox.embed_in.weight");
-    let mut spec =
-        common::model(config, embedding, layers.collect(), final_norm, ("embed_out", false), LogitMap::PLAIN)?;
+    let mut spec = common::model(config, embedding, layers.collect(), final_norm, ("lm_head", false), LogitMap::PLAIN)?;
+    // transformers 5 calls the head as other families do, and writes it as it always was.
+    spec.names.layouts = vec![vec![Rename::Start("lm_head", "embed_out")]];
     spec.ignored_suffixes.extend(["attention.bias", "attention.masked_bias"]);
     Ok(spec)
 }
@@ -204,6 +206,55 @@ pub(super) fn falcon(config: &Config<'_>) -> Result<ModelSpec> {
     let final_norm = layer_norm("transformer.ln_f".into(), hidden, eps);
     let embedding = embedding("transformer.word_embeddings.weight");
     common::model(config, embedding, layers.collect(), final_norm, ("lm_head", true), LogitMap::PLAIN)
+}
+
+/// `BloomConfig`: linear biases, a norm on the embeddings, and the oldest names for its sizes.
+pub(super) fn bloom(config: &Config<'_>) -> Result<ModelSpec> {
+    let either =
+        |name: &str, old: &str| if config.field(name).is_some() { config.size(name) } else { config.size(old) };
+    let hidden = either("hidden_size", "n_embed")?;
+    let heads = equal_heads(hidden, either("n_head", "num_attention_heads")?)?;
+    let count = if config.field("n_layer").is_some() { "n_layer" } else { "num_hidden_layers" };
+    for (field, what) in [
+        ("apply_residual_connection_post_layernorm", "residuals taken after the norm"),
+        ("slow_but_exact", "products summed in slices"),
+    ] {
+        if config.flag_or(field, false)? {
+            let what = format!("asks for {what}, which is not supported");
+            return Err(Error::Model(Fault::new(format!("config.json: {field}"), what).hint("use a base without it")));
+        }
+    }
+    let eps = config.positive_or("layer_norm_epsilon", 1e-5)?;
+    let position = Position::Alibi { slopes: slopes(heads.heads), rounded: false, scale: 1.0 };
+    let layers = (0..common::layer_count(config, count)?).map(|i| {
+        let at = |part: &str| format!("transformer.h.{i}.{part}");
+        let norm = |part: &str| layer_norm(at(part), hidden, eps);
+        let projection = Projection::PerHead(heads.fused(at("self_attention.query_key_value"), true));
+        LayerSpec {
+            attention: Attention::Grouped(heads.attention(projection, heads.output(at("self_attention.dense"), true))),
+            position: position.clone(),
+            mask: Mask::Full,
+            feed_forward: plain(
+                Activation::GeluTanh,
+                (at("mlp.dense_h_to_4h"), at("mlp.dense_4h_to_h")),
+                hidden,
+                4 * hidden,
+                true,
+            ),
+            residual: common::pre_norm(norm("input_layernorm"), norm("post_attention_layernorm")),
+        }
+    });
+    let embedding = EmbeddingSpec {
+        norm: Some(layer_norm("transformer.word_embeddings_layernorm".into(), hidden, eps)),
+        ..embedding("transformer.word_embeddings.weight")
+    };
+    let sizes = [("hidden_size", hidden)];
+    let config = config.with_defaults(&sizes);
+    let final_norm = layer_norm("transformer.ln_f".into(), hidden, eps);
+    let mut spec = common::model(&config, embedding, layers.collect(), final_norm, ("lm_head", true), LogitMap::PLAIN)?;
+    // As published, and as transformers writes it.
+    spec.names.layouts = vec![vec![Rename::Start("transformer", "")], Vec::new()];
+    Ok(spec)
 }
 
 fn embedding(weight: &str) -> EmbeddingSpec {

@@ -9,6 +9,7 @@ mod gemma;
 mod layer_norm;
 mod llama;
 mod olmo;
+mod wrapped;
 
 use std::cell::RefCell;
 
@@ -16,13 +17,17 @@ use super::ModelSpec;
 use crate::weights::Checkpoint;
 use crate::{Error, Fault, Result};
 use config::Config;
+use wrapped::wrapped;
 
 /// A family: the `model_type` it answers to, what people know it by, and its page.
 struct Family {
     model_type: &'static str,
     known_as: &'static str,
-    spec: fn(&Config<'_>) -> Result<ModelSpec>,
+    spec: Page,
 }
+
+/// From a config to a spec.
+type Page = fn(&Config<'_>) -> Result<ModelSpec>;
 
 const FAMILIES: &[Family] = &[
     Family { model_type: "llama", known_as: "Llama 2 and 3, Yi, SmolLM2, Falcon 3, TinyLlama", spec: llama::llama },
@@ -31,6 +36,7 @@ const FAMILIES: &[Family] = &[
     Family { model_type: "mistral", known_as: "Mistral 7B, Nemo, Small", spec: llama::mistral },
     Family { model_type: "ministral", known_as: "Ministral", spec: llama::ministral },
     Family { model_type: "ministral3", known_as: "Ministral 3", spec: llama::ministral3 },
+    Family { model_type: "mistral3", known_as: "Mistral Small 3.1, 3.2", spec: |c| wrapped(c, &wrapped::MISTRAL3) },
     Family { model_type: "qwen2", known_as: "Qwen 2 and 2.5", spec: llama::qwen2 },
     Family { model_type: "qwen3", known_as: "Qwen 3", spec: llama::qwen3 },
     Family { model_type: "mixtral", known_as: "Mixtral", spec: experts::mixtral },
@@ -40,6 +46,7 @@ const FAMILIES: &[Family] = &[
     Family { model_type: "gemma", known_as: "Gemma", spec: gemma::gemma },
     Family { model_type: "gemma2", known_as: "Gemma 2", spec: gemma::gemma2 },
     Family { model_type: "gemma3_text", known_as: "Gemma 3 (text)", spec: gemma::gemma3 },
+    Family { model_type: "gemma3", known_as: "Gemma 3 with pictures", spec: |c| wrapped(c, &wrapped::GEMMA3) },
     Family { model_type: "phi3", known_as: "Phi-3, Phi-3.5, Phi-4", spec: fused::phi3 },
     Family { model_type: "glm", known_as: "GLM-4 9B", spec: fused::glm },
     Family { model_type: "glm4", known_as: "GLM-4 0414", spec: fused::glm4 },
@@ -52,6 +59,7 @@ const FAMILIES: &[Family] = &[
     Family { model_type: "stablelm", known_as: "StableLM", spec: layer_norm::stablelm },
     Family { model_type: "phi", known_as: "Phi-1.5, Phi-2", spec: layer_norm::phi },
     Family { model_type: "falcon", known_as: "Falcon 7B, 40B, 180B, RW", spec: layer_norm::falcon },
+    Family { model_type: "bloom", known_as: "BLOOM, BLOOMZ", spec: layer_norm::bloom },
 ];
 
 /// Every `model_type` that is supported, with what people know it by.
@@ -64,7 +72,8 @@ pub fn supported() -> impl Iterator<Item = (&'static str, &'static str)> {
 /// Errors: what [`ModelSpec::prove`] finds; a `model_type` that no family answers to (the answer lists those supported), a field
 /// that is missing, out of range or asks for something not supported.
 pub fn spec(checkpoint: &Checkpoint) -> Result<ModelSpec> {
-    let spec = from_config(&checkpoint.config)?;
+    let mut spec = from_config(&checkpoint.config)?;
+    spec.settle(checkpoint);
     spec.prove(checkpoint)?;
     Ok(spec)
 }
@@ -83,5 +92,5 @@ pub fn from_config(config: &serde_json::Value) -> Result<ModelSpec> {
     })?;
     let spec = (family.spec)(&config)?;
     config.prove_understood()?;
-    Ok(spec)
+    Ok(ModelSpec { model_type: family.model_type.to_string(), ..spec })
 }
