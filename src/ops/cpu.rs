@@ -120,6 +120,12 @@ fn sigmoid(x: f32, fused: bool) -> f32 {
     1.0 / (1.0 + exp(-x, fused))
 }
 
+/// tanh x to 3e-7, absolute.
+#[inline(always)]
+pub(super) fn tanh(x: f32, fused: bool) -> f32 {
+    1.0 - 2.0 / (1.0 + exp(2.0 * x, fused))
+}
+
 /// RMSNorm, or LayerNorm where `centred`: y (T, D) and each row's mean and 1/deviation (T, 2), of x (T, D) with w (P, D), b (D).
 pub(super) fn norm(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64, centred: bool) -> (Tensor, Tensor) {
     by_kind!(x.kind(), norm_of(x, weight, bias, eps as f32, centred))
