@@ -1,7 +1,7 @@
 """Speed per FLOP of the model families beside Llama, at equal sizes: `make bench FAMILY=qwen3`, or FAMILY=all.
 
 The models are random, made of the variants of tests/python/families.py at realistic sizes: heads of 64, the same width, depth,
-vocabulary and rows for all. engraft trains r=16 on all linears of each, bf16, in processes that take turns with those of Llama
+vocabulary and rows for all. engraft trains r=16 on all linears of each, in processes that take turns with those of Llama
 (A B A B), so that whatever else the machine does hurts both. Every step has the same rows, of the lengths in ROWS, whose second
 halves are trained, so that all steps cost the same and the fastest quarter of them is what the machine can do. Per family:
 
@@ -48,6 +48,8 @@ ROWS = [512, 232, 128, 88, 64]
 # Longer than some documents, shorter than others, as the fixtures' windows are.
 WINDOW = 256
 EXPERTS, CHOSEN = 8, 2
+# What rotates of a head where not all of it does.
+PART = 0.5
 # How wide the feed-forward of a token is, by the width of the stream: as SmolLM's. Experts share it.
 WIDER = 8 / 3
 
@@ -92,9 +94,11 @@ def realistic(variant, hidden, layers):
             options[key] = sizes[key]
     if "n_group" in options and of["n_group"] > 1:
         options |= {"n_group": 4, "topk_group": 2}
-    rotated = round(HEAD * of.get("partial_rotary_factor", 1.0)) // 2
+    for key in ("partial_rotary_factor", "rotary_pct"):
+        options |= {key: PART} if options.get(key, 1.0) < 1.0 else {}
+    rotated = round(HEAD * options.get("partial_rotary_factor", 1.0))
     for key in ("rope_scaling", "rope_parameters"):
-        options[key] = scaled(options.get(key), options.get("qk_rope_head_dim", 2 * rotated))
+        options[key] = scaled(options.get(key), options.get("qk_rope_head_dim", rotated))
         if options[key] is None:
             options.pop(key)
     return options
@@ -110,9 +114,11 @@ def scaled(rope, rotated):
             rope[key] = [1.0 + i / rotated for i in range(rotated // 2)]
     if "original_max_position_embeddings" in rope:
         rope["original_max_position_embeddings"] = 2048
+    if rope.get("partial_rotary_factor", 1.0) < 1.0:
+        rope["partial_rotary_factor"], rotated = PART, round(HEAD * PART)
     if "mrope_section" in rope:
-        third = rotated // 4 // 3
-        rope["mrope_section"] = [rotated // 4 - 2 * third, third, third]
+        third = rotated // 2 // 3
+        rope["mrope_section"] = [rotated // 2 - 2 * third, third, third]
     return rope
 
 
@@ -212,7 +218,7 @@ def train(arguments, model, rows, lengths, run):
     """Seconds of every timed step of one process."""
     count = arguments.warmup + arguments.steps
     settings = [
-        f"base_model={model}", "dtype=bf16", "device=cpu", f"adapter.r={RANK}", f"adapter.lora_alpha={2 * RANK}",
+        f"base_model={model}", f"dtype={arguments.dtype}", "device=cpu", f"adapter.r={RANK}", f"adapter.lora_alpha={2 * RANK}",
         "adapter.target_modules=all-linear", f"dataset.train={rows}", "dataset.eval=null", "dataset.shuffle=false",
         "dataset.format=prompt-completion", "dataset.train_on=completion", f"dataset.max_length={max(lengths)}",
         f"training.max_steps={count}", f"training.micro_batch_size={len(lengths)}", "training.learning_rate=1e-4",
@@ -300,6 +306,7 @@ def main():
     parser.add_argument("--hidden", type=int, default=576, help="width of the stream, a multiple of 64")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=1024, help="of a step")
+    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"], help="of base and activations")
     parser.add_argument("--warmup", type=int, default=3, help="steps before the clock starts")
     parser.add_argument("--steps", type=int, default=8, help="timed steps in each process")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each family")
@@ -315,7 +322,7 @@ def main():
     families.transformers.utils.logging.disable_progress_bar()
     lengths = [n * arguments.tokens // sum(ROWS) for n in ROWS]
     machine = describe_machine(arguments.threads)
-    print(f"{machine}: width {arguments.hidden}, {arguments.layers} layers, {sum(lengths)} tokens a step", flush=True)
+    print(f"{machine}: width {arguments.hidden}, {arguments.layers} layers, {sum(lengths)} tokens a step, {arguments.dtype}", flush=True)
     with tempfile.TemporaryDirectory(prefix="engraft-bench-") as work:
         work = pathlib.Path(work)
         rows = work / "rows.parquet"
@@ -324,7 +331,7 @@ def main():
         table = [compare(name, llama, arguments, work, rows, lengths) for name in chosen]
     table = [row for row in table if row]
     if arguments.out:
-        settings = {k: getattr(arguments, k) for k in ("hidden", "layers", "tokens", "warmup", "steps", "rounds")}
+        settings = {k: getattr(arguments, k) for k in ("hidden", "layers", "tokens", "dtype", "warmup", "steps", "rounds")}
         result = {"date": datetime.date.today().isoformat(), "machine_name": machine, **settings, "families": table}
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     slow = [row["family"] for row in table if row["ratio"] < BOUND]

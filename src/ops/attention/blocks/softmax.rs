@@ -94,13 +94,27 @@ fn scores_of_products(products: &mut [f32], width: usize, scale: f32, bias: Bias
     let fused = target_cfg_f!(target_feature = "fma");
     for (row, products) in products.chunks_exact_mut(width).enumerate() {
         match bias {
-            Bias::None => products.iter_mut().for_each(|x| *x *= scale),
-            Bias::Rows(biases) => products.iter_mut().for_each(|x| *x = *x * scale + biases[row]),
-            Bias::Columns(biases) => products.iter_mut().zip(biases).for_each(|(x, bias)| *x = *x * scale + bias),
+            Bias::None => {
+                for x in &mut *products {
+                    *x *= scale;
+                }
+            }
+            Bias::Rows(biases) => {
+                for x in &mut *products {
+                    *x = *x * scale + biases[row];
+                }
+            }
+            Bias::Columns(biases) => {
+                for (x, bias) in products.iter_mut().zip(biases) {
+                    *x = *x * scale + bias;
+                }
+            }
         }
         if let Some(cap) = soft_cap {
             let per_cap = 1.0 / cap;
-            products.iter_mut().for_each(|x| *x = tanh(*x * per_cap, fused) * cap);
+            for x in &mut *products {
+                *x = tanh(*x * per_cap, fused) * cap;
+            }
         }
     }
 }
