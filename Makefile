@@ -29,6 +29,7 @@ help: ## What there is to make
 	echo "make parity      compare with PEFT and transformers, live, on the demo model (installs them into the cache)"
 	echo "                 FAMILY=qwen3 [SEED=1 HIDDEN=48 LAYERS=6]: one family on a random model of that size"
 	echo "make bench       speed and memory beside PEFT and transformers; results go to bench/results"
+	echo "                 FAMILY=qwen3 or all [HIDDEN=576 LAYERS=6 TOKENS=1024]: speed per FLOP of a family beside Llama's"
 	echo "make datasets    write datasets/ anew from the committed programs, byte for byte"
 	echo "make fixtures    write tests/fixtures anew with transformers, PEFT and gguf"
 	echo "make env         print LIBTORCH for your shell: eval \"\$$(make -s env)\" && cargo build --release"
@@ -81,11 +82,15 @@ parity: ## Live comparison with PEFT and transformers
 	demo_model
 	"$$PYTHON" -B tests/python/parity.py --engraft "$(ENGRAFT)" --model "$$(cache_folder)/models/$$MODEL"
 
-bench: ## Speed and memory beside PEFT and transformers
+bench: ## Speed and memory beside PEFT and transformers; speed per FLOP of the families
 	@source .ci/setup
-	toolchain; libtorch; demo_model
+	toolchain; libtorch
 	cargo build --release --locked
 	python_with torch==$$TORCH $(PEERS) $(PYARROW)
+	if [ -n "$(FAMILY)" ]; then
+		exec "$$PYTHON" -B bench/families.py --engraft "$(ENGRAFT)" --family "$(FAMILY)" $(if $(HIDDEN),--hidden $(HIDDEN)) $(if $(LAYERS),--layers $(LAYERS)) $(if $(TOKENS),--tokens $(TOKENS)) $(BENCH)
+	fi
+	demo_model
 	"$$PYTHON" -B bench/run.py --engraft "$(ENGRAFT)" --model "$$(cache_folder)/models/$$MODEL" $(BENCH)
 
 datasets: ## The datasets, from their programs

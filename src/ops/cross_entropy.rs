@@ -104,8 +104,8 @@ fn softmax(
     scale: f64,
     wants_gradients: bool,
 ) -> (Tensor, Option<Tensor>) {
-    if wants_gradients && map == LogitMap::PLAIN && cpu::serves(&[products]) {
-        let (losses, gradient) = cpu::softmax_cross_entropy(products, targets, scale);
+    if wants_gradients && cpu::serves(&[products]) {
+        let (losses, gradient) = cpu::softmax_cross_entropy(products, map, targets, scale);
         return (losses, Some(gradient));
     }
     let targets = targets.unsqueeze(1); // (C, 1)

@@ -1,16 +1,18 @@
 //! Causal attention of documents laid end to end, grouped heads included (arXiv:2205.14135, arXiv:2305.13245).
 //!
 //! A document never sees another. On CUDA one FlashAttention call serves all documents. On the CPU bf16 goes through our own
-//! blocks, the rest through libtorch's flash kernel document by document, K and V shared by their group of heads through a
-//! stride of zero instead of a copy. What no flash kernel takes (fp32 on CUDA, odd head sizes, soft caps, ALiBi, sinks) is
-//! computed in plain products, document by document.
+//! blocks, soft caps, linear biases, sinks and values of another head size included; other number types go through libtorch's
+//! flash kernel document by document. What no kernel takes (fp32 on CUDA, odd head sizes, and away from our blocks all that is
+//! not a plain scaled product) is computed in plain products, some queries at a time.
 
 mod blocks;
+mod flash;
+mod plain;
 
 use tch::{Device, Kind, Tensor};
 
 use super::{Documents, cpu};
-use crate::torch_ext::{self, custom};
+use crate::torch_ext::custom;
 
 /// How scores are made of the products of queries and keys.
 #[derive(Debug)]
@@ -45,11 +47,12 @@ impl Scoring {
         self.soft_cap.is_none() && self.alibi.is_none() && self.sinks.is_none()
     }
 
-    /// Scores in fp32 from products (..., L, S) of (K, G) heads with keys at places `0..S`, before any mask.
-    fn scores(&self, products: &Tensor) -> Tensor {
+    /// Scores in fp32 from products (..., K, G, L, S) with keys at places from `first_key` on, before any mask.
+    fn scores(&self, products: &Tensor, first_key: i64) -> Tensor {
         let mut scores = products.to_kind(Kind::Float) * self.scale;
         if let Some(alibi) = &self.alibi {
-            scores += alibi.bias(&scores);
+            let size = scores.size();
+            scores += alibi.bias(size[size.len() - 4], first_key, size[size.len() - 1]);
         }
         match self.soft_cap {
             Some(cap) => (scores / cap).tanh() * cap,
@@ -84,7 +87,7 @@ impl Scoring {
 pub struct Alibi {
     /// Of each head (N), fp32.
     pub slopes: Tensor,
-    /// Whether slopes and biases are rounded to bf16, as Falcon was trained.
+    /// Whether slopes, places and biases are rounded to bf16, as Falcon was trained.
     pub rounded: bool,
     /// Biases are multiplied by this.
     pub scale: f64,
@@ -98,303 +101,114 @@ impl Clone for Alibi {
 }
 
 impl Alibi {
-    /// (K, G, 1, S), fp32, for scores (..., K, G, L, S).
-    fn bias(&self, scores: &Tensor) -> Tensor {
-        let size = scores.size();
-        let [kv_heads, group, _, keys] = size[size.len() - 4..] else { unreachable!("scores have four dimensions") };
+    /// (K, G, 1, S), fp32, of `keys` keys at places from `first_key` on.
+    fn bias(&self, kv_heads: i64, first_key: i64, keys: i64) -> Tensor {
         let round = |t: Tensor| if self.rounded { t.to_kind(Kind::BFloat16).to_kind(Kind::Float) } else { t };
-        let places = Tensor::arange(keys, (Kind::Float, scores.device()));
-        let slopes = round(self.slopes.view([kv_heads, group, 1, 1]));
-        round(slopes * places) * self.scale
+        let places = Tensor::arange_start(first_key, first_key + keys, (Kind::Float, self.slopes.device()));
+        let slopes = round(self.slopes.view([kv_heads, -1, 1, 1]));
+        round(slopes * round(places)) * self.scale
     }
 }
 
-/// `softmax(scores + mask) v`: (T, N, H) from q (T, N, H), k and v (T, K, H).
+/// `softmax(scores + mask) v`: (T, N, Hv) from q (T, N, H), k (T, K, H) and v (T, K, Hv).
 ///
 /// The mask is causal within each document, and within the scoring's window.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, documents: &Documents, scoring: &Scoring) -> Tensor {
-    let (scale, window) = (scoring.scale, scoring.window);
-    // What FlashAttention-2 takes: half precision, heads of up to 256 elements in steps of 8.
-    let head = q.size()[2];
-    if q.device().is_cuda() && q.kind() != Kind::Float && head % 8 == 0 && head <= 256 && scoring.is_simple() {
-        return cuda(q, k, v, documents, scale, window);
-    }
-    let plain = is_plain(q, scoring);
-    if cpu::serves(&[q, k, v]) && !plain && blocks::serves(q, k, v) {
-        let shape = blocks::Shape::new(q, k, documents, scale, window);
-        let (output, logsumexp) = tch::no_grad(|| blocks::forward(q, k, v, &shape));
-        let saved = [q.detach(), k.detach(), v.detach(), output.shallow_clone()];
-        return custom(c"engraft::attention", &[q, k, v], vec![output], move |grads| {
-            blocks::backward(&grads[0], saved.each_ref(), &logsumexp, &shape).map(Some).into()
-        })
-        .remove(0);
-    }
-    let (output, kept) = tch::no_grad(|| {
-        let output = q.empty_like();
-        let kept: Vec<Tensor> = documents
-            .spans()
-            .map(|span| {
-                let (o, logsumexp) = Span::new(q, k, v, span, window, plain).forward(scoring);
-                ungroup(&output, span).copy_(&o);
-                logsumexp
+    match Way::of(q, k, v, scoring) {
+        Way::Cuda => flash::cuda(q, k, v, documents, scoring),
+        Way::Blocks => {
+            let shape = blocks::Shape::new(q, k, v, documents, scoring);
+            let (output, logsumexp) = tch::no_grad(|| blocks::forward(q, k, v, &shape));
+            with_backward([q, k, v], output, move |grad, saved| blocks::backward(grad, saved, &logsumexp, &shape))
+        }
+        Way::Flash => {
+            let (output, kept) = tch::no_grad(|| flash::forward(q, k, v, documents, scoring));
+            let (documents, scoring) = (documents.clone(), scoring.clone());
+            with_backward([q, k, v], output, move |grad, saved| {
+                flash::backward(grad, saved, &kept, &documents, &scoring)
             })
-            .collect();
-        (output, kept)
-    });
-    let saved = [q.detach(), k.detach(), v.detach(), output.shallow_clone()];
-    let (documents, scoring) = (documents.clone(), scoring.clone());
-    custom(c"engraft::attention", &[q, k, v], vec![output], move |grads| {
-        let [q, k, v, output] = &saved;
-        let [dq, dk, dv] = [q, k, v].map(Tensor::empty_like);
-        for (span, logsumexp) in documents.spans().zip(&kept) {
-            let part = Span::new(q, k, v, span, window, plain);
-            let heads = k.size()[1];
-            let [gq, gk, gv] =
-                part.backward(&grouped(&grads[0], span, heads), &grouped(output, span, heads), logsumexp, &scoring);
-            ungroup(&dq, span).copy_(&gq);
-            // The heads of a group share K and V: their gradients add up.
-            for (into, grad) in [(&dk, gk), (&dv, gv)] {
-                let summed = grad.sum_dim_intlist([1i64].as_slice(), false, into.kind()); // (K, L, H)
-                into.narrow(0, span.0, span.1).transpose(0, 1).copy_(&summed);
-            }
         }
-        vec![Some(dq), Some(dk), Some(dv)]
+        Way::Plain => {
+            let (output, kept) = tch::no_grad(|| plain::forward(q, k, v, documents, scoring));
+            let (documents, scoring) = (documents.clone(), scoring.clone());
+            with_backward([q, k, v], output, move |grad, saved| {
+                plain::backward(grad, saved, &kept, &documents, &scoring)
+            })
+        }
+    }
+}
+
+/// What computes attention.
+enum Way {
+    /// FlashAttention-2.
+    Cuda,
+    /// Our own blocks on the CPU.
+    Blocks,
+    /// libtorch's flash kernel on the CPU.
+    Flash,
+    /// Plain products.
+    Plain,
+}
+
+impl Way {
+    fn of(q: &Tensor, k: &Tensor, v: &Tensor, scoring: &Scoring) -> Self {
+        #[cfg(test)]
+        if tests::PLAIN.get() {
+            return Self::Plain;
+        }
+        let head = q.size()[2];
+        let simple = scoring.is_simple() && v.size()[2] == head;
+        match q.device() {
+            // What FlashAttention-2 takes: half precision, heads of up to 256 elements in steps of 8.
+            Device::Cuda(_) if simple && q.kind() != Kind::Float && head % 8 == 0 && head <= 256 => Self::Cuda,
+            Device::Cpu if cpu::serves(&[q, k, v]) && blocks::serves(q, k, v) => Self::Blocks,
+            Device::Cpu if simple => Self::Flash,
+            _ => Self::Plain,
+        }
+    }
+}
+
+/// Hands autograd the backward: of the output's gradient and `[q, k, v, output]` it makes those of q, k and v.
+fn with_backward(
+    inputs: [&Tensor; 3],
+    output: Tensor,
+    backward: impl FnOnce(&Tensor, [&Tensor; 4]) -> [Tensor; 3] + Send + 'static,
+) -> Tensor {
+    let [q, k, v] = inputs.map(Tensor::detach);
+    let saved = [q, k, v, output.shallow_clone()];
+    custom(c"engraft::attention", &inputs, vec![output], move |grads| {
+        backward(&grads[0], saved.each_ref()).map(Some).into()
     })
     .remove(0)
-}
-
-fn cuda(q: &Tensor, k: &Tensor, v: &Tensor, documents: &Documents, scale: f64, window: Option<i64>) -> Tensor {
-    let offsets = Tensor::from_slice(&documents.offsets).to_kind(Kind::Int).to_device(q.device());
-    let longest = documents.longest();
-    let left = window.map(|w| w - 1);
-    let forward = tch::no_grad(|| torch_ext::flash_varlen((q, k, v), &offsets, longest, scale, left));
-    let output = forward.output.shallow_clone();
-    let saved = [q.detach(), k.detach(), v.detach()];
-    custom(c"engraft::attention", &[q, k, v], vec![output], move |grads| {
-        let [q, k, v] = &saved;
-        torch_ext::flash_varlen_backward(&grads[0], (q, k, v), &forward, &offsets, longest, scale, left)
-            .map(Some)
-            .into()
-    })
-    .remove(0)
-}
-
-/// One document: q (K, G, L, H), k and v (K, G, L, H) with a stride of zero over G, G heads to a group.
-struct Span {
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Option<Tensor>,
-    /// Whether it is computed in plain products.
-    plain: bool,
-}
-
-/// Whether no flash kernel takes this and it is computed in plain products.
-fn is_plain(q: &Tensor, scoring: &Scoring) -> bool {
-    #[cfg(test)]
-    if tests::PLAIN.get() {
-        return true;
-    }
-    q.device() != Device::Cpu || !scoring.is_simple()
-}
-
-impl Span {
-    /// Scores before the mask (K, G, L, L), fp32.
-    fn scores(&self, scoring: &Scoring) -> Tensor {
-        scoring.scores(&self.q.matmul(&self.k.transpose(-1, -2)))
-    }
-
-    /// Scores (K, G, L, L) with minus infinity where a token may not look.
-    fn masked(&self, scores: &Tensor) -> Tensor {
-        self.mask.as_ref().map_or_else(|| scores.shallow_clone(), |mask| scores + mask)
-    }
-
-    fn new(q: &Tensor, k: &Tensor, v: &Tensor, span: (i64, i64), window: Option<i64>, plain: bool) -> Self {
-        let heads = k.size()[1];
-        let shared = |t: &Tensor| {
-            let t = t.narrow(0, span.0, span.1).transpose(0, 1).unsqueeze(1); // (K, 1, L, H)
-            let (k, _, l, h) = t.size4().expect("four dimensions by construction");
-            t.expand([k, q.size()[1] / heads, l, h], false)
-        };
-        // A window that reaches over the whole document is no window, and causality needs no mask where the kernel knows it.
-        let window = window.filter(|w| *w < span.1).or_else(|| plain.then_some(span.1));
-        let mask = window.map(|w| band(span.1, w, q));
-        Self { q: grouped(q, span, heads), k: shared(k), v: shared(v), mask, plain }
-    }
-
-    /// The output (K, G, L, H) and the logsumexp of the scores.
-    fn forward(&self, scoring: &Scoring) -> (Tensor, Tensor) {
-        if self.plain {
-            let scores = self.masked(&self.scores(scoring));
-            let logsumexp = scoring.with_sinks(scores.logsumexp([-1i64].as_slice(), true)); // (K, G, L, 1)
-            let weights = (scores - &logsumexp).exp().to_kind(self.q.kind());
-            return (weights.matmul(&self.v), logsumexp);
-        }
-        Tensor::internal_scaled_dot_product_flash_attention_for_cpu(
-            &self.q,
-            &self.k,
-            &self.v,
-            0.0,
-            self.mask.is_none(),
-            self.mask.as_ref(),
-            scoring.scale,
-        )
-    }
-
-    /// dq, dk and dv, all (K, G, L, H).
-    fn backward(&self, grad: &Tensor, output: &Tensor, logsumexp: &Tensor, scoring: &Scoring) -> [Tensor; 3] {
-        if self.plain {
-            let scores = self.scores(scoring);
-            let weights = (self.masked(&scores) - logsumexp).exp(); // (K, G, L, L)
-            let delta = (grad * output).sum_dim_intlist([-1i64].as_slice(), true, Kind::Float); // (K, G, L, 1)
-            let dweights = grad.matmul(&self.v.transpose(-1, -2)).to_kind(Kind::Float);
-            let dproducts = scoring.backward((dweights - delta) * &weights, &scores).to_kind(self.q.kind());
-            let dv = weights.to_kind(self.q.kind()).transpose(-1, -2).matmul(grad);
-            return [dproducts.matmul(&self.k), dproducts.transpose(-1, -2).matmul(&self.q), dv];
-        }
-        Tensor::internal_scaled_dot_product_flash_attention_for_cpu_backward(
-            grad,
-            &self.q,
-            &self.k,
-            &self.v,
-            output,
-            logsumexp,
-            0.0,
-            self.mask.is_none(),
-            self.mask.as_ref(),
-            scoring.scale,
-        )
-        .into()
-    }
 }
 
 /// Attention of new queries (B, N, L, H) to all keys seen, (B, K, S, H) each with its value; `allowed` (B or 1, 1, L, S) says who
 /// may look where. No graph.
 pub fn attention_to_cache(q: &Tensor, keys: &Tensor, values: &Tensor, allowed: &Tensor, scoring: &Scoring) -> Tensor {
     let (b, heads, l, head) = q.size4().expect("(B, N, L, H)");
-    let kv_heads = keys.size()[1];
-    let q = q.view([b, kv_heads, heads / kv_heads, l, head]); // (B, K, G, L, H)
-    let scores = scoring.scores(&q.matmul(&keys.unsqueeze(2).transpose(-1, -2))); // (B, K, G, L, S)
-    let scores = scores.masked_fill(&allowed.unsqueeze(2).logical_not(), f64::NEG_INFINITY);
-    let logsumexp = scoring.with_sinks(scores.logsumexp([-1i64].as_slice(), true));
-    let weights = (scores - logsumexp).exp().to_kind(q.kind());
-    weights.matmul(&values.unsqueeze(2)).reshape([b, heads, l, head])
+    let (kv_heads, seen) = (keys.size()[1], keys.size()[2]);
+    let group = heads / kv_heads;
+    let q = q.view([b, kv_heads, group, l, head]);
+    let output = Tensor::empty([b, kv_heads, group, l, values.size()[3]], (q.kind(), q.device()));
+    let rows = plain::queries_at_once(b * heads, seen);
+    for first in (0..l).step_by(rows as usize) {
+        let rows = rows.min(l - first);
+        let queries = q.narrow(3, first, rows).reshape([b, kv_heads, group * rows, head]); // heads of a group side by side
+        let products = queries.matmul(&keys.transpose(-1, -2)).view([b, kv_heads, group, rows, seen]);
+        let refused = allowed.narrow(2, first, rows).unsqueeze(2).logical_not(); // (B or 1, 1, 1, L, S)
+        let scores = scoring.scores(&products, 0).masked_fill(&refused, f64::NEG_INFINITY);
+        let logsumexp = scoring.with_sinks(scores.logsumexp([-1i64].as_slice(), true));
+        let weights = (scores - logsumexp).exp_().to_kind(q.kind()).view([b, kv_heads, group * rows, seen]);
+        output.narrow(3, first, rows).copy_(&weights.matmul(values).view([b, kv_heads, group, rows, -1]));
+    }
+    output.view([b, heads, l, -1])
 }
 
-/// A document's part of x (T, N, H) as (K, G, L, H); head n belongs to group n / G.
+/// A part of x (T, N, H) as (K, G, L, H), a view; head n belongs to group n / G.
 fn grouped(x: &Tensor, (start, length): (i64, i64), kv_heads: i64) -> Tensor {
     let (_, heads, head) = x.size3().expect("(T, N, H)");
     x.narrow(0, start, length).view([length, kv_heads, heads / kv_heads, head]).permute([1, 2, 0, 3])
 }
 
-/// Where a document's (K, G, L, H) goes in x (T, N, H): the same view, to be written to.
-fn ungroup(x: &Tensor, span: (i64, i64)) -> UngroupTarget {
-    UngroupTarget { x: x.shallow_clone(), span }
-}
-
-struct UngroupTarget {
-    x: Tensor,
-    span: (i64, i64),
-}
-
-impl UngroupTarget {
-    fn copy_(&self, part: &Tensor) {
-        grouped(&self.x, self.span, part.size()[0]).copy_(part);
-    }
-}
-
-/// Additive mask (L, L): 0 where a token may look, minus infinity elsewhere.
-fn band(length: i64, window: i64, like: &Tensor) -> Tensor {
-    let ones = Tensor::ones([length, length], (Kind::Bool, like.device()));
-    let outside = ones.tril(0).logical_and(&ones.triu(1 - window)).logical_not();
-    Tensor::zeros([length, length], (like.kind(), like.device())).masked_fill(&outside, f64::NEG_INFINITY)
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    thread_local! {
-        pub(super) static PLAIN: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
-    }
-    use crate::ops::testing::{check, randn};
-
-    /// The slow twin: one softmax over all T keys with a mask that says who may look where.
-    fn twin(q: &Tensor, k: &Tensor, v: &Tensor, documents: &Documents, scoring: &Scoring) -> Tensor {
-        let t = q.size()[0];
-        let mut allowed = vec![false; (t * t) as usize];
-        let mut places = vec![0f32; t as usize];
-        for (start, length) in documents.spans() {
-            for i in start..start + length {
-                places[i as usize] = (i - start) as f32;
-                for j in start..=i {
-                    allowed[(i * t + j) as usize] = scoring.window.is_none_or(|w| i - j < w);
-                }
-            }
-        }
-        let refused = Tensor::from_slice(&allowed).view([t, t]).logical_not();
-        let groups = q.size()[1] / k.size()[1];
-        let spread = |x: &Tensor| x.repeat_interleave_self_int(groups, 1, None).transpose(0, 1); // (N, T, H)
-        let mut scores = q.transpose(0, 1).matmul(&spread(k).transpose(1, 2)) * scoring.scale;
-        if let Some(alibi) = &scoring.alibi {
-            scores += alibi.slopes.view([-1, 1, 1]) * Tensor::from_slice(&places) * alibi.scale;
-        }
-        if let Some(cap) = scoring.soft_cap {
-            scores = (scores / cap).tanh() * cap;
-        }
-        let mut scores = scores.masked_fill(&refused, f64::NEG_INFINITY);
-        if let Some(sinks) = &scoring.sinks {
-            scores = Tensor::cat(&[&scores, &sinks.view([-1, 1, 1]).expand([-1, t, 1], false)], 2);
-        }
-        let weights = scores.softmax(-1, Kind::Float).narrow(2, 0, t).to_kind(q.kind());
-        weights.matmul(&spread(v)).transpose(0, 1)
-    }
-
-    fn compare(offsets: &[i64], (heads, kv_heads): (i64, i64), scoring: &Scoring) {
-        let documents = Documents { offsets: offsets.to_vec() };
-        let t = offsets[offsets.len() - 1];
-        let inputs = [randn(&[t, heads, 16], 1), randn(&[t, kv_heads, 16], 2), randn(&[t, kv_heads, 16], 3)];
-        for plain in [false, true] {
-            PLAIN.set(plain);
-            check(
-                &inputs,
-                |_, x| vec![attention(&x[0], &x[1], &x[2], &documents, scoring)],
-                |_, x| vec![twin(&x[0], &x[1], &x[2], &documents, scoring)],
-            );
-            PLAIN.set(false);
-        }
-    }
-
-    #[test]
-    fn equals_plain_autograd_over_documents_groups_and_windows() {
-        // Short documents, one of a single token; then one of several blocks with an odd rest.
-        let cases = [(vec![0, 7, 8, 29], [None, Some(5), Some(100)]), (vec![0, 3, 304], [None, Some(130), Some(77)])];
-        let heads = [(6, 2), (4, 4), (3, 1)];
-        for ((offsets, windows), heads) in cases.iter().flat_map(|c| heads.iter().map(move |h| (c, *h))) {
-            for window in *windows {
-                compare(offsets, heads, &Scoring { window, ..Scoring::scaled(0.25) });
-            }
-        }
-    }
-
-    #[test]
-    fn soft_caps_linear_biases_and_sinks_equal_plain_autograd() {
-        let slopes = || Tensor::from_slice(&[0.5f32, 0.25, 0.125, 0.0625, 0.03, 0.01]);
-        let alibi = Alibi { slopes: slopes(), rounded: false, scale: 0.5 };
-        for window in [None, Some(5)] {
-            for scoring in [
-                Scoring { soft_cap: Some(1.5), ..Scoring::scaled(0.4) },
-                Scoring { alibi: Some(alibi.clone()), ..Scoring::scaled(0.25) },
-                Scoring { sinks: Some(slopes() * 4.0), ..Scoring::scaled(0.25) },
-                Scoring {
-                    soft_cap: Some(2.0),
-                    alibi: Some(alibi.clone()),
-                    sinks: Some(slopes()),
-                    ..Scoring::scaled(0.25)
-                },
-            ] {
-                compare(&[0, 7, 8, 29], (6, 2), &Scoring { window, ..scoring });
-            }
-        }
-    }
-}
+mod tests;

@@ -1,0 +1,79 @@
+//! How operands are laid out for the micro-kernel, and how its sums are laid out and rounded again.
+
+use half::bf16;
+use multiversion::multiversion;
+
+use super::BLOCK;
+use crate::ops::cpu::{LANES, Stored, sum};
+use crate::torch_ext::Rows;
+
+/// `sum_h a[row, h] b[row, h]` of every row.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
+pub(super) fn dot_rows(a: Rows<'_>, b: Rows<'_>, width: usize, dots: &mut [f32]) {
+    for (row, dot) in dots.iter_mut().enumerate() {
+        let (a, b) = (&a.elements[row * a.stride..][..width], &b.elements[row * b.stride..][..width]);
+        *dot = sum(width, |i| a[i].wide() * b[i].wide());
+    }
+}
+
+/// Rounds sums to bf16.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
+pub(super) fn round(sums: &[f32], out: &mut [bf16]) {
+    for (out, sum) in out.iter_mut().zip(sums) {
+        *out = Stored::rounded(*sum);
+    }
+}
+
+/// Rounds sums (width, rows) into `out` (rows, width), whose rows lie `stride` apart.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
+pub(super) fn round_transposed(sums: &[f32], (rows, width): (usize, usize), stride: usize, out: &mut [bf16]) {
+    for first in (0..width).step_by(LANES) {
+        let lanes = LANES.min(width - first);
+        for row in 0..rows {
+            let out = &mut out[row * stride + first..][..lanes];
+            for (lane, out) in out.iter_mut().enumerate() {
+                *out = Stored::rounded(sums[(first + lane) * rows + row]);
+            }
+        }
+    }
+}
+
+/// A right operand (width, rows) from x (rows, width): pairs of a row's elements side by side, (width/2, rows, 2).
+pub(super) fn pack_transposed(x: Rows<'_>, rows: usize, width: usize, packed: &mut [bf16]) {
+    for row in 0..rows {
+        let x = &x.elements[row * x.stride..][..width];
+        for (pair, x) in x.chunks_exact(2).enumerate() {
+            packed[(pair * rows + row) * 2..][..2].copy_from_slice(x);
+        }
+    }
+}
+
+/// A right operand (rows, width) from x (rows, width): pairs of rows side by side, (rows/2, width, 2); an odd last row is
+/// paired with zeros.
+pub(super) fn pack_rows(x: Rows<'_>, rows: usize, width: usize, packed: &mut [bf16]) {
+    for row in (0..rows).step_by(2) {
+        let upper = &x.elements[row * x.stride..][..width];
+        let packed = &mut packed[row * width..][..2 * width];
+        if row + 1 < rows {
+            let lower = &x.elements[(row + 1) * x.stride..][..width];
+            for ((pair, upper), lower) in packed.chunks_exact_mut(2).zip(upper).zip(lower) {
+                pair[0] = *upper;
+                pair[1] = *lower;
+            }
+        } else {
+            for (pair, upper) in packed.chunks_exact_mut(2).zip(upper) {
+                pair[0] = *upper;
+                pair[1] = bf16::ZERO;
+            }
+        }
+    }
+}
+
+/// x (rows, width) as (width, rows), rows of it [`BLOCK`] apart; what lies beyond `rows` stays as it is (zero).
+pub(super) fn transpose(x: Rows<'_>, rows: usize, width: usize, transposed: &mut [bf16]) {
+    for row in 0..rows {
+        for (column, x) in x.elements[row * x.stride..][..width].iter().enumerate() {
+            transposed[column * BLOCK + row] = *x;
+        }
+    }
+}
