@@ -44,9 +44,10 @@ impl ModelSpec {
                 Projection::Fused(linear) | Projection::PerHead(linear) => all.linear(linear),
             }
             all.linear(&attention.output);
-            if let Some(QueryKeyNorm { query, key }) = &attention.query_key_norm {
+            if let Some(QueryKeyNorm { query, key, .. }) = &attention.query_key_norm {
                 [query, key].into_iter().for_each(|norm| all.norm(norm));
             }
+            attention.sinks.iter().for_each(|sinks| all.add(sinks.clone(), &[attention.heads]));
             all.feed_forward(&layer.feed_forward);
             match &layer.residual {
                 Residual::Sequential { attention, feed_forward, .. } => {

@@ -72,7 +72,10 @@ impl Reader<'_> {
         let weights: Vec<Tensor> =
             spec.weights.iter().map(|name| self.tensor_as(name, Kind::Float)).collect::<Result<_>>()?;
         let width = spec.shape.last().copied().unwrap_or(0);
-        let weight = Tensor::cat(&weights, 0).view([-1, width]); // (P, D)
+        let weight = match weights[..] {
+            [] => Tensor::ones([1, width], (Kind::Float, self.device)),
+            _ => Tensor::cat(&weights, 0).view([-1, width]), // (P, D)
+        };
         Ok(Norm {
             weight: if spec.kind == NormKind::RmsOffset { weight + 1.0 } else { weight },
             bias: spec.bias.as_ref().map(|name| self.tensor_as(name, Kind::Float)).transpose()?,

@@ -70,7 +70,11 @@ impl Router {
                     Scores::Softmax => logits.softmax(-1, Kind::Float),
                     Scores::Sigmoid => logits.sigmoid(),
                 };
-                let index = tch::no_grad(|| self.largest(&scores.detach(), *chosen, *groups));
+                let index = tch::no_grad(|| match (&self.correction, groups) {
+                    // The order of the scores, before they are rounded to 0 or 1.
+                    (None, None) => logits.detach().topk(*chosen, -1, true, true).1,
+                    _ => self.largest(&scores.detach(), *chosen, *groups),
+                });
                 let weights = scores.gather(1, &index, false); // (T, C)
                 let weights = match normalised {
                     Some(eps) => &weights / (weights.sum_dim_intlist([1i64].as_slice(), true, Kind::Float) + *eps),

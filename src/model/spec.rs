@@ -86,8 +86,10 @@ pub struct GroupedAttention {
     pub projection: Projection,
     /// (D, N H).
     pub output: LinearSpec,
-    /// Norms of queries and keys, before they are rotated.
+    /// Norms of queries and keys.
     pub query_key_norm: Option<QueryKeyNorm>,
+    /// Tensor name of a logit of each head (N) that takes part in the softmax and gives nothing (arXiv:2309.17453).
+    pub sinks: Option<String>,
     /// Queries grow with their position.
     pub temperature: Option<Temperature>,
 }
@@ -118,6 +120,8 @@ pub struct QueryKeyNorm {
     pub query: NormSpec,
     /// Of keys.
     pub key: NormSpec,
+    /// Whether they come after the rotation.
+    pub after_rotation: bool,
 }
 
 /// Queries at position p are multiplied by `1 + growth * ln(1 + floor((p + first) / every))` (arXiv:2501.19399).
@@ -202,8 +206,8 @@ pub enum RopeScaling {
         long: Vec<f64>,
         /// Length the base was trained for, in tokens.
         original: i64,
-        /// Cosines and sines are multiplied by this.
-        attention_factor: f64,
+        /// Cosines and sines are multiplied by the first, in longer documents by the second.
+        attention_factors: [f64; 2],
     },
     /// Llama 3.1's: long wavelengths divided, short ones kept, a ramp between.
     Llama3 {
@@ -443,7 +447,7 @@ pub struct Around {
 /// A norm.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NormSpec {
-    /// Tensor names of its weights (D), or of each head's where there are several.
+    /// Tensor names of its weights (D), or of each head's where there are several; none where it has no weight.
     pub weights: Vec<String>,
     /// Shape of each weight: (D), or (N, D) where one tensor holds those of all heads.
     pub shape: Vec<i64>,

@@ -22,6 +22,7 @@ pub(in crate::model) struct GroupedAttention {
     output: Linear,
     /// Of queries and of keys.
     norms: Option<[HeadNorm; 2]>,
+    norms_after_rotation: bool,
     temperature: Option<Temperature>,
 }
 
@@ -57,6 +58,7 @@ impl GroupedAttention {
             Mask::Sliding { window } => Some(window),
             Mask::Full | Mask::Chunked { .. } => None,
         };
+        let sinks = attention.sinks.as_ref().map(|name| read.tensor_as(name, Kind::Float)).transpose()?;
         let input = match &attention.projection {
             Projection::Separate { query, key, value } => {
                 Input::Separate(Box::new([read.linear(query)?, read.linear(key)?, read.linear(value)?]))
@@ -76,11 +78,12 @@ impl GroupedAttention {
             heads,
             kv_heads,
             head_size,
-            scoring: Scoring { window, soft_cap, alibi, ..Scoring::scaled(scale) },
+            scoring: Scoring { window, soft_cap, alibi, sinks, ..Scoring::scaled(scale) },
             mask: spec.mask,
             input,
             output: read.linear(&attention.output)?,
             norms,
+            norms_after_rotation: attention.query_key_norm.as_ref().is_some_and(|norms| norms.after_rotation),
             temperature: attention.temperature,
         })
     }
@@ -99,14 +102,12 @@ impl GroupedAttention {
         let q = q.view([tokens, self.heads, self.head_size]); // (T, N, H)
         let k = k.view([tokens, self.kv_heads, self.head_size]); // (T, K, H)
         let v = v.view([tokens, self.kv_heads, self.head_size]); // (T, K, H)
-        let (q, k) = match &self.norms {
-            Some([of_query, of_key]) => (of_query.apply(&q), of_key.apply(&k)),
-            None => (q, k),
-        };
+        let (q, k) = if self.norms_after_rotation { (q, k) } else { self.normed(q, k) };
         let (q, k) = match context.rotation {
             Some(rotation) => ops::rope(&q, &k, rotation),
             None => (q, k),
         };
+        let (q, k) = if self.norms_after_rotation { self.normed(q, k) } else { (q, k) };
         let q = match self.temperature {
             Some(temperature) => q * temperature.of(context.positions).to_kind(context.kind),
             None => q,
@@ -117,6 +118,13 @@ impl GroupedAttention {
         };
         let attended = attended.view([tokens, self.heads * self.head_size]); // (T, N H)
         ops::projection(&attended, None, &[self.output.operand(context.dropout_seed)], residual).remove(0)
+    }
+
+    fn normed(&self, q: Tensor, k: Tensor) -> (Tensor, Tensor) {
+        match &self.norms {
+            Some([of_query, of_key]) => (of_query.apply(&q), of_key.apply(&k)),
+            None => (q, k),
+        }
     }
 
     fn queries_keys_values(&self, h: &Tensor, norm: Option<&Norm>, context: &Context<'_>) -> [Tensor; 3] {

@@ -86,6 +86,7 @@ impl Heads {
             projection,
             output,
             query_key_norm: None,
+            sinks: None,
             temperature: None,
         }
     }
@@ -270,7 +271,7 @@ pub(super) fn scaling(config: &Config<'_>, field: &str, p: &Config<'_>, rotated:
                 short: factors("short_factor")?,
                 long: factors("long_factor")?,
                 original,
-                attention_factor: p.positive_or("attention_factor", inferred)?,
+                attention_factors: [p.positive_or("attention_factor", inferred)?; 2],
             }
         }
         Some((value, _)) => {
@@ -281,6 +282,6 @@ pub(super) fn scaling(config: &Config<'_>, field: &str, p: &Config<'_>, rotated:
     Ok(scaling)
 }
 
-fn yarn_scale(factor: f64, mscale: f64) -> f64 {
+pub(super) fn yarn_scale(factor: f64, mscale: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
 }

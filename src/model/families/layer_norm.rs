@@ -95,6 +95,7 @@ pub(super) fn stablelm(config: &Config<'_>) -> Result<ModelSpec> {
         attention.query_key_norm = normed.then(|| QueryKeyNorm {
             query: of_heads("q_layernorm", heads.heads),
             key: of_heads("k_layernorm", heads.kv_heads),
+            after_rotation: false,
         });
         LayerSpec {
             attention: Attention::Grouped(attention),
@@ -131,6 +132,7 @@ pub(super) fn phi(config: &Config<'_>) -> Result<ModelSpec> {
         attention.query_key_norm = normed.then(|| QueryKeyNorm {
             query: layer_norm(at("self_attn.q_layernorm"), heads.head_size, eps),
             key: layer_norm(at("self_attn.k_layernorm"), heads.head_size, eps),
+            after_rotation: false,
         });
         LayerSpec {
             attention: Attention::Grouped(attention),

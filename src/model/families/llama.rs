@@ -180,6 +180,7 @@ pub(super) fn build(config: &Config<'_>, differences: Differences) -> Result<Mod
         attention.query_key_norm = differences.query_key_norm.then(|| QueryKeyNorm {
             query: norm("self_attn.q_norm", heads.head_size),
             key: norm("self_attn.k_norm", heads.head_size),
+            after_rotation: false,
         });
         attention.temperature = differences.temperature;
         LayerSpec {

@@ -6,8 +6,10 @@ mod config;
 mod experts;
 mod fused;
 mod gemma;
+mod gpt_oss;
 mod layer_norm;
 mod llama;
+mod llama4;
 mod olmo;
 mod wrapped;
 
@@ -48,6 +50,10 @@ const FAMILIES: &[Family] = &[
     Family { model_type: "gemma3_text", known_as: "Gemma 3 (text)", spec: gemma::gemma3 },
     Family { model_type: "gemma3", known_as: "Gemma 3 with pictures", spec: |c| wrapped(c, &wrapped::GEMMA3) },
     Family { model_type: "phi3", known_as: "Phi-3, Phi-3.5, Phi-4", spec: fused::phi3 },
+    Family { model_type: "phimoe", known_as: "Phi-3.5-MoE", spec: experts::phimoe },
+    Family { model_type: "llama4_text", known_as: "Llama 4 (text)", spec: llama4::llama4 },
+    Family { model_type: "llama4", known_as: "Llama 4 Scout, Maverick", spec: |c| wrapped(c, &wrapped::LLAMA4) },
+    Family { model_type: "gpt_oss", known_as: "gpt-oss 20b, 120b", spec: gpt_oss::gpt_oss },
     Family { model_type: "glm", known_as: "GLM-4 9B", spec: fused::glm },
     Family { model_type: "glm4", known_as: "GLM-4 0414", spec: fused::glm4 },
     Family { model_type: "olmo2", known_as: "OLMo 2", spec: olmo::olmo2 },
