@@ -264,7 +264,7 @@ fn the_balancing_loss_of_routers_and_its_gradient_are_those_of_transformers() {
             let adapters = Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0).unwrap();
             let (_, length) = fixture.documents().spans().next().unwrap();
             let documents = Documents::one(length);
-            let balance = Balance::new(1.0 / length as f64);
+            let balance = Balance::new(&[1.0], Device::Cpu);
             let forward = Forward { recomputed_layers, balance: Some(&balance), ..Forward::default() };
             let ids = fixture.reference["ids"].narrow(0, 0, length);
             let positions = Tensor::arange(length, (Kind::Int64, Device::Cpu));

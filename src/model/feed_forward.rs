@@ -6,6 +6,7 @@ use super::experts::Experts;
 use super::layer::Context;
 use super::linear::Linear;
 use super::load::Reader;
+use super::router::Router;
 use super::spec::{self, GateUp};
 use crate::Result;
 use crate::ops::{self, Activation, Norm};
@@ -46,6 +47,22 @@ impl FeedForward {
         match self {
             Self::Dense(dense) => dense.forward(h, norm, residual, context),
             Self::Experts(experts) => experts.forward(h, norm, residual, context),
+        }
+    }
+
+    /// What chooses among its experts, if it has any.
+    pub(super) fn router(&self) -> Option<&Router> {
+        match self {
+            Self::Dense(_) => None,
+            Self::Experts(experts) => Some(experts.router()),
+        }
+    }
+
+    /// What chooses among its experts, if it has any.
+    pub(super) fn router_mut(&mut self) -> Option<&mut Router> {
+        match self {
+            Self::Dense(_) => None,
+            Self::Experts(experts) => Some(experts.router_mut()),
         }
     }
 

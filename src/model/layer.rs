@@ -7,7 +7,7 @@ use super::cache::LayerCache;
 use super::feed_forward::FeedForward;
 use super::linear::Linear;
 use super::load::Reader;
-use super::router::Balance;
+use super::router::{Balance, Router};
 use super::spec::{self, LayerSpec};
 use crate::Result;
 use crate::ops::{self, Documents, Norm, rope::Rotation};
@@ -110,6 +110,16 @@ impl Layer {
             };
             layer.forward(h, &context, None)
         })
+    }
+
+    /// What chooses among its experts, if it has any.
+    pub(super) fn router(&self) -> Option<&Router> {
+        self.feed_forward.router()
+    }
+
+    /// What chooses among its experts, if it has any.
+    pub(super) fn router_mut(&mut self) -> Option<&mut Router> {
+        self.feed_forward.router_mut()
     }
 
     /// Linears in checkpoint order.
