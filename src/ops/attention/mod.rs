@@ -109,13 +109,18 @@ impl Alibi {
     }
 }
 
-/// `softmax(scores + mask) v`: (T, N, H) from q (T, N, H), k and v (T, K, H).
+/// `softmax(scores + mask) v`: (T, N, W) from q (T, N, H), k (T, K, H) and v (T, K, W), W at most H.
 ///
 /// The mask is causal within each document, and within the scoring's window.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, documents: &Documents, scoring: &Scoring) -> Tensor {
+    let (head, value) = (q.size()[2], v.size()[2]);
+    if value < head {
+        // The kernels know one size. Elements of zero come out as zero.
+        let widened = v.constant_pad_nd([0, head - value]); // (T, K, H)
+        return attention(q, k, &widened, documents, scoring).narrow(2, 0, value).contiguous(); // (T, N, W)
+    }
     let (scale, window) = (scoring.scale, scoring.window);
     // What FlashAttention-2 takes: half precision, heads of up to 256 elements in steps of 8.
-    let head = q.size()[2];
     if q.device().is_cuda() && q.kind() != Kind::Float && head % 8 == 0 && head <= 256 && scoring.is_simple() {
         return cuda(q, k, v, documents, scale, window);
     }
@@ -268,8 +273,8 @@ impl Span {
     }
 }
 
-/// Attention of new queries (B, N, L, H) to all keys seen, (B, K, S, H) each with its value; `allowed` (B or 1, 1, L, S) says who
-/// may look where. No graph.
+/// Attention of new queries (B, N, L, H) to all keys seen (B, K, S, H), each with its value (B, K, S, W): (B, N, L, W). `allowed`
+/// (B or 1, 1, L, S) says who may look where. No graph.
 pub fn attention_to_cache(q: &Tensor, keys: &Tensor, values: &Tensor, allowed: &Tensor, scoring: &Scoring) -> Tensor {
     let (b, heads, l, head) = q.size4().expect("(B, N, L, H)");
     let kv_heads = keys.size()[1];
@@ -278,7 +283,7 @@ pub fn attention_to_cache(q: &Tensor, keys: &Tensor, values: &Tensor, allowed: &
     let scores = scores.masked_fill(&allowed.unsqueeze(2).logical_not(), f64::NEG_INFINITY);
     let logsumexp = scoring.with_sinks(scores.logsumexp([-1i64].as_slice(), true));
     let weights = (scores - logsumexp).exp().to_kind(q.kind());
-    weights.matmul(&values.unsqueeze(2)).reshape([b, heads, l, head])
+    weights.matmul(&values.unsqueeze(2)).reshape([b, heads, l, values.size()[3]]) // (B, N, L, W)
 }
 
 /// A document's part of x (T, N, H) as (K, G, L, H); head n belongs to group n / G.
@@ -374,6 +379,22 @@ mod tests {
             for window in *windows {
                 compare(offsets, heads, &Scoring { window, ..Scoring::scaled(0.25) });
             }
+        }
+    }
+
+    #[test]
+    fn values_smaller_than_keys_equal_plain_autograd() {
+        for (offsets, scoring) in [
+            (vec![0, 7, 8, 29], Scoring::scaled(0.25)),
+            (vec![0, 140, 150], Scoring { window: Some(5), ..Scoring::scaled(0.25) }),
+        ] {
+            let t = offsets[offsets.len() - 1];
+            let documents = Documents { offsets };
+            check(
+                &[randn(&[t, 4, 16], 1), randn(&[t, 2, 16], 2), randn(&[t, 2, 10], 3)],
+                |_, x| vec![attention(&x[0], &x[1], &x[2], &documents, &scoring)],
+                |_, x| vec![twin(&x[0], &x[1], &x[2], &documents, &scoring)],
+            );
         }
     }
 
