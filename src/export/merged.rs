@@ -20,7 +20,8 @@ use crate::{Error, Fault, Result};
 
 /// Writes the merged model into `folder`, whole or not at all; an earlier one is replaced.
 ///
-/// Tensors keep the checkpoint's names (those of transformers for a GGUF) and are stored as `kind`, in shards of 5 GB. A head
+/// Tensors keep the checkpoint's names (those of transformers for a GGUF) and are stored as `kind`, also where the base is
+/// quantised (its scales and its `quantization_config` are gone then), in shards of 5 GB. A head
 /// that shares the embedding's weight is not stored, unless an update targets it: then both are stored and the config says they
 /// are no longer tied. `sidecars` come from [`super::sidecars`]; `progress` is called with bytes written so far and in all.
 ///
@@ -141,6 +142,11 @@ fn config(base: &Value, kind: Kind, unties: bool) -> Value {
         *old = dtype.clone();
     }
     fields.insert("dtype".into(), dtype);
+    // What was quantised is written as plain numbers.
+    fields.remove("quantization_config");
+    if let Some(text) = fields.get_mut("text_config").and_then(Value::as_object_mut) {
+        text.remove("quantization_config");
+    }
     if unties {
         fields.insert("tie_word_embeddings".into(), json!(false));
         if let Some(shared) = fields.get_mut("share_embedding") {

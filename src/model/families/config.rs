@@ -46,7 +46,6 @@ const COMPUTES: &[(&str, &str)] = &[
     ("partial_rotary_factor", "a part of each head rotating"),
     ("qk_layernorm", "norms of queries and keys"),
     ("qk_norm", "norms of queries and keys"),
-    ("quantization_config", "a quantised base"),
     ("query_pre_attn_scalar", "a scale of the scores"),
     ("residual_multiplier", "scaled halves of a block"),
     ("rope_scaling", "stretched positions"),

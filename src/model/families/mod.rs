@@ -13,7 +13,7 @@ mod olmo;
 use std::cell::RefCell;
 
 use super::ModelSpec;
-use crate::weights::Checkpoint;
+use crate::weights::{Checkpoint, prove_readable};
 use crate::{Error, Fault, Result};
 use config::Config;
 
@@ -70,6 +70,7 @@ pub fn spec(checkpoint: &Checkpoint) -> Result<ModelSpec> {
 
 /// [`spec`] of a `config.json` alone.
 pub fn from_config(config: &serde_json::Value) -> Result<ModelSpec> {
+    prove_readable(config)?;
     let asked = RefCell::default();
     let config = Config::new(config, &asked);
     let model_type = config.text("model_type")?;
