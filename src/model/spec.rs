@@ -32,6 +32,8 @@ pub struct ModelSpec {
     pub head: HeadSpec,
     /// Tensors a checkpoint may hold that mean nothing here (old buffers), by the end of their name.
     pub ignored_suffixes: Vec<&'static str>,
+    /// The same, by how their name begins: layers that only predict further ahead.
+    pub ignored_prefixes: Vec<String>,
     /// What its modules are called in files and in transformers.
     pub names: Names,
 }
@@ -67,6 +69,8 @@ pub struct LayerSpec {
 pub enum Attention {
     /// Grouped heads (arXiv:2305.13245); all heads their own when `kv_heads == heads`.
     Grouped(GroupedAttention),
+    /// Keys and values of all heads made of one latent (arXiv:2405.04434).
+    Latent(LatentAttention),
 }
 
 /// Grouped heads.
@@ -92,6 +96,50 @@ pub struct GroupedAttention {
     pub sinks: Option<String>,
     /// Queries grow with their position.
     pub temperature: Option<Temperature>,
+}
+
+/// Keys and values of all heads made of one latent of each token. A head's query and key are U elements of its own, then P that
+/// rotate; all heads share the P of the key.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LatentAttention {
+    /// N.
+    pub heads: i64,
+    /// U: elements of a query and a key that do not rotate.
+    pub unrotated: i64,
+    /// P: those that do, after them.
+    pub rotated: i64,
+    /// W: elements of a value, at most U + P.
+    pub value_size: i64,
+    /// Z: width of the latent.
+    pub latent_size: i64,
+    /// Scores are multiplied by this.
+    pub scale: f64,
+    /// From the stream to queries.
+    pub query: LatentQuery,
+    /// From the stream to the latent, then the shared part of the keys: (Z + P, D).
+    pub down: LinearSpec,
+    /// Of the latent (Z).
+    pub norm: NormSpec,
+    /// From the latent to each head's part of its key, then its value: (N (U + W), Z). Without a bias.
+    pub up: LinearSpec,
+    /// (D, N W).
+    pub output: LinearSpec,
+}
+
+/// From the stream to the queries of latent attention.
+#[derive(Debug, Clone, PartialEq)]
+pub enum LatentQuery {
+    /// (N (U + P), D).
+    Direct(LinearSpec),
+    /// By way of a latent of its own.
+    LowRank {
+        /// (latent, D).
+        down: LinearSpec,
+        /// Of that latent.
+        norm: NormSpec,
+        /// (N (U + P), latent).
+        up: LinearSpec,
+    },
 }
 
 /// How a checkpoint stores queries, keys and values. What is fused stays fused: a low-rank update of the whole is not one of
@@ -158,7 +206,7 @@ pub enum Position {
 pub struct Rope {
     /// Base of the wavelengths.
     pub theta: f64,
-    /// How many of a head's H elements rotate: the first ones.
+    /// How many of a head's H elements rotate: the first ones, but the last ones in latent attention.
     pub rotated: i64,
     /// Which of them turn together.
     pub layout: RopeLayout,

@@ -33,25 +33,38 @@ impl Rotation {
     }
 }
 
-/// Rotates q (T, N, H) and k (T, K, H).
+/// Rotates the first elements of the heads of q (T, N, H) and k (T, K, H).
 pub fn rope(q: &Tensor, k: &Tensor, rotation: &Rotation) -> (Tensor, Tensor) {
-    let outputs = tch::no_grad(|| vec![rotate(q, rotation, 1.0), rotate(k, rotation, 1.0)]);
+    rotate_from(q, k, rotation, |_| 0)
+}
+
+/// Rotates the last elements of the heads of q (T, N, H) and k (T, K, H'), whose sizes may differ.
+pub fn rope_last(q: &Tensor, k: &Tensor, rotation: &Rotation) -> (Tensor, Tensor) {
+    let rotated = 2 * rotation.cos.size()[1];
+    rotate_from(q, k, rotation, |head| head - rotated)
+}
+
+/// Rotates from the element on that `first` gives for a head's size.
+fn rotate_from(q: &Tensor, k: &Tensor, rotation: &Rotation, first: impl Fn(i64) -> i64) -> (Tensor, Tensor) {
+    let first = [first(q.size()[2]), first(k.size()[2])];
+    let outputs = tch::no_grad(|| vec![rotate(q, rotation, first[0], 1.0), rotate(k, rotation, first[1], 1.0)]);
     let rotation = rotation.shallow_clone();
     let mut outputs = custom(c"engraft::rope", &[q, k], outputs, move |grads| {
-        grads.iter().map(|grad| Some(rotate(grad, &rotation, -1.0))).collect()
+        grads.iter().zip(first).map(|(grad, first)| Some(rotate(grad, &rotation, first, -1.0))).collect()
     });
     let k = outputs.pop().expect("two outputs");
     (outputs.pop().expect("two outputs"), k)
 }
 
-fn rotate(x: &Tensor, rotation: &Rotation, direction: f64) -> Tensor {
+fn rotate(x: &Tensor, rotation: &Rotation, first: i64, direction: f64) -> Tensor {
     if cpu::serves(&[x]) {
-        return cpu::rotate(x, rotation, direction as f32);
+        return cpu::rotate(x, rotation, first, direction as f32);
     }
     let half = rotation.cos.size()[1];
-    let head = x.size()[2];
+    let head = x.size()[2] - first;
     let (cos, sin) = (rotation.cos.unsqueeze(1), rotation.sin.unsqueeze(1) * direction); // (T, 1, H/2)
-    let wide = x.to_kind(Kind::Float);
+    let whole = x.to_kind(Kind::Float);
+    let wide = whole.narrow(2, first, head);
     let (x1, x2) = match rotation.layout {
         RopeLayout::Halves => (wide.narrow(2, 0, half), wide.narrow(2, half, half)), // (T, N, H/2)
         RopeLayout::Pairs => (wide.slice(2, 0, 2 * half, 2), wide.slice(2, 1, 2 * half, 2)), // (T, N, H/2)
@@ -62,6 +75,9 @@ fn rotate(x: &Tensor, rotation: &Rotation, direction: f64) -> Tensor {
     }
     if 2 * half < head {
         parts.push(wide.narrow(2, 2 * half, head - 2 * half));
+    }
+    if first > 0 {
+        parts.insert(0, whole.narrow(2, 0, first));
     }
     Tensor::cat(&parts, 2).to_kind(x.kind())
 }
@@ -103,6 +119,26 @@ mod tests {
                     vec![q, k]
                 },
                 |_, x| vec![twin(&x[0], &rotation), twin(&x[1], &rotation)],
+            );
+        }
+    }
+
+    #[test]
+    fn the_last_elements_of_heads_of_two_sizes_equal_plain_autograd() {
+        for layout in [RopeLayout::Halves, RopeLayout::Pairs] {
+            let angle = randn(&[9, 3], 3);
+            let rotation = Rotation { layout, cos: angle.cos(), sin: angle.sin() };
+            let last = |x: &Tensor| {
+                let still = x.size()[2] - 6;
+                Tensor::cat(&[x.narrow(2, 0, still), twin(&x.narrow(2, still, 6), &rotation)], 2)
+            };
+            check(
+                &[randn(&[9, 4, 13], 1), randn(&[9, 1, 6], 2)],
+                |_, x| {
+                    let (q, k) = rope_last(&x[0], &x[1], &rotation);
+                    vec![q, k]
+                },
+                |_, x| vec![last(&x[0]), last(&x[1])],
             );
         }
     }

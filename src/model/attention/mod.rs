@@ -1,6 +1,7 @@
 //! How tokens look at each other: built from its spec, walked forward.
 
 mod grouped;
+mod latent;
 
 use tch::{Device, Kind, Tensor};
 
@@ -12,11 +13,13 @@ use super::spec::{self, LayerSpec};
 use crate::Result;
 use crate::ops::Norm;
 use grouped::GroupedAttention;
+use latent::LatentAttention;
 
 /// Attention with its weights.
 #[derive(Debug, Clone)]
 pub(super) enum Attention {
     Grouped(Box<GroupedAttention>),
+    Latent(Box<LatentAttention>),
 }
 
 impl Attention {
@@ -25,6 +28,7 @@ impl Attention {
             spec::Attention::Grouped(grouped) => {
                 Ok(Self::Grouped(Box::new(GroupedAttention::load(grouped, spec, read)?)))
             }
+            spec::Attention::Latent(latent) => Ok(Self::Latent(Box::new(LatentAttention::load(latent, spec, read)?))),
         }
     }
 
@@ -39,6 +43,7 @@ impl Attention {
     ) -> Tensor {
         match self {
             Self::Grouped(grouped) => grouped.forward(h, norm, residual, context, cache.map(LayerCache::keys_values)),
+            Self::Latent(latent) => latent.forward(h, norm, residual, context, cache.map(LayerCache::keys_values)),
         }
     }
 
@@ -46,6 +51,7 @@ impl Attention {
     pub(super) fn linears(&self) -> Vec<&Linear> {
         match self {
             Self::Grouped(grouped) => grouped.linears(),
+            Self::Latent(latent) => latent.linears(),
         }
     }
 
@@ -53,6 +59,7 @@ impl Attention {
     pub(super) fn linears_mut(&mut self) -> Vec<&mut Linear> {
         match self {
             Self::Grouped(grouped) => grouped.linears_mut(),
+            Self::Latent(latent) => latent.linears_mut(),
         }
     }
 
@@ -60,6 +67,7 @@ impl Attention {
     pub(super) fn cache(&self, sequences: i64, options: (Kind, Device)) -> LayerCache {
         match self {
             Self::Grouped(grouped) => LayerCache::KeysValues(grouped.cache(sequences, options)),
+            Self::Latent(latent) => LayerCache::KeysValues(latent.cache(sequences, options)),
         }
     }
 }

@@ -3,6 +3,7 @@
 mod cohere;
 mod common;
 mod config;
+mod deepseek;
 mod experts;
 mod fused;
 mod gemma;
@@ -16,7 +17,7 @@ mod wrapped;
 use std::cell::RefCell;
 
 use super::ModelSpec;
-use crate::weights::Checkpoint;
+use crate::weights::{Checkpoint, prove_readable};
 use crate::{Error, Fault, Result};
 use config::Config;
 use wrapped::wrapped;
@@ -61,6 +62,8 @@ const FAMILIES: &[Family] = &[
     Family { model_type: "cohere", known_as: "Command R", spec: cohere::cohere },
     Family { model_type: "cohere2", known_as: "Command R7B, Command A", spec: cohere::cohere2 },
     Family { model_type: "starcoder2", known_as: "StarCoder 2", spec: layer_norm::starcoder2 },
+    Family { model_type: "deepseek_v2", known_as: "DeepSeek V2, V2-Lite, V2.5", spec: deepseek::v2 },
+    Family { model_type: "deepseek_v3", known_as: "DeepSeek V3, V3.1, R1, Moonlight", spec: deepseek::v3 },
     Family { model_type: "gpt_neox", known_as: "GPT-NeoX, Pythia", spec: layer_norm::gpt_neox },
     Family { model_type: "stablelm", known_as: "StableLM", spec: layer_norm::stablelm },
     Family { model_type: "phi", known_as: "Phi-1.5, Phi-2", spec: layer_norm::phi },
@@ -86,6 +89,7 @@ pub fn spec(checkpoint: &Checkpoint) -> Result<ModelSpec> {
 
 /// [`spec`] of a `config.json` alone.
 pub fn from_config(config: &serde_json::Value) -> Result<ModelSpec> {
+    prove_readable(config)?;
     let asked = RefCell::default();
     let config = Config::new(config, &asked);
     let model_type = config.text("model_type")?;
