@@ -4,12 +4,10 @@
 
 use half::{bf16, f16};
 use multiversion::multiversion;
-use multiversion::target::target_cfg_f;
 use tch::{Device, Kind, Tensor};
 
-use super::cross_entropy::LogitMap;
 use super::rope::{RopeLayout, Rotation};
-use crate::torch_ext::{Element, elements, filled, filled_many, filled_pair};
+use crate::torch_ext::{Element, elements, filled, filled_pair};
 
 /// A stored number: widened to fp32 for arithmetic, rounded to nearest even when stored.
 pub(super) trait Stored: Element {
@@ -75,6 +73,12 @@ macro_rules! by_kind {
         }
     };
 }
+
+mod activation;
+mod loss;
+
+pub(super) use activation::{gated, gated_backward};
+pub(super) use loss::softmax_cross_entropy;
 
 pub(super) const LANES: usize = 16;
 
@@ -315,150 +319,6 @@ fn rotate_pairs<S: Stored>(
     }
 }
 
-/// `silu(g) * u`, all (T, F).
-pub(super) fn swiglu(gate: &Tensor, up: &Tensor) -> Tensor {
-    by_kind!(gate.kind(), swiglu_of(gate, up))
-}
-
-fn swiglu_of<S: Stored>(gate: &Tensor, up: &Tensor) -> Tensor {
-    let (rows, width) = gate.size2().expect("(T, F)");
-    let (g, u, f) = (elements::<S>(gate), elements::<S>(up), width as usize);
-    filled::<S>(&[rows, width], |range, y| {
-        let span = range.start * f..range.end * f;
-        swiglu_elements(&g[span.clone()], &u[span], y);
-    })
-}
-
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn swiglu_elements<S: Stored>(g: &[S], u: &[S], y: &mut [S]) {
-    let fused = target_cfg_f!(target_feature = "fma");
-    for ((g, u), y) in g.iter().zip(u).zip(y) {
-        let g = g.wide();
-        *y = S::rounded(g * sigmoid(g, fused) * u.wide());
-    }
-}
-
-/// dg and du (T, F) of [`swiglu`] from dy (T, F), and y itself again: one sigmoid serves all three.
-pub(super) fn swiglu_backward(dy: &Tensor, gate: &Tensor, up: &Tensor) -> [Tensor; 3] {
-    by_kind!(gate.kind(), swiglu_backward_of(dy, gate, up))
-}
-
-fn swiglu_backward_of<S: Stored>(dy: &Tensor, gate: &Tensor, up: &Tensor) -> [Tensor; 3] {
-    let (size, f) = (gate.size(), gate.size()[1] as usize);
-    let (dy, g, u) = (elements::<S>(dy), elements::<S>(gate), elements::<S>(up));
-    filled_many::<S, 3>(&size, |range, outputs| {
-        let span = range.start * f..range.end * f;
-        swiglu_backward_elements(&dy[span.clone()], &g[span.clone()], &u[span], outputs);
-    })
-}
-
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn swiglu_backward_elements<S: Stored>(dy: &[S], g: &[S], u: &[S], [dg, du, y]: [&mut [S]; 3]) {
-    let fused = target_cfg_f!(target_feature = "fma");
-    for (((((dy, g), u), dg), du), y) in dy.iter().zip(g).zip(u).zip(dg).zip(du).zip(y) {
-        let (dy, g, u) = (dy.wide(), g.wide(), u.wide());
-        let s = sigmoid(g, fused);
-        let silu = g * s;
-        *y = S::rounded(silu * u);
-        *du = S::rounded(dy * silu);
-        *dg = S::rounded(dy * u * (s + silu * (1.0 - s)));
-    }
-}
-
-/// Cross-entropy of logits, mapped from products (C, V), against targets (C): each row's loss (C, 1), fp32, and the gradient (C, V)
-/// of `scale` times it.
-pub(super) fn softmax_cross_entropy(
-    products: &Tensor,
-    map: LogitMap,
-    targets: &Tensor,
-    scale: f64,
-) -> (Tensor, Tensor) {
-    by_kind!(products.kind(), softmax_cross_entropy_of(products, map, targets, scale as f32))
-}
-
-fn softmax_cross_entropy_of<S: Stored>(
-    products: &Tensor,
-    map: LogitMap,
-    targets: &Tensor,
-    scale: f32,
-) -> (Tensor, Tensor) {
-    let (rows, width) = products.size2().expect("(C, V)");
-    let (products, targets, v) = (elements::<S>(products), elements::<i64>(targets), width as usize);
-    let [gradient, loss] = filled_pair::<S, f32>(&[rows, width], &[rows, 1], |range, gradient, loss| {
-        let products = &products[range.start * v..range.end * v];
-        softmax_cross_entropy_rows(products, map, &targets[range], scale, gradient, loss);
-    });
-    (loss, gradient)
-}
-
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn softmax_cross_entropy_rows<S: Stored>(
-    products: &[S],
-    map: LogitMap,
-    targets: &[i64],
-    scale: f32,
-    gradient: &mut [S],
-    losses: &mut [f32],
-) {
-    let fused = target_cfg_f!(target_feature = "fma");
-    let v = products.len() / targets.len().max(1);
-    let factor = map.scale as f32;
-    let slope = scale * factor;
-    let mut capped = vec![0f32; if map.soft_cap.is_some() { v } else { 0 }];
-    let rows = products.chunks_exact(v).zip(gradient.chunks_exact_mut(v)).zip(targets.iter().zip(losses));
-    for ((x, d), (target, loss)) in rows {
-        let target = *target as usize;
-        *loss = match map.soft_cap {
-            None => cross_entropy_row(x, factor, target, (slope, 0.0), d, fused),
-            Some(cap) => {
-                let cap = cap as f32;
-                let per_cap = 1.0 / cap;
-                for (y, x) in capped.iter_mut().zip(x) {
-                    *y = tanh(x.wide() * factor * per_cap, fused) * cap;
-                }
-                cross_entropy_row(&capped, 1.0, target, (slope, per_cap), d, fused)
-            }
-        };
-    }
-}
-
-/// The loss of one row whose logits are `factor` x; `d` becomes its gradient times `slope (1 - (logit per_cap)^2)`.
-#[inline(always)]
-fn cross_entropy_row<X: Stored, S: Stored>(
-    x: &[X],
-    factor: f32,
-    target: usize,
-    (slope, per_cap): (f32, f32),
-    d: &mut [S],
-    fused: bool,
-) -> f32 {
-    let logit = |i: usize| x[i].wide() * factor;
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    for chunk in x.chunks(LANES) {
-        for (lane, value) in lanes.iter_mut().zip(chunk) {
-            let value = value.wide() * factor;
-            // `max` that lets a NaN through, so that a broken model is seen in its loss.
-            *lane = if *lane >= value { *lane } else { value };
-        }
-    }
-    let largest = lanes.iter().fold(f32::NEG_INFINITY, |a, b| if a >= *b { a } else { *b });
-    // Partial sums of some hundred terms keep a vocabulary of 250,000 exact to fp32. A loop, not an iterator: its closures may be
-    // compiled apart, without the caller's instructions.
-    let mut total = 0f64;
-    for part in x.chunks(512) {
-        total += f64::from(sum(part.len(), |i| exp(part[i].wide() * factor - largest, fused)));
-    }
-    let logsumexp = largest + total.ln() as f32;
-    let loss = logsumexp - logit(target);
-    let slope = if loss.is_finite() { slope } else { f32::NAN };
-    let along = |i: usize| slope - slope * (logit(i) * per_cap) * (logit(i) * per_cap);
-    for i in 0..x.len() {
-        d[i] = S::rounded(exp(logit(i) - logsumexp, fused) * along(i));
-    }
-    d[target] = S::rounded((exp(logit(target) - logsumexp, fused) - 1.0) * along(target));
-    loss
-}
-
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
@@ -500,7 +360,8 @@ pub(super) mod tests {
     #[test]
     fn a_nan_logit_is_seen_in_the_loss_and_the_gradient() {
         let logits = Tensor::from_slice(&[0.5f32, f32::NAN, 1.0, 2.0]).view([1, 4]);
-        let (loss, gradient) = softmax_cross_entropy(&logits, LogitMap::PLAIN, &Tensor::from_slice(&[3i64]), 1.0);
+        let (loss, gradient) =
+            softmax_cross_entropy(&logits, crate::ops::LogitMap::PLAIN, &Tensor::from_slice(&[3i64]), 1.0);
         assert!(loss.double_value(&[0, 0]).is_nan());
         assert!(gradient.isnan().any().int64_value(&[]) == 1);
     }

@@ -33,11 +33,11 @@ pub enum Activation {
 impl Activation {
     /// `act(gate) * up` (T, F), or `act(gate)` without `up`. No graph.
     pub(super) fn gated(self, gate: &Tensor, up: Option<&Tensor>) -> Tensor {
-        match up {
-            Some(up) if self == Self::Silu && cpu::serves(&[gate, up]) => cpu::swiglu(gate, up),
-            Some(up) => self.forward(gate) * self.up(up),
-            None => self.forward(gate),
+        if cpu::serves(&[gate, up.unwrap_or(gate)]) {
+            return cpu::gated(self, gate, up);
         }
+        let activated = self.forward(gate);
+        up.map_or_else(|| activated.shallow_clone(), |up| &activated * self.up(up))
     }
 
     /// The gradients of gate and up from that of [`Activation::gated`], and its value again.
@@ -47,11 +47,10 @@ impl Activation {
         gate: &Tensor,
         up: Option<&Tensor>,
     ) -> (Tensor, Option<Tensor>, Tensor) {
-        let Some(up) = up else { return (self.backward(grad, gate), None, self.forward(gate)) };
-        if self == Self::Silu && cpu::serves(&[gate, up, grad]) {
-            let [dgate, dup, product] = cpu::swiglu_backward(grad, gate, up);
-            return (dgate, Some(dup), product);
+        if cpu::serves(&[gate, up.unwrap_or(gate), grad]) {
+            return cpu::gated_backward(self, grad, gate, up);
         }
+        let Some(up) = up else { return (self.backward(grad, gate), None, self.forward(gate)) };
         let activated = self.forward(gate);
         let shown = self.up(up);
         (self.backward(&(grad * &shown), gate), Some(self.up_backward(grad * &activated, up)), activated * shown)
