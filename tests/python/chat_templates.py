@@ -629,6 +629,12 @@ EXPRESSIONS = r"""
 {{ 'a' ~ 1 ~ none ~ true ~ 1.0 ~ [1, 'x'] ~ missing ~ {'k': none} }}
 {{ 1 + 2 * 3 - 4 / 2 ** 2 // 1 % 5 }} {{ 7 // 2 }} {{ -7 // 2 }} {{ 7 % 3 }} {{ -7 % 3 }} {{ 7 % -3 }} {{ 7.5 % 2 }} {{ 2 ** 10 }} {{ 2 ** -1 }}
 {{ 1 + 2 ~ 3 }}
+{{ 'ab' * -1 }}| {{ [0] * -1 }} {{ (1, 'a') * 2 }} {{ 3 * ('x',) }}
+{% for c in 'abc' %}{{ c }}{{ loop.last }}{{ loop.length }}{{ loop.revindex0 }} {% endfor %}{% for c in text.strip() %}{{ c if not loop.last }}{% endfor %}
+{{ 'd' if mapping['items'] else 'e' }} {{ mapping['items'] is defined }} {{ mapping.values is defined }} {{ mapping['keys']['type'] == 'string' }} {{ mapping['get'] is callable }} {{ mapping['items'] is mapping }} {{ {'items': {'type': 'x'}}['items']['type'] }} {{ {'values': 3}['values'] + 1 }} {{ missing['items'] is defined }} {{ text['items'] is defined }} {{ mapping['items'].type is defined }}
+{% set ns = namespace(items=[1]) %}{% set ns.items = ns.items + [2] %}{{ ns.items }}{{ ns.items|length }} {{ mapping.items()|list|length }} {{ mapping['items']()|list|length }} {{ (mapping.c or {}).get('d') }}
+{{ "they're bill's 3rd".title() }} {{ "they're bill's 3rd"|title }}
+{{ strftime_now('%c|%x|%X|%f|%Z%z|%%c|%d %B %Y|%A %j %U %y %I %p') }}
 {{ 'ab' * 3 }} {{ [0] * 3 }} {{ 3 * 'x' }} {{ true + 1 }} {{ 1.5 + 1 }} {{ [1] + [2, 3] }} {{ (1,) + (2,) }}
 {{ 'a' + 1 }}
 {{ 'a' + none }}
@@ -651,8 +657,10 @@ EXPRESSIONS = r"""
 {{ text[1] }} {{ text[-2] }} {{ items[-1] }} {{ items[10] }}|{{ text[100] }}| {{ mapping['a'][0] }} {{ mapping.a.1 }} {{ items.0 }} {{ items[yes] }}
 {{ items[1:] }} {{ items[:-1] }} {{ items[::-1] }} {{ items[::2] }} {{ items[-2:] }} {{ items[5:] }} {{ items[2:0:-1] }} {{ items[-1:-3:-1] }} {{ items[None:2] }} {{ text[1:6] }} {{ text[::-1] }} {{ text[:-3:2] }} {{ (1, 2, 3)[1:] }}
 {{ items[::-1][0] }} {{ messages[::-1][0].content }} {{ messages[1:]|length }} {{ messages[:2][-1].role }}
-{{ none[1:] }}
+{{ nothing[1:] }}
 {{ missing[1:] }}
+{{ mapping[1:] }}
+{{ number[1:] }}
 {{ text|length }} {{ items|length }} {{ mapping|count }} {{ missing|length }} {{ ''|length }} {{ '🙂é'|length }}
 {{ none|length }}
 {{ 5|length }}

@@ -20,10 +20,16 @@ pub(super) struct Chat {
     pub(super) template: ChatTemplate,
     /// What the template writes before an assistant's turn, when it holds a special token: then no message can contain it.
     pub(super) header: Option<String>,
+    /// What the template writes as a prompt for an assistant's turn, which may be more than it writes before one it is given.
+    pub(super) prompted_header: Option<String>,
     /// What the template writes before an assistant's turn though it does not write it as a prompt for one.
     pub(super) unprompted_header: Option<String>,
-    /// Tokens that end an assistant's turn.
+    /// Tokens that end an assistant's turn, and with it a generation.
     pub(super) end_ids: BTreeSet<u32>,
+    /// The token after an assistant's turn within a conversation, where it is none of those: `<|end|>` for `<|return|>`.
+    pub(super) closing: Option<u32>,
+    /// The header of a further question where that is what ends a turn, and nothing does at the end of a conversation.
+    pub(super) asked: Option<String>,
     /// Special-token text kept apart in the assistant's messages: all but what the template itself looks for there.
     pub(super) assistant_special: Option<Regex>,
 }
@@ -42,45 +48,69 @@ impl Chat {
         let mut chat = Chat {
             assistant_special: pattern(kept),
             header: None,
+            prompted_header: None,
             unprompted_header: None,
-            end_ids: BTreeSet::new(),
+            end_ids: tokenizer.end_ids().iter().copied().collect(),
+            closing: None,
+            asked: None,
             template,
         };
-        chat.end_ids = tokenizer.end_ids().iter().copied().chain(chat.end_of_turn(tokenizer)).collect();
+        chat.find_ends(tokenizer);
+        chat.prompted_header = chat.find_prompted_header();
         chat.header = chat.find_header(tokenizer);
         chat.unprompted_header = chat.find_unprompted_header();
         Ok(chat)
     }
 
-    /// The special token that ends what the assistant says, where the model's configuration does not name it: the last of
-    /// those the template writes both at the end of a conversation and before a further turn.
-    fn end_of_turn(&self, tokenizer: &Tokenizer) -> Option<u32> {
+    /// Whether a token ends an assistant's turn.
+    pub(super) fn ends_turn(&self, id: u32) -> bool {
+        self.end_ids.contains(&id) || self.closing == Some(id)
+    }
+
+    /// What ends the assistant's turns, by the special tokens the template writes at the end of a conversation and before a
+    /// further turn. Where the model's configuration names none of them, it is the last one of those in both places.
+    fn find_ends(&mut self, tokenizer: &Tokenizer) {
         let answer = PROBE.to_string();
         let messages = [("user", "One"), ("assistant", answer.as_str()), ("user", "Two")];
-        let closing = |messages: &[(&str, &str)]| -> Option<Vec<u32>> {
+        let closing = |messages: &[(&str, &str)]| -> Option<(Vec<u32>, String)> {
             let text = self.probe(messages, false)?;
-            let mut rest = text.rsplit_once(PROBE)?.1;
+            let after = text.rsplit_once(PROBE)?.1;
+            let mut rest = after;
             let mut ids = Vec::new();
             while let Some(found) = tokenizer.special_text()?.find(rest.trim_start()).filter(|found| found.start() == 0)
             {
                 ids.push(tokenizer.id(found.as_str())?);
                 rest = &rest.trim_start()[found.end()..];
             }
-            Some(ids)
+            Some((ids, after.to_string()))
         };
-        let last = closing(&messages[..2])?;
+        let Some((last, rest)) = closing(&messages[..2]) else { return };
         // A template may refuse a conversation that ends with a question.
-        let within = closing(&messages).unwrap_or_else(|| last.clone());
-        let both: Vec<u32> = last.into_iter().zip(within).take_while(|(a, b)| a == b).map(|(id, _)| id).collect();
-        let configured = both.iter().any(|id| tokenizer.end_ids().contains(id));
-        both.last().copied().filter(|_| !configured)
+        let (within, next) = closing(&messages).unwrap_or_else(|| (last.clone(), rest.clone()));
+        let both: Vec<u32> = last.iter().zip(&within).take_while(|(a, b)| a == b).map(|(id, _)| *id).collect();
+        if !both.iter().any(|id| self.end_ids.contains(id)) {
+            self.end_ids.extend(both.last());
+        }
+        match within.first() {
+            Some(first) if !within.iter().any(|id| self.end_ids.contains(id)) => self.closing = Some(*first),
+            Some(first) if rest.trim().is_empty() && self.end_ids.contains(first) => {
+                let special = tokenizer.special_text().and_then(|special| special.find(&next));
+                self.asked = special.filter(|found| found.start() == 0).map(|found| found.as_str().to_string());
+            }
+            _ => {}
+        }
+    }
+
+    fn find_prompted_header(&self) -> Option<String> {
+        let first = [("user", "One")];
+        let header = self.probe(&first, true)?.strip_prefix(&self.probe(&first, false)?)?.to_string();
+        Some(header).filter(|header| !header.trim().is_empty())
     }
 
     /// The header of the assistant's turn, when it can be searched for: it holds a special token, and it is where turns begin in a conversation.
     fn find_header(&self, tokenizer: &Tokenizer) -> Option<String> {
-        let first = [("user", "One")];
         let both = [("user", "One"), ("assistant", "Two"), ("user", "Three"), ("assistant", "Four")];
-        let header = self.probe(&first, true)?.strip_prefix(&self.probe(&first, false)?)?.to_string();
+        let header = self.prompted_header.clone()?;
         tokenizer.special_text()?.find(&header)?;
         let whole = self.probe(&both, false)?;
         let ends: Vec<usize> = whole.match_indices(&header).map(|(at, _)| at + header.len()).collect();

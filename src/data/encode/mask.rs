@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use serde_json::Value as Json;
+use serde_json::{Value as Json, json};
 
 use super::chat::{Chat, PROBE};
 use super::{Begin, Encoder, Row};
@@ -20,7 +20,10 @@ impl Encoder {
         self.check_messages(chat, &messages)?;
         let (selected, passed_over) = self.selected(&messages, trained_from)?;
 
-        let rendered = self.render(chat, &messages, tools, false)?;
+        let mut rendered = self.render(chat, &messages, tools, false)?;
+        if let Some(end) = self.missing_end(chat, &messages, tools, &rendered) {
+            rendered.text.push_str(&end);
+        }
         let tokens = self.tokenizer.encode_rendered(&rendered).map_err(BadRow::Malformed)?;
         self.check_bos(&tokens.ids)?;
         let mut trained = vec![false; tokens.ids.len()];
@@ -39,7 +42,7 @@ impl Encoder {
                 trained[span].fill(true);
             }
         }
-        let ends = tokens.ids.iter().zip(&trained).any(|(id, trained)| *trained && chat.end_ids.contains(id));
+        let ends = tokens.ids.iter().zip(&trained).any(|(id, trained)| *trained && chat.ends_turn(*id));
         if !ends {
             return Err(BadRow::Malformed(
                 "no end-of-turn token is trained, so the model would not learn to stop: the chat template writes none \
@@ -48,6 +51,22 @@ impl Encoder {
             ));
         }
         Ok(Document { ids: tokens.ids, trained })
+    }
+
+    /// The end of the last turn where the template writes none: with some (GLM's) it is the next turn's header that ends a turn,
+    /// a token the model gives itself to say that it is done.
+    fn missing_end(&self, chat: &Chat, messages: &[Json], tools: Option<&Json>, rendered: &Rendered) -> Option<String> {
+        let asked = chat.asked.as_ref().filter(|_| !chat.template.marks_generation())?;
+        let last = messages.last().filter(|last| is_assistant(last))?;
+        if !last["tool_calls"].as_array().is_some_and(|calls| !calls.is_empty()) {
+            return Some(asked.clone());
+        }
+        let answer = json!({"role": "tool", "content": PROBE.to_string()});
+        let answered: Vec<Json> = messages.iter().cloned().chain([answer]).collect();
+        let answered = self.render(chat, &answered, tools, false).ok()?;
+        let rest = answered.text.strip_prefix(&rendered.text)?;
+        let end = self.tokenizer.special_text()?.find(rest).filter(|found| found.start() == 0)?.as_str();
+        self.tokenizer.id(end).filter(|id| chat.end_ids.contains(id)).map(|_| end.to_string())
     }
 
     /// The messages whose turns are trained: all of the assistant's from `from` on, or the last one. Besides, those of
@@ -105,7 +124,13 @@ impl Encoder {
         let assistants: Vec<usize> = (0..messages.len()).filter(|at| is_assistant(&messages[*at])).collect();
         // Those between selected ones are looked for as well: a turn ends before the next one begins, whosever it is.
         let from = |at: &usize| selected.first().is_some_and(|first| at >= first);
-        let begins: Vec<(usize, Begin)> = match chat.headers(rendered).filter(|ends| ends.len() == assistants.len()) {
+        let headers = chat.headers(rendered).filter(|ends| ends.len() == assistants.len());
+        // A conversation may change what a template prompts with (`/no_think`).
+        let headers = headers.filter(|ends| {
+            let last = assistants.last().map(|last| self.begin(chat, messages, tools, *last, rendered));
+            !matches!(last, Some(Ok(begin)) if ends.last() != Some(&begin))
+        });
+        let begins: Vec<(usize, Begin)> = match headers {
             Some(ends) => assistants.into_iter().zip(ends).filter(|(at, _)| from(at)).collect(),
             None => {
                 let begin = |at: usize| Ok((at, self.begin(chat, messages, tools, at, rendered)?));
@@ -116,9 +141,14 @@ impl Encoder {
         for (turn, (message, begin)) in begins.iter().enumerate().filter(|(_, (at, _))| selected.contains(at)) {
             let first = tokens.spans.partition_point(|span| span.end <= *begin);
             let limit = begins.get(turn + 1).map_or(usize::MAX, |(_, next)| *next);
+            // A token that closes a turn but ends no generation may close a part of one as well: there the last part counts.
+            let said = match chat.closing {
+                Some(_) => self.last_shown(chat, messages, tools, *message, rendered).unwrap_or(*begin),
+                None => *begin,
+            };
             let end = (first..tokens.ids.len())
                 .take_while(|at| tokens.spans[*at].start < limit)
-                .find(|at| chat.end_ids.contains(&tokens.ids[*at]));
+                .find(|at| tokens.spans[*at].start >= said && chat.ends_turn(tokens.ids[*at]));
             let Some(end) = end else {
                 return Err(BadRow::Malformed(format!(
                     "message {message}: the chat template ends the assistant's turn with no end-of-turn token, so the model would not \
@@ -126,14 +156,23 @@ impl Encoder {
                 )));
             };
             let turn = &rendered.text[tokens.spans[first].start..tokens.spans[end].end];
-            if tokens.ids[first..end].iter().all(|id| chat.end_ids.contains(id)) {
+            let content = &messages[*message]["content"];
+            if tokens.ids[first..end].iter().all(|id| chat.ends_turn(*id)) || !holds_answer(&rendered.text, content) {
                 return Err(BadRow::Malformed(format!(
-                    "message {message}: the chat template leaves out what the assistant says (its tool calls?); name another with \
-                     dataset.chat_template"
+                    "message {message}: the chat template leaves out what the assistant says (its text or its tool calls); name \
+                     another with dataset.chat_template"
                 )));
             }
-            if !holds_answer(turn, &messages[*message]["content"]) {
+            if !holds_answer(turn, content) {
                 return Err(uncertain(*message));
+            }
+            if let Some(next) = messages.get(*message + 1).filter(|next| !is_assistant(next) && next["role"] != "user")
+            {
+                // Some templates write what a tool answers into the turn that called it.
+                let shown = self.first_shown(chat, messages, tools, *message + 1, rendered);
+                if shown.is_some_and(|shown| shown < tokens.spans[end].end) {
+                    return Err(holds_another(*message, &next["role"]));
+                }
             }
             spans.push(first..end + 1);
         }
@@ -168,48 +207,6 @@ impl Encoder {
             return Err(uncertain(selected[0]));
         }
         Ok(spans[before.generation.len()..].to_vec())
-    }
-
-    /// Where the turn of a message begins in the rendered conversation: where the prompt for it ends.
-    fn begin(
-        &self,
-        chat: &Chat,
-        messages: &[Json],
-        tools: Option<&Json>,
-        at: usize,
-        rendered: &Rendered,
-    ) -> Row<Begin> {
-        // The template keeps what came before, as a rule: then the prompt is a prefix.
-        let prompt =
-            (at > 0).then(|| self.render(chat, &messages[..at], tools, is_assistant(&messages[at])).ok()).flatten();
-        if let Some(rest) = prompt.as_ref().and_then(|prompt| rendered.text.strip_prefix(&prompt.text)) {
-            let header =
-                chat.unprompted_header.as_deref().filter(|header| rest.starts_with(header)).unwrap_or_default();
-            return Ok(rendered.text.len() - rest.len() + header.len());
-        }
-        // It may also move the system message, or shorten earlier turns: look where the content comes out.
-        let Some(content) = messages[at]["content"].as_str() else { return Err(uncertain(at)) };
-        let with = |content: String| {
-            let mut messages = messages.to_vec();
-            messages[at]["content"] = Json::String(content);
-            self.render(chat, &messages, tools, false).ok().map(|rendered| rendered.text)
-        };
-        let blank = content.len() - content.trim_start().len();
-        for place in [0, blank] {
-            let Some(marked) = with(format!("{}{PROBE}{}", &content[..place], &content[place..])) else { continue };
-            let Some((before, after)) = marked.split_once(PROBE) else { continue };
-            if rendered.text.strip_prefix(before) == Some(after) {
-                return Ok(before.len());
-            }
-        }
-        let replaced = with(PROBE.to_string()).unwrap_or_default();
-        let place = replaced.split_once(PROBE).filter(|(before, after)| {
-            !after.contains(PROBE) && rendered.text.strip_prefix(before).is_some_and(|rest| rest.ends_with(after))
-        });
-        if let Some((before, _)) = place {
-            return Ok(before.len());
-        }
-        Err(uncertain(at))
     }
 }
 
@@ -266,7 +263,14 @@ fn holds_answer(turn: &str, content: &Json) -> bool {
     turn.contains(answer.trim()) || dense(turn).contains(&dense(answer))
 }
 
-fn uncertain(message: usize) -> BadRow {
+fn holds_another(message: usize, role: &Json) -> BadRow {
+    BadRow::Malformed(format!(
+        "message {message}: the chat template writes the next message ({role}) into the assistant's turn, so that what the \
+         assistant says cannot be told apart; name another with dataset.chat_template"
+    ))
+}
+
+pub(super) fn uncertain(message: usize) -> BadRow {
     BadRow::Malformed(format!(
         "message {message}: the chat template rewrites this conversation so that where the assistant's turn begins cannot be told; \
          name a template with generation blocks (a built-in one) with dataset.chat_template, or train on the last turn only"

@@ -11,6 +11,7 @@
 //!
 //! A mask that cannot be told for certain is an error, never a guess.
 
+mod begin;
 mod chat;
 mod mask;
 
@@ -30,7 +31,7 @@ use crate::recipe::{DataFormat, DatasetRecipe, Overlong, TrainOn};
 use crate::{Error, Fault, Result};
 
 /// Changes whenever the same row may give other tokens or another mask.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// Roles every template is given; others only where the template names them.
 const ROLES: [&str; 8] = ["system", "developer", "user", "assistant", "tool", "function", "ipython", "environment"];
 /// What a row gives, or why it gives nothing.
@@ -403,5 +404,7 @@ fn cut(ids: &[u32], limit: usize) -> Vec<&[u32]> {
     parts
 }
 
+#[cfg(test)]
+mod family_tests;
 #[cfg(test)]
 mod tests;

@@ -5,11 +5,11 @@ use crate::data::Builtin;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-fn fixtures() -> PathBuf {
+pub(super) fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
 }
 
-fn read(path: &str) -> Json {
+pub(super) fn read(path: &str) -> Json {
     serde_json::from_slice(&std::fs::read(fixtures().join(path)).unwrap()).unwrap()
 }
 
@@ -24,7 +24,7 @@ fn tokenizer_with(name: &str, template: Option<&str>) -> Arc<Tokenizer> {
     Arc::new(Tokenizer::new(&sidecars).unwrap())
 }
 
-fn recipe(more: Json) -> DatasetRecipe {
+pub(super) fn recipe(more: Json) -> DatasetRecipe {
     let mut recipe = json!({"train": "x.parquet"});
     recipe.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     serde_json::from_value(recipe).unwrap()

@@ -208,7 +208,19 @@ fn environment(now: DateTime) -> Environment<'static> {
     environment.set_debug(false);
     python::install(&mut environment);
     environment.add_function("strftime_now", move |format: &str| {
-        jiff::fmt::strtime::format(format, now)
+        // What depends on the locale is written as in C's, and the time zone, which Python's has none of, as nothing.
+        let known = [
+            ("%c", "%a %b %e %H:%M:%S %Y"),
+            ("%x", "%m/%d/%y"),
+            ("%X", "%H:%M:%S"),
+            ("%f", "000000"),
+            ("%Z", ""),
+            ("%z", ""),
+        ];
+        let parts = format
+            .split("%%")
+            .map(|part| known.iter().fold(part.to_string(), |part, (from, to)| part.replace(from, to)));
+        jiff::fmt::strtime::format(parts.collect::<Vec<_>>().join("%%"), now)
             .map_err(|error| minijinja::Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {error}")))
     });
     environment

@@ -149,6 +149,19 @@ fn text_method(state: &mut State, text: &str, name: &str, arguments: &[Value]) -
             }
             Value::from(out)
         }
+        // A letter after anything but a letter is a capital: "they're" becomes "They'Re".
+        "title" => {
+            let (mut titled, mut inside) = (String::with_capacity(text.len()), false);
+            for c in text.chars() {
+                if inside {
+                    titled.extend(c.to_lowercase())
+                } else {
+                    titled.extend(c.to_uppercase())
+                }
+                inside = c.is_alphabetic();
+            }
+            Value::from(titled)
+        }
         "casefold" => Value::from(text.to_lowercase().replace('ß', "ss")),
         "swapcase" => Value::from(
             text.chars()

@@ -9,8 +9,9 @@ mod operators;
 mod show;
 
 use std::borrow::Cow;
+use std::sync::Arc;
 
-use minijinja::value::{Kwargs, Rest, Value, ValueKind};
+use minijinja::value::{Kwargs, Object, ObjectRepr, Rest, Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, State};
 
 use self::filters::{default, end_of, escape, indent, int, join, length, parse_float, printf, replace};
@@ -46,10 +47,16 @@ pub(super) fn install(environment: &mut Environment<'static>) {
     environment.add_filter("__modulo", modulo);
     environment.add_filter("__slice", slice);
     environment.add_filter("__each", |value: Value| match value.kind() {
+        // A list of characters knows its length, so that `loop.last` is known.
+        ValueKind::String => Ok(value.as_str().unwrap_or_default().chars().map(Value::from).collect()),
         ValueKind::None | ValueKind::Bool | ValueKind::Number => {
             Err(wrong(format!("cannot go through {}", describe(&value))))
         }
         _ => Ok(value),
+    });
+    environment.add_filter("__member", |value: &Value, name: &str| match value.get_attr(name)? {
+        found if found.is_undefined() && value.kind() == ValueKind::Map => Ok(Value::from_object(Method)),
+        found => Ok::<_, Error>(found),
     });
     environment.add_filter("__deep", |value: Value| if deep(&value, 0) { Err(too_deep()) } else { Ok(value) });
 
@@ -124,6 +131,16 @@ pub(super) fn install(environment: &mut Environment<'static>) {
     });
     environment.add_function("joiner", minijinja_contrib::globals::joiner);
     environment.add_function("cycler", |items: Rest<Value>| minijinja_contrib::globals::cycler(items.0));
+}
+
+/// A method of a mapping that is not called: it is there, and true.
+#[derive(Debug)]
+struct Method;
+
+impl Object for Method {
+    fn repr(self: &Arc<Self>) -> ObjectRepr {
+        ObjectRepr::Plain
+    }
 }
 
 /// Counts text against the render's budget.

@@ -71,16 +71,17 @@ pub(super) fn multiply(state: &mut State, a: &Value, b: &Value) -> Result<Value,
         return Ok(Value::from(a * b));
     }
     let (repeated, times) = if b.is_integer() { (a, b) } else { (b, a) };
-    let times = times.as_i64().unwrap_or(-1);
-    if let (Some(text), 0..) = (repeated.as_str(), times) {
-        charge(state, text.len().saturating_mul(times as usize))?;
-        return Ok(Value::from(text.repeat(times as usize)));
+    // Fewer than none are none.
+    let times = times.as_i64().map(|times| times.max(0) as usize);
+    if let (Some(text), Some(times)) = (repeated.as_str(), times) {
+        charge(state, text.len().saturating_mul(times))?;
+        return Ok(Value::from(text.repeat(times)));
     }
-    if let (ValueKind::Seq, 0..) = (repeated.kind(), times) {
+    if let (ValueKind::Seq, Some(times)) = (repeated.kind(), times) {
         let items: Vec<Value> = repeated.try_iter()?.collect();
-        charge(state, items.len().saturating_mul(times as usize).saturating_mul(size_of::<Value>()))?;
-        let many = std::iter::repeat_n(items, times as usize).flatten().collect::<Vec<_>>();
-        return Ok(Value::from(many));
+        charge(state, items.len().saturating_mul(times).saturating_mul(size_of::<Value>()))?;
+        let many = std::iter::repeat_n(items, times).flatten().collect::<Vec<_>>();
+        return Ok(if repeated.is_tuple() { Value::from(Tuple::from(many)) } else { Value::from(many) });
     }
     Err(wrong(format!("cannot multiply {} and {}", describe(a), describe(b))))
 }
@@ -166,8 +167,7 @@ pub(super) fn slice(
     }
     match value.kind() {
         ValueKind::Seq | ValueKind::Iterable => {}
-        ValueKind::Undefined => return Err(wrong("cannot take a slice of an undefined value")),
-        _ => return Ok(Value::UNDEFINED),
+        _ => return Err(wrong(format!("cannot take a slice of {}", describe(value)))),
     }
     let items: Vec<Value> = value.try_iter()?.collect();
     charge(state, items.len() * size_of::<Value>())?;

@@ -35,6 +35,9 @@ pub(super) const OPERATORS: [&str; 27] = [
     ":", "|", ",", ";", "!",
 ];
 
+/// Methods of Python's mappings that schemas have keys called like.
+const METHODS: [&str; 5] = ["items", "keys", "values", "get", "copy"];
+
 /// An expression as text for minijinja.
 struct Piece {
     text: String,
@@ -393,7 +396,11 @@ impl<'t, 's> Parser<'t, 's> {
                     if !matches!(token.kind, Kind::Name | Kind::Number) {
                         return self.fail("a dot needs a name after it");
                     }
-                    piece = Piece::simple(format!("{}.{}", piece.text, token.text));
+                    piece = match self.peek().text {
+                        "(" => Piece::simple(format!("{}.{}", piece.text, token.text)),
+                        _ => Self::member(piece, token.text)
+                            .unwrap_or_else(|piece| Piece::simple(format!("{}.{}", piece.text, token.text))),
+                    };
                 }
                 "[" => piece = self.subscript(piece)?,
                 "(" => piece = Piece::simple(format!("{}{}", piece.text, self.arguments()?)),
@@ -403,8 +410,26 @@ impl<'t, 's> Parser<'t, 's> {
         }
     }
 
+    /// A member by a name that is also a method of Python's mappings, which `x['items']` is where there is no such key.
+    fn member(base: Piece, name: &str) -> Result<Piece, Piece> {
+        match METHODS.contains(&name) {
+            true => Ok(Piece::simple(format!("({}|__member({}))", base.operand(), quote(name)))),
+            false => Err(base),
+        }
+    }
+
     fn subscript(&mut self, base: Piece) -> Parsed<Piece> {
         self.expect("[")?;
+        if let [name, closing, next, ..] = &self.tokens[self.at..]
+            && (name.kind, closing.text) == (Kind::Text, "]")
+            && METHODS.contains(&name.value.as_str())
+        {
+            self.at += 2;
+            if next.text == "(" {
+                return Ok(Piece::simple(format!("{}.{}", base.text, name.value)));
+            }
+            return Ok(Self::member(base, &name.value).unwrap_or_else(|base| base));
+        }
         let mut parts = vec![None];
         let mut slice = false;
         while self.peek().text != "]" {
