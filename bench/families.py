@@ -50,8 +50,10 @@ WINDOW = 256
 EXPERTS, CHOSEN = 8, 2
 # What rotates of a head where not all of it does.
 PART = 0.5
-# How wide the feed-forward of a token is, by the width of the stream: as SmolLM's. Experts share it.
-WIDER = 8 / 3
+# How wide the feed-forward of a token is, by the width of the stream; without a gate it has two matrices instead of three, and as
+# many numbers. Experts share it.
+WIDER, WIDER_WITHOUT_GATE = 8 / 3, 4
+WITHOUT_GATE = {"gpt_neox", "phi", "starcoder2", "falcon"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -62,7 +64,7 @@ def realistic(variant, hidden, layers):
     """The variant's fields at the sizes of this bench."""
     options = families.configuration(variant, None, layers)
     of = {**families.COMMON, **variant.options}
-    heads, wide = hidden // HEAD, round(hidden * WIDER / 64) * 64
+    heads, wide = hidden // HEAD, round(hidden * (WIDER_WITHOUT_GATE if variant.model_type in WITHOUT_GATE else WIDER) / 64) * 64
     groups = 3 if heads % 3 == 0 else 2 if heads % 2 == 0 else 1
 
     def kv_heads(was, tiny_heads):
