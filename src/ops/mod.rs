@@ -7,6 +7,7 @@
 pub mod attention;
 mod cpu;
 pub mod cross_entropy;
+pub mod delta_net;
 pub mod experts;
 pub mod gated;
 pub mod norm;
@@ -19,6 +20,7 @@ pub(crate) mod testing;
 
 pub use attention::{Alibi, Scoring, attention, attention_to_cache};
 pub use cross_entropy::{LogitMap, cross_entropy};
+pub use delta_net::{delta_gates, delta_rule, delta_rule_continued, delta_rule_step};
 pub use experts::{ExpertInput, Experts, Weighted, experts};
 pub use gated::{Activation, gated_projection};
 pub use norm::Norm;
