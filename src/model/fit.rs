@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use super::sites::{Role, Site, expert};
 use super::spec::{
-    Attention, ExpertGateUp, ExpertLinear, Experts, FeedForward, GateUp, LinearSpec, ModelSpec, NormSpec, Projection,
-    QueryKeyNorm, Residual, Routing, Stored,
+    Attention, DeltaNet, ExpertGateUp, ExpertLinear, Experts, FeedForward, GateUp, GroupedAttention, LinearSpec, ModelSpec,
+    NormSpec, Projection, QueryKeyNorm, Residual, Routing, Stored,
 };
 use crate::weights::Checkpoint;
 use crate::{Error, Fault, Result};
@@ -36,18 +36,10 @@ impl ModelSpec {
         all.add(self.embedding.weight.clone(), &[self.vocab_size, self.hidden_size]);
         self.embedding.norm.iter().for_each(|norm| all.norm(norm));
         for layer in &self.layers {
-            let Attention::Grouped(attention) = &layer.attention;
-            match &attention.projection {
-                Projection::Separate { query, key, value } => {
-                    [query, key, value].into_iter().for_each(|linear| all.linear(linear));
-                }
-                Projection::Fused(linear) | Projection::PerHead(linear) => all.linear(linear),
+            match &layer.attention {
+                Attention::Grouped(attention) => all.grouped(attention),
+                Attention::DeltaNet(net) => all.delta_net(net),
             }
-            all.linear(&attention.output);
-            if let Some(QueryKeyNorm { query, key, .. }) = &attention.query_key_norm {
-                [query, key].into_iter().for_each(|norm| all.norm(norm));
-            }
-            attention.sinks.iter().for_each(|sinks| all.add(sinks.clone(), &[attention.heads]));
             all.feed_forward(&layer.feed_forward);
             match &layer.residual {
                 Residual::Sequential { attention, feed_forward, .. } => {
@@ -201,6 +193,30 @@ impl Inventory {
         if spec.bias {
             self.add(format!("{}.bias", spec.name), &[spec.output]);
         }
+    }
+
+    fn grouped(&mut self, spec: &GroupedAttention) {
+        match &spec.projection {
+            Projection::Separate { query, key, value } | Projection::Gated { query_gate: query, key, value } => {
+                [query, key, value].into_iter().for_each(|linear| self.linear(linear));
+            }
+            Projection::Fused(linear) | Projection::PerHead(linear) => self.linear(linear),
+        }
+        self.linear(&spec.output);
+        if let Some(QueryKeyNorm { query, key, .. }) = &spec.query_key_norm {
+            [query, key].into_iter().for_each(|norm| self.norm(norm));
+        }
+        spec.sinks.iter().for_each(|sinks| self.add(sinks.clone(), &[spec.heads]));
+    }
+
+    fn delta_net(&mut self, spec: &DeltaNet) {
+        spec.projection.linears().into_iter().for_each(|linear| self.linear(linear));
+        let channels = 2 * spec.key_heads * spec.key_size + spec.value_heads * spec.value_size;
+        self.add(spec.convolution.clone(), &[channels, 1, spec.taps]);
+        self.add(spec.pace.clone(), &[spec.value_heads]);
+        self.add(spec.bias.clone(), &[spec.value_heads]);
+        self.norm(&spec.norm);
+        self.linear(&spec.output);
     }
 
     fn norm(&mut self, spec: &NormSpec) {

@@ -75,6 +75,7 @@ macro_rules! by_kind {
         }
     };
 }
+pub(super) use by_kind;
 
 pub(super) const LANES: usize = 16;
 
@@ -117,7 +118,7 @@ pub(super) fn exp(x: f32, fused: bool) -> f32 {
 }
 
 #[inline(always)]
-fn sigmoid(x: f32, fused: bool) -> f32 {
+pub(super) fn sigmoid(x: f32, fused: bool) -> f32 {
     1.0 / (1.0 + exp(-x, fused))
 }
 

@@ -1,5 +1,6 @@
 //! How tokens look at each other: built from its spec, walked forward.
 
+mod delta_net;
 mod grouped;
 
 use tch::{Device, Kind, Tensor};
@@ -11,12 +12,14 @@ use super::load::Reader;
 use super::spec::{self, LayerSpec};
 use crate::Result;
 use crate::ops::Norm;
+use delta_net::DeltaNet;
 use grouped::GroupedAttention;
 
 /// Attention with its weights.
 #[derive(Debug, Clone)]
 pub(super) enum Attention {
     Grouped(Box<GroupedAttention>),
+    DeltaNet(Box<DeltaNet>),
 }
 
 impl Attention {
@@ -25,6 +28,7 @@ impl Attention {
             spec::Attention::Grouped(grouped) => {
                 Ok(Self::Grouped(Box::new(GroupedAttention::load(grouped, spec, read)?)))
             }
+            spec::Attention::DeltaNet(net) => Ok(Self::DeltaNet(Box::new(DeltaNet::load(net, read)?))),
         }
     }
 
@@ -39,6 +43,7 @@ impl Attention {
     ) -> Tensor {
         match self {
             Self::Grouped(grouped) => grouped.forward(h, norm, residual, context, cache.map(LayerCache::keys_values)),
+            Self::DeltaNet(net) => net.forward(h, norm, residual, context, cache.map(LayerCache::recurrent)),
         }
     }
 
@@ -46,6 +51,7 @@ impl Attention {
     pub(super) fn linears(&self) -> Vec<&Linear> {
         match self {
             Self::Grouped(grouped) => grouped.linears(),
+            Self::DeltaNet(net) => net.linears(),
         }
     }
 
@@ -53,6 +59,7 @@ impl Attention {
     pub(super) fn linears_mut(&mut self) -> Vec<&mut Linear> {
         match self {
             Self::Grouped(grouped) => grouped.linears_mut(),
+            Self::DeltaNet(net) => net.linears_mut(),
         }
     }
 
@@ -60,6 +67,7 @@ impl Attention {
     pub(super) fn cache(&self, sequences: i64, options: (Kind, Device)) -> LayerCache {
         match self {
             Self::Grouped(grouped) => LayerCache::KeysValues(grouped.cache(sequences, options)),
+            Self::DeltaNet(net) => LayerCache::Recurrent(net.cache(sequences, options)),
         }
     }
 }

@@ -114,8 +114,9 @@ pub(super) fn granite(config: &Config<'_>) -> Result<ModelSpec> {
     let scale = config.positive_or("attention_multiplier", 1.0)?;
     let added = config.positive_or("residual_multiplier", 1.0)?;
     for layer in &mut spec.layers {
-        let Attention::Grouped(attention) = &mut layer.attention;
-        attention.scale = scale;
+        if let Attention::Grouped(attention) = &mut layer.attention {
+            attention.scale = scale;
+        }
         if let Residual::Sequential { multiplier, .. } = &mut layer.residual {
             *multiplier = added;
         }

@@ -24,10 +24,13 @@ use super::Documents;
 use crate::torch_ext::custom;
 use chunk::{Block, Chunks, Sight};
 
-pub use gates::delta_gates;
+pub use gates::DeltaGates;
 
 /// C.
 const CHUNK: i64 = 64;
+
+/// Tokens between two states that are kept, on the CPU; on other devices they are further apart.
+pub const TOKENS_OF_A_RUN: i64 = 4 * CHUNK;
 
 /// o (T, N, H) of the recurrence, in v's number type, from q and k (T, K, P), v (T, N, H), and in fp32 the logarithm of the decay
 /// g (T, N), at most 0, and b (T, N).
@@ -95,13 +98,12 @@ impl Stream {
         let (tokens, key_heads, key_size) = q.size3().expect("(T, K, P)");
         let (_, value_heads, value_size) = v.size3().expect("(T, N, H)");
         let group = value_heads / key_heads;
-        let (chunks_at_once, heads_at_once) = match q.device() {
-            // What is made of a run of chunks should stay in the processor's cache.
-            Device::Cpu => (4, (4 * i64::from(tch::get_num_threads()) / group).clamp(1, key_heads)),
-            _ => (16, key_heads),
+        let (run, heads_at_once) = match q.device() {
+            // What is made of a run should stay in the processor's cache.
+            Device::Cpu => (TOKENS_OF_A_RUN, (4 * i64::from(tch::get_num_threads()) / group).clamp(1, key_heads)),
+            _ => (4 * TOKENS_OF_A_RUN, key_heads),
         };
         let numbers: Vec<i64> = (0..).zip(documents.spans()).flat_map(|(i, (_, length))| vec![i; length as usize]).collect();
-        let run = chunks_at_once * CHUNK;
         let runs = (0..tokens).step_by(run as usize).map(|start| {
             let count = run.min(tokens - start);
             Run { tokens: (start, count), sight: Sight::new(&numbers, start, count, q.device()) }
