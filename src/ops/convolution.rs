@@ -8,8 +8,8 @@ use multiversion::multiversion;
 use multiversion::target::target_cfg_f;
 use tch::{Kind, Tensor};
 
-use super::cpu::{self, Stored, by_kind, sigmoid};
 use super::Documents;
+use super::cpu::{self, Stored, by_kind, multiply_add, sigmoid};
 use crate::torch_ext::{custom, elements, filled};
 
 /// A frozen convolution of W channels.
@@ -92,9 +92,8 @@ impl Reach {
 }
 
 fn forward_of<S: Stored>(x: &Tensor, weight: &Tensor, reach: &Reach) -> Tensor {
-    let (x, taps) = ((elements::<S>(x), x.size()), elements::<f32>(weight));
-    let (x, size) = x;
-    let width = size[1] as usize;
+    let size = x.size();
+    let (x, taps, width) = (elements::<S>(x), elements::<f32>(weight), size[1] as usize);
     filled::<S>(&size, |range, y| {
         for (t, y) in range.zip(y.chunks_exact_mut(width)) {
             activated_row(x, taps, t, reach.0[t], y);
@@ -126,17 +125,28 @@ fn backward_of<S: Stored>(dy: &Tensor, x: &Tensor, weight: &Tensor, reach: &Reac
 /// Columns of a row done at a time: their sums stay in registers.
 const COLUMNS: usize = 64;
 
-/// The sums of the columns from `from` on of token t.
+/// Adds `x * tap` to the sums of as many columns.
 #[inline(always)]
-fn sums<S: Stored>(x: &[S], weight: &[f32], width: usize, (t, reach): (usize, usize), from: usize) -> [f32; COLUMNS] {
-    let (count, taps) = (COLUMNS.min(width - from), weight.len() / width);
+fn accumulate<S: Stored>(fused: bool, sums: &mut [f32; COLUMNS], x: &[S], tap: &[f32]) {
+    match (<&[S; COLUMNS]>::try_from(x), <&[f32; COLUMNS]>::try_from(tap)) {
+        (Ok(x), Ok(tap)) => (0..COLUMNS).for_each(|i| sums[i] = multiply_add(fused, x[i].wide(), tap[i], sums[i])),
+        _ => x.iter().zip(tap).zip(sums).for_each(|((x, tap), sum)| *sum = multiply_add(fused, x.wide(), *tap, *sum)),
+    }
+}
+
+/// The sums of `count` columns from `from` on of token t, which sees `reach` tokens before it.
+#[inline(always)]
+fn sums<S: Stored>(
+    fused: bool,
+    (x, weight, width): (&[S], &[f32], usize),
+    (t, reach): (usize, usize),
+    (from, count): (usize, usize),
+) -> [f32; COLUMNS] {
+    let taps = weight.len() / width;
     let mut sums = [0f32; COLUMNS];
     for lag in 0..=reach {
-        let x = &x[(t - lag) * width + from..][..count];
-        let tap = &weight[(taps - 1 - lag) * width + from..][..count];
-        for ((sum, x), tap) in sums.iter_mut().zip(x).zip(tap) {
-            *sum += x.wide() * tap;
-        }
+        let (token, tap) = ((t - lag) * width + from, (taps - 1 - lag) * width + from);
+        accumulate(fused, &mut sums, &x[token..token + count], &weight[tap..tap + count]);
     }
     sums
 }
@@ -145,9 +155,9 @@ fn sums<S: Stored>(x: &[S], weight: &[f32], width: usize, (t, reach): (usize, us
 fn activated_row<S: Stored>(x: &[S], weight: &[f32], t: usize, reach: usize, y: &mut [S]) {
     let (fused, width) = (target_cfg_f!(target_feature = "fma"), y.len());
     for (i, y) in y.chunks_mut(COLUMNS).enumerate() {
-        let sums = sums(x, weight, width, (t, reach), i * COLUMNS);
-        for (y, sum) in y.iter_mut().zip(sums) {
-            *y = S::rounded(sum * sigmoid(sum, fused));
+        let sums = sums(fused, (x, weight, width), (t, reach), (i * COLUMNS, y.len()));
+        for (y, sum) in y.iter_mut().zip(&sums) {
+            *y = S::rounded(sum * sigmoid(*sum, fused));
         }
     }
 }
@@ -156,9 +166,9 @@ fn activated_row<S: Stored>(x: &[S], weight: &[f32], t: usize, reach: usize, y: 
 fn sum_gradient_row<S: Stored>(x: &[S], weight: &[f32], t: usize, reach: usize, dy: &[S], dsums: &mut [f32]) {
     let (fused, width) = (target_cfg_f!(target_feature = "fma"), dy.len());
     for (i, (dy, dsums)) in dy.chunks(COLUMNS).zip(dsums.chunks_mut(COLUMNS)).enumerate() {
-        let sums = sums(x, weight, width, (t, reach), i * COLUMNS);
-        for ((dsum, dy), sum) in dsums.iter_mut().zip(dy).zip(sums) {
-            let s = sigmoid(sum, fused);
+        let sums = sums(fused, (x, weight, width), (t, reach), (i * COLUMNS, dy.len()));
+        for ((dsum, dy), sum) in dsums.iter_mut().zip(dy).zip(&sums) {
+            let s = sigmoid(*sum, fused);
             *dsum = dy.wide() * (s + sum * s * (1.0 - s));
         }
     }
@@ -172,19 +182,17 @@ fn gradient_row<S: Stored>(
     seen_by: impl Iterator<Item = usize> + Clone,
     dx: &mut [S],
 ) {
-    let (width, taps) = (dx.len(), weight.len() / dx.len().max(1));
+    let (fused, width) = (target_cfg_f!(target_feature = "fma"), dx.len());
+    let taps = weight.len() / width;
     for (i, dx) in dx.chunks_mut(COLUMNS).enumerate() {
         let (from, count) = (i * COLUMNS, dx.len());
         let mut total = [0f32; COLUMNS];
         for lag in seen_by.clone() {
-            let dsums = &recent[(t + lag) % taps * width + from..][..count];
-            let tap = &weight[(taps - 1 - lag) * width + from..][..count];
-            for ((total, dsum), tap) in total.iter_mut().zip(dsums).zip(tap) {
-                *total += dsum * tap;
-            }
+            let (token, tap) = ((t + lag) % taps * width + from, (taps - 1 - lag) * width + from);
+            accumulate(fused, &mut total, &recent[token..token + count], &weight[tap..tap + count]);
         }
-        for (dx, total) in dx.iter_mut().zip(total) {
-            *dx = S::rounded(total);
+        for (dx, total) in dx.iter_mut().zip(&total) {
+            *dx = S::rounded(*total);
         }
     }
 }

@@ -94,7 +94,7 @@ pub(super) fn sum(n: usize, term: impl Fn(usize) -> f32) -> f32 {
 
 /// `a * b + c`, in one instruction where the caller is compiled for a processor that has it.
 #[inline(always)]
-fn multiply_add(fused: bool, a: f32, b: f32, c: f32) -> f32 {
+pub(super) fn multiply_add(fused: bool, a: f32, b: f32, c: f32) -> f32 {
     if fused { a.mul_add(b, c) } else { a * b + c }
 }
 

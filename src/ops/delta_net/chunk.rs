@@ -277,7 +277,7 @@ pub(super) fn normed(x: &Tensor) -> Tensor {
 }
 
 fn inverse_length(x: &Tensor) -> Tensor {
-    (x.square().sum_dim_intlist([-1i64].as_slice(), true, Kind::Float) + EPS).rsqrt()
+    (x.linalg_norm(2.0, [-1i64].as_slice(), true, None).square() + EPS).rsqrt()
 }
 
 /// The first two dimensions as one.
