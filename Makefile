@@ -27,7 +27,7 @@ help: ## What there is to make
 	echo "make lint        formatting and clippy, as CI runs them"
 	echo "make fmt         format the sources"
 	echo "make parity      compare with PEFT and transformers, live, on the demo model (installs them into the cache)"
-	echo "                 FAMILY=qwen3 [SEED=1 HIDDEN=48 LAYERS=6]: one family on a random model of that size"
+	echo "                 FAMILY=qwen3 [SEED=1 HIDDEN=48 LAYERS=6 LENGTHS=230,7,90]: one family on a random model of that size"
 	echo "make bench       speed and memory beside PEFT and transformers; results go to bench/results"
 	echo "                 FAMILY=qwen3 or all [HIDDEN=576 LAYERS=6 TOKENS=1024]: speed per FLOP of a family beside Llama's"
 	echo "make datasets    write datasets/ anew from the committed programs, byte for byte"
@@ -77,7 +77,7 @@ parity: ## Live comparison with PEFT and transformers
 	cargo build --release --locked
 	python_with torch==$$TORCH $(PEERS) $(PYARROW)
 	if [ -n "$(FAMILY)" ]; then
-		exec "$$PYTHON" -B tests/python/family_live.py --engraft "$(ENGRAFT)" --family "$(FAMILY)" $(if $(SEED),--seed $(SEED)) $(if $(HIDDEN),--hidden $(HIDDEN)) $(if $(LAYERS),--layers $(LAYERS))
+		exec "$$PYTHON" -B tests/python/family_live.py --engraft "$(ENGRAFT)" --family "$(FAMILY)" $(if $(SEED),--seed $(SEED)) $(if $(HIDDEN),--hidden $(HIDDEN)) $(if $(LAYERS),--layers $(LAYERS)) $(if $(LENGTHS),--lengths $(LENGTHS))
 	fi
 	demo_model
 	"$$PYTHON" -B tests/python/parity.py --engraft "$(ENGRAFT)" --model "$$(cache_folder)/models/$$MODEL"

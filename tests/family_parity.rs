@@ -33,6 +33,8 @@ const VERIFIED: &[&str] = &[
     "phimoe",
     "llama4",
     "gpt_oss",
+    "qwen3_5_text",
+    "qwen3_5_text-long",
     "granite",
     "gemma",
     "gemma2",
@@ -322,6 +324,43 @@ fn a_cache_gives_the_hidden_states_of_the_full_forward() {
             &expected,
             TOLERANCE,
         );
+    }
+}
+
+#[test]
+fn a_cache_takes_pieces_of_any_length_and_keeps_the_sequences_it_is_told_to() {
+    for fixture in ["llama", "qwen3_5_text", "qwen3_5_text-long"].map(Fixture::new) {
+        let model = fixture.base();
+        let expected = fixture.hidden(&model, Forward::default());
+        let spans: Vec<(i64, i64)> = fixture.documents().spans().collect();
+        let mut cache = model.cache(3);
+        let mut seen = [0i64; 3];
+        // Tokens of each sequence's next piece; the first is dropped halfway and the other two change places.
+        for (step, pieces) in [vec![5, 3, 1], vec![2, 1, 17], vec![1, 1, 1], vec![1, 1], vec![6, 1]].iter().enumerate()
+        {
+            let order = if step < 3 { &[0usize, 1, 2][..] } else { &[2, 1] };
+            if step == 3 {
+                cache.keep(order);
+            }
+            let rows: Vec<i64> = order
+                .iter()
+                .zip(pieces)
+                .flat_map(|(which, piece)| {
+                    let from = spans[*which].0 + seen[*which];
+                    seen[*which] += piece;
+                    from..from + piece
+                })
+                .collect();
+            let ends = pieces.iter().scan(0, |end, piece| {
+                *end += piece;
+                Some(*end)
+            });
+            let documents = Documents { offsets: std::iter::once(0).chain(ends).collect() };
+            let rows = Tensor::from_slice(&rows);
+            let ids = fixture.reference["ids"].index_select(0, &rows);
+            let found = model.hidden_cached(&ids, &documents, &mut cache);
+            fixture.assert_close("cached", &found, &expected.index_select(0, &rows), TOLERANCE);
+        }
     }
 }
 

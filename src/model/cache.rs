@@ -2,6 +2,7 @@
 
 use tch::{Device, IndexOp, Kind, Tensor};
 
+use super::recurrent::Recurrent;
 use super::spec::Mask;
 use crate::ops::{self, Documents, Scoring};
 
@@ -17,6 +18,7 @@ pub struct Cache {
 #[derive(Debug)]
 pub(super) enum LayerCache {
     KeysValues(KeysValues),
+    Recurrent(Recurrent),
 }
 
 /// One block's keys and values.
@@ -55,6 +57,7 @@ impl Cache {
         for layer in &mut self.layers {
             match layer {
                 LayerCache::KeysValues(cache) => cache.keep(&index, sequences),
+                LayerCache::Recurrent(cache) => cache.keep(&index),
             }
         }
         self.lengths = picked(&self.lengths, sequences);
@@ -70,6 +73,15 @@ impl LayerCache {
     pub(super) fn keys_values(&mut self) -> &mut KeysValues {
         match self {
             Self::KeysValues(cache) => cache,
+            Self::Recurrent(_) => unreachable!("a block is given the cache that it made"),
+        }
+    }
+
+    /// The state of a block that keeps one.
+    pub(super) fn recurrent(&mut self) -> &mut Recurrent {
+        match self {
+            Self::Recurrent(cache) => cache,
+            Self::KeysValues(_) => unreachable!("a block is given the cache that it made"),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::sites::{Role, Site, expert};
 use super::spec::{
-    Attention, ExpertGateUp, ExpertLinear, Experts, FeedForward, GateUp, GroupedAttention, LatentAttention,
+    Attention, DeltaNet, ExpertGateUp, ExpertLinear, Experts, FeedForward, GateUp, GroupedAttention, LatentAttention,
     LatentQuery, LinearSpec, ModelSpec, NormSpec, Projection, QueryKeyNorm, Residual, Routing, Stored,
 };
 use crate::weights::Checkpoint;
@@ -195,19 +195,8 @@ impl Inventory {
 
     fn attention(&mut self, spec: &Attention) {
         match spec {
-            Attention::Grouped(GroupedAttention { heads, projection, output, query_key_norm, sinks, .. }) => {
-                match projection {
-                    Projection::Separate { query, key, value } => {
-                        [query, key, value].into_iter().for_each(|linear| self.linear(linear));
-                    }
-                    Projection::Fused(linear) | Projection::PerHead(linear) => self.linear(linear),
-                }
-                self.linear(output);
-                if let Some(QueryKeyNorm { query, key, .. }) = query_key_norm {
-                    [query, key].into_iter().for_each(|norm| self.norm(norm));
-                }
-                sinks.iter().for_each(|sinks| self.add(sinks.clone(), &[*heads]));
-            }
+            Attention::Grouped(grouped) => self.grouped(grouped),
+            Attention::DeltaNet(net) => self.delta_net(net),
             Attention::Latent(LatentAttention { query, down, norm, up, output, .. }) => {
                 match query {
                     LatentQuery::Direct(linear) => self.linear(linear),
@@ -220,6 +209,30 @@ impl Inventory {
                 self.norm(norm);
             }
         }
+    }
+
+    fn grouped(&mut self, spec: &GroupedAttention) {
+        match &spec.projection {
+            Projection::Separate { query, key, value } | Projection::Gated { query_gate: query, key, value } => {
+                [query, key, value].into_iter().for_each(|linear| self.linear(linear));
+            }
+            Projection::Fused(linear) | Projection::PerHead(linear) => self.linear(linear),
+        }
+        self.linear(&spec.output);
+        if let Some(QueryKeyNorm { query, key, .. }) = &spec.query_key_norm {
+            [query, key].into_iter().for_each(|norm| self.norm(norm));
+        }
+        spec.sinks.iter().for_each(|sinks| self.add(sinks.clone(), &[spec.heads]));
+    }
+
+    fn delta_net(&mut self, spec: &DeltaNet) {
+        spec.projection.linears().into_iter().for_each(|linear| self.linear(linear));
+        let channels = 2 * spec.key_heads * spec.key_size + spec.value_heads * spec.value_size;
+        self.add(spec.convolution.clone(), &[channels, 1, spec.taps]);
+        self.add(spec.pace.clone(), &[spec.value_heads]);
+        self.add(spec.bias.clone(), &[spec.value_heads]);
+        self.norm(&spec.norm);
+        self.linear(&spec.output);
     }
 
     fn norm(&mut self, spec: &NormSpec) {

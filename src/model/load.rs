@@ -26,6 +26,11 @@ impl Reader<'_> {
         self.tensor_as(name, self.kind)
     }
 
+    /// In fp32, for what is computed in it.
+    pub(super) fn wide(&self, name: &str) -> Result<Tensor> {
+        self.tensor_as(name, Kind::Float)
+    }
+
     pub(super) fn tensor_as(&self, name: &str, kind: Kind) -> Result<Tensor> {
         let tensor = self.checkpoint.tensor(&self.names.stored(name), kind, self.device)?;
         (self.read)(tensor.numel() as u64);
@@ -69,8 +74,7 @@ impl Reader<'_> {
 
     /// Norms compute in fp32, so their weights are kept in it: `1 + w` would not survive in bf16.
     pub(super) fn norm(&self, spec: &NormSpec) -> Result<Norm> {
-        let weights: Vec<Tensor> =
-            spec.weights.iter().map(|name| self.tensor_as(name, Kind::Float)).collect::<Result<_>>()?;
+        let weights: Vec<Tensor> = spec.weights.iter().map(|name| self.wide(name)).collect::<Result<_>>()?;
         let width = spec.shape.last().copied().unwrap_or(0);
         let weight = match weights[..] {
             [] => Tensor::ones([1, width], (Kind::Float, self.device)),
@@ -78,7 +82,7 @@ impl Reader<'_> {
         };
         Ok(Norm {
             weight: if spec.kind == NormKind::RmsOffset { weight + 1.0 } else { weight },
-            bias: spec.bias.as_ref().map(|name| self.tensor_as(name, Kind::Float)).transpose()?,
+            bias: spec.bias.as_ref().map(|name| self.wide(name)).transpose()?,
             eps: spec.eps,
             centred: spec.kind == NormKind::Layer,
         })

@@ -23,6 +23,7 @@ mod linear;
 mod load;
 mod mask;
 mod position;
+mod recurrent;
 mod router;
 
 pub use crate::ops::Documents;

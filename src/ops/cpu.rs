@@ -73,6 +73,7 @@ macro_rules! by_kind {
         }
     };
 }
+pub(super) use by_kind;
 
 mod activation;
 mod loss;
@@ -97,7 +98,7 @@ pub(super) fn sum(n: usize, term: impl Fn(usize) -> f32) -> f32 {
 
 /// `a * b + c`, in one instruction where the caller is compiled for a processor that has it.
 #[inline(always)]
-fn multiply_add(fused: bool, a: f32, b: f32, c: f32) -> f32 {
+pub(super) fn multiply_add(fused: bool, a: f32, b: f32, c: f32) -> f32 {
     if fused { a.mul_add(b, c) } else { a * b + c }
 }
 
@@ -121,7 +122,7 @@ pub(super) fn exp(x: f32, fused: bool) -> f32 {
 }
 
 #[inline(always)]
-fn sigmoid(x: f32, fused: bool) -> f32 {
+pub(super) fn sigmoid(x: f32, fused: bool) -> f32 {
     1.0 / (1.0 + exp(-x, fused))
 }
 

@@ -18,6 +18,8 @@ pub enum Activation {
     Gelu,
     /// The tanh approximation.
     GeluTanh,
+    /// `1 / (1 + exp(-x))`.
+    Sigmoid,
     /// `g * sigmoid(slope * g)` of a gate of at most `limit`, times an up that is kept within `limit` and shifted by `offset`
     /// (gpt-oss).
     Clamped {
@@ -61,6 +63,7 @@ impl Activation {
             Self::Silu => x.silu(),
             Self::Gelu => x.gelu("none"),
             Self::GeluTanh => x.gelu("tanh"),
+            Self::Sigmoid => x.sigmoid(),
             Self::Clamped { limit, slope, .. } => {
                 let gate = x.clamp_max(limit);
                 (&gate * slope).sigmoid() * gate
@@ -72,7 +75,7 @@ impl Activation {
     fn up(self, up: &Tensor) -> Tensor {
         match self {
             Self::Clamped { limit, offset, .. } => up.clamp(-limit, limit) + offset,
-            Self::Silu | Self::Gelu | Self::GeluTanh => up.shallow_clone(),
+            Self::Silu | Self::Gelu | Self::GeluTanh | Self::Sigmoid => up.shallow_clone(),
         }
     }
 
@@ -80,7 +83,7 @@ impl Activation {
     fn up_backward(self, grad: Tensor, up: &Tensor) -> Tensor {
         match self {
             Self::Clamped { limit, .. } => grad * up.abs().le(limit),
-            Self::Silu | Self::Gelu | Self::GeluTanh => grad,
+            Self::Silu | Self::Gelu | Self::GeluTanh | Self::Sigmoid => grad,
         }
     }
 
@@ -89,6 +92,7 @@ impl Activation {
             Self::Silu => x.silu_backward(grad),
             Self::Gelu => x.gelu_backward(grad, "none"),
             Self::GeluTanh => x.gelu_backward(grad, "tanh"),
+            Self::Sigmoid => Tensor::sigmoid_backward(grad, &x.sigmoid()),
             Self::Clamped { limit, slope, .. } => {
                 let sigmoid = (x * slope).sigmoid();
                 let slope_of_gate = (sigmoid.ones_like() - &sigmoid) * x * slope + 1.0;
@@ -151,7 +155,7 @@ mod tests {
             [randn(&[t, f], 1), randn(&[t, f], 2), randn(&[t, d], 3), randn(&[r, f], 4) * 0.3, randn(&[d, r], 5) * 0.3];
         let weight = |kind| (randn(&[d, f], 6) * 0.2).to_kind(kind);
         let clamped = Activation::Clamped { limit: 1.2, slope: 1.702, offset: 1.0 };
-        for activation in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, clamped] {
+        for activation in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Sigmoid, clamped] {
             check(
                 &inputs,
                 |kind, x| {

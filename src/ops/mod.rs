@@ -5,8 +5,10 @@
 //! tests. Shape letters are those of [`crate::model`].
 
 pub mod attention;
+pub mod convolution;
 mod cpu;
 pub mod cross_entropy;
+pub mod delta_net;
 pub mod experts;
 pub mod gated;
 pub mod latent;
@@ -19,7 +21,9 @@ pub mod split;
 pub(crate) mod testing;
 
 pub use attention::{Alibi, Scoring, attention, attention_to_cache};
+pub use convolution::Convolution;
 pub use cross_entropy::{LogitMap, cross_entropy};
+pub use delta_net::{DeltaGates, delta_rule, delta_rule_continued, delta_rule_step};
 pub use experts::{ExpertInput, Experts, Weighted, experts};
 pub use gated::{Activation, gated_projection};
 pub use latent::keys_values;

@@ -2,15 +2,17 @@
 //!
 //! What a block keeps per token, in elements of the activations' type, is what the operations of [`crate::ops`] keep: the
 //! stream twice (before each norm), q, k, v, the attention's output, gate and up; and in fp32 one logsumexp per head and two
-//! norm statistics. Recomputed, it keeps the stream once. The most that is alive beside that is one block's worth of
+//! norm statistics. A delta-net keeps q, k, v before their convolution and after it, the output's gate, what its heads read and
+//! that normed; and in fp32 two gates of each head, norm statistics, and its state every [`DELTA_RUN`] tokens. Recomputed, it keeps the stream once. The most that is alive beside that is one block's worth of
 //! gradients and the head's chunk of logits.
 
 use tch::{Device, Kind};
 
 use crate::model::ModelSpec;
 use crate::model::spec::{
-    Attention, ExpertGateUp, Experts, FeedForward, GateUp, GroupedAttention, LatentQuery, Routing,
+    Attention, DeltaNet, ExpertGateUp, Experts, FeedForward, GateUp, GroupedAttention, LatentQuery, Routing,
 };
+use crate::ops::delta_net::TOKENS_OF_A_RUN as DELTA_RUN;
 use crate::recipe::Recompute;
 use crate::torch_ext::cuda_memory;
 
@@ -46,9 +48,11 @@ fn fewest(spec: &ModelSpec, kind: Kind, tokens: u64, budget: u64) -> usize {
 }
 
 fn kept_bytes(layer: &crate::model::spec::LayerSpec, hidden: u64, element: u64) -> u64 {
-    let (heads, attention) = match &layer.attention {
+    let wide = feed_forward_width(&layer.feed_forward);
+    // Numbers per token, in the activations' type and in fp32.
+    let (attention, statistics) = match &layer.attention {
         Attention::Grouped(GroupedAttention { heads, kv_heads, head_size, .. }) => {
-            (*heads, (2 * heads + 2 * kv_heads) * head_size)
+            ((2 * heads + 2 * kv_heads) * head_size, *heads)
         }
         Attention::Latent(latent) => {
             // Query, key, value and output as wide as the key, the output cut to its size, and both latents.
@@ -57,11 +61,14 @@ fn kept_bytes(layer: &crate::model::spec::LayerSpec, hidden: u64, element: u64) 
                 LatentQuery::Direct(_) => 0,
                 LatentQuery::LowRank { down, .. } => down.output,
             };
-            (latent.heads, latent.heads * (4 * key + latent.value_size) + latent.latent_size + low_rank)
+            (latent.heads * (4 * key + latent.value_size) + latent.latent_size + low_rank, latent.heads)
+        }
+        Attention::DeltaNet(DeltaNet { key_heads, value_heads, key_size, value_size, .. }) => {
+            let values = value_heads * value_size;
+            (2 * (2 * key_heads * key_size + values) + 3 * values, 5 * value_heads + values * key_size / DELTA_RUN)
         }
     };
-    let wide = feed_forward_width(&layer.feed_forward);
-    (2 * hidden + attention as u64 + wide as u64) * element + (heads as u64 + 4) * 4
+    (2 * hidden + attention as u64 + wide as u64) * element + (statistics as u64 + 4) * 4
 }
 
 /// Elements a token keeps of gate and up; of the experts it goes through, also their shared input.

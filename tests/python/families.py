@@ -67,7 +67,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 FIXTURES = pathlib.Path(__file__).resolve().parent.parent / "fixtures" / "families"
 RANK, ALPHA = 3, 6
 PROMPT, GENERATED = 17, 8
-LENGTHS = [19, 7, 29]  # two of them longer than every window, chunk and original context below
+LENGTHS = (19, 7, 29)  # two of them longer than every window, chunk and original context below
 
 DROP = object()  # takes a field out of COMMON
 
@@ -116,6 +116,8 @@ class Variant:
     parts: dict | None = None
     # What makes the model.
     maker: type = AutoModelForCausalLM
+    # Tokens of each document.
+    lengths: tuple = LENGTHS
 
 
 # Widths where the architecture has no `head_dim` of its own: hidden_size / heads.
@@ -318,6 +320,20 @@ VARIANTS = {
             "linear_conv_kernel_dim": 3,
             "rope_parameters": MROPE,
         },
+    ),
+    # Documents of several chunks of the delta rule's 64 tokens.
+    "qwen3_5_text-long": Variant(
+        "qwen3_5_text",
+        {
+            **DELTA_NET,
+            "linear_key_head_dim": 16,
+            "num_hidden_layers": 2,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_conv_kernel_dim": 4,
+            "max_position_embeddings": 512,
+            "rope_parameters": MROPE,
+        },
+        lengths=(150, 63, 71),
     ),
     "qwen3_5": Variant(
         "qwen3_5_text",
@@ -1022,12 +1038,12 @@ def published(variant, config, written, options):
     return {"model_type": variant.wrapper, "text_config": fields, "tie_word_embeddings": tied}
 
 
-def documents(vocabulary, seed):
+def documents(vocabulary, lengths, seed):
     """Random documents end to end, with supervised stretches in each: ids (T), offsets, mask (T)."""
-    total = sum(LENGTHS)
+    total = sum(lengths)
     draw = ((drawn("ids", [total], 0.0, 1.0, seed).double() + 1) / 2 * (vocabulary - 3)).long() + 3
     ids, mask, offsets = draw.tolist(), [], [0]
-    for length in LENGTHS:
+    for length in lengths:
         ids[offsets[-1]] = 1
         start = length // 2 if length < 25 else 9
         mask += [int(t >= start or (length > 8 and t in (1, 2))) for t in range(length)]
@@ -1278,7 +1294,7 @@ def make(name, variant, arguments):
         work = pathlib.Path(place)
         rows = write_model(variant, arguments, work)
         model = load(variant, work)
-        ids, offsets, mask = documents(model.config.get_text_config().vocab_size, seed)
+        ids, offsets, mask = documents(model.config.get_text_config().vocab_size, arguments.lengths or variant.lengths, seed)
         first = ids[: offsets[1]]
         with routing_gaps() as gaps:
             with torch.no_grad():
@@ -1367,6 +1383,14 @@ def as_peft_has_it(name, model, folder, ids, offsets, arguments):
         return forward(peft, ids, offsets)
 
 
+def lengths(text):
+    """Three numbers of tokens, the last with room for the prompt."""
+    found = tuple(map(int, text.split(",")))
+    if len(found) != 3 or min(found) < 2 or found[2] < PROMPT:
+        raise argparse.ArgumentTypeError(f"three lengths of at least 2, the last at least {PROMPT}")
+    return found
+
+
 def main():
     """Makes what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -1374,13 +1398,14 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="another set of weights and documents")
     parser.add_argument("--hidden", type=int, help="hidden_size, rounded up to what the heads allow")
     parser.add_argument("--layers", type=int, help="num_hidden_layers; patterns of layers are repeated")
+    parser.add_argument("--lengths", type=lengths, help="tokens of each of three documents, as in 230,7,90; the last over 16")
     parser.add_argument("--out", type=pathlib.Path, default=FIXTURES)
     parser.add_argument("--weights", action="store_true", help="also write the weights of model and adapters")
     arguments = parser.parse_args()
     chosen = {n: v for n, v in VARIANTS.items() if arguments.family in (None, n, v.model_type)}
     if not chosen:
         parser.error(f"no family {arguments.family}; there are {', '.join(VARIANTS)}")
-    if arguments.out == FIXTURES and (arguments.seed or arguments.hidden or arguments.layers):
+    if arguments.out == FIXTURES and (arguments.seed or arguments.hidden or arguments.layers or arguments.lengths):
         parser.error("the fixtures have their own seed and sizes: name another --out")
     warnings.filterwarnings("ignore")
     transformers.utils.logging.disable_progress_bar()

@@ -121,12 +121,13 @@ def main():
     parser.add_argument("--seed", default="1")
     parser.add_argument("--hidden", help="width of the stream; the family's own where not given")
     parser.add_argument("--layers", help="number of blocks; the family's own where not given")
+    parser.add_argument("--lengths", help="tokens of each of three documents, as in 230,7,90")
     arguments = parser.parse_args()
     failed = 0
     with tempfile.TemporaryDirectory(prefix="engraft-family-") as work:
         work = pathlib.Path(work)
         make = [sys.executable, "-B", HERE / "families.py", "--family", arguments.family, "--weights", "--out", work / "made"]
-        for name in ("seed", "hidden", "layers"):
+        for name in ("seed", "hidden", "layers", "lengths"):
             if value := getattr(arguments, name):
                 make += [f"--{name}", value]
         subprocess.run(list(map(str, make)), check=True)

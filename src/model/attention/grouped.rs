@@ -8,7 +8,7 @@ use crate::model::layer::Context;
 use crate::model::linear::Linear;
 use crate::model::load::Reader;
 use crate::model::spec::{self, LayerSpec, Mask, Position, Projection, Temperature};
-use crate::ops::{self, Alibi, Norm, Scoring};
+use crate::ops::{self, Activation, Alibi, Norm, Scoring};
 
 /// Grouped attention with its weights.
 #[derive(Debug, Clone)]
@@ -31,6 +31,8 @@ pub(in crate::model) struct GroupedAttention {
 enum Input {
     /// Query, key, value.
     Separate(Box<[Linear; 3]>),
+    /// Query and gate of each head, key, value.
+    Gated(Box<[Linear; 3]>),
     Fused(Box<Linear>),
     PerHead(Box<Linear>),
 }
@@ -62,6 +64,9 @@ impl GroupedAttention {
         let input = match &attention.projection {
             Projection::Separate { query, key, value } => {
                 Input::Separate(Box::new([read.linear(query)?, read.linear(key)?, read.linear(value)?]))
+            }
+            Projection::Gated { query_gate, key, value } => {
+                Input::Gated(Box::new([read.linear(query_gate)?, read.linear(key)?, read.linear(value)?]))
             }
             Projection::Fused(linear) => Input::Fused(Box::new(read.linear(linear)?)),
             Projection::PerHead(linear) => Input::PerHead(Box::new(read.linear(linear)?)),
@@ -98,7 +103,7 @@ impl GroupedAttention {
         cache: Option<&mut KeysValues>,
     ) -> Tensor {
         let tokens = h.size()[0];
-        let [q, k, v] = self.queries_keys_values(h, norm, context);
+        let ([q, k, v], gate) = self.queries_keys_values(h, norm, context);
         let q = q.view([tokens, self.heads, self.head_size]); // (T, N, H)
         let k = k.view([tokens, self.kv_heads, self.head_size]); // (T, K, H)
         let v = v.view([tokens, self.kv_heads, self.head_size]); // (T, K, H)
@@ -117,7 +122,11 @@ impl GroupedAttention {
             Some(cache) => cache.attend(&q, &k, &v, context.documents, &self.scoring, self.mask),
         };
         let attended = attended.view([tokens, self.heads * self.head_size]); // (T, N H)
-        ops::projection(&attended, None, &[self.output.operand(context.dropout_seed)], residual).remove(0)
+        let output = self.output.operand(context.dropout_seed);
+        match gate {
+            Some(gate) => ops::gated_projection(Activation::Sigmoid, &gate, Some(&attended), output, residual),
+            None => ops::projection(&attended, None, &[output], residual).remove(0),
+        }
     }
 
     fn normed(&self, q: Tensor, k: Tensor) -> (Tensor, Tensor) {
@@ -127,25 +136,41 @@ impl GroupedAttention {
         }
     }
 
-    fn queries_keys_values(&self, h: &Tensor, norm: Option<&Norm>, context: &Context<'_>) -> [Tensor; 3] {
+    /// q (T, N H), k and v (T, K H), and the gate of the output (T, N H) where there is one.
+    fn queries_keys_values(
+        &self,
+        h: &Tensor,
+        norm: Option<&Norm>,
+        context: &Context<'_>,
+    ) -> ([Tensor; 3], Option<Tensor>) {
         let seed = context.dropout_seed;
         let fused = |linear: &Linear| ops::projection(h, norm, &[linear.operand(seed)], None).remove(0);
         let (query, key) = (self.heads * self.head_size, self.kv_heads * self.head_size);
+        let separate = |linears: &[Linear; 3]| -> [Tensor; 3] {
+            let parts = ops::projection(h, norm, &linears.each_ref().map(|l| l.operand(seed)), None);
+            parts.try_into().expect("one of each")
+        };
         let parts = match &self.input {
-            Input::Separate(linears) => ops::projection(h, norm, &linears.each_ref().map(|l| l.operand(seed)), None),
+            Input::Separate(linears) => return (separate(linears), None),
+            Input::Gated(linears) => {
+                let [both, k, v] = separate(linears);
+                let mut parts = ops::split(&both, self.heads, &[self.head_size, self.head_size]);
+                let gate = parts.pop();
+                return ([parts.remove(0), k, v], gate);
+            }
             Input::Fused(linear) => ops::split(&fused(linear), 1, &[query, key, key]),
             Input::PerHead(linear) => {
                 let widths = [query / self.kv_heads, self.head_size, self.head_size];
                 ops::split(&fused(linear), self.kv_heads, &widths)
             }
         };
-        parts.try_into().expect("queries, keys and values")
+        (parts.try_into().expect("queries, keys and values"), None)
     }
 
     /// Linears in checkpoint order.
     pub(super) fn linears(&self) -> Vec<&Linear> {
         let mut all: Vec<&Linear> = match &self.input {
-            Input::Separate(linears) => linears.iter().collect(),
+            Input::Separate(linears) | Input::Gated(linears) => linears.iter().collect(),
             Input::Fused(linear) | Input::PerHead(linear) => vec![&**linear],
         };
         all.push(&self.output);
@@ -155,7 +180,7 @@ impl GroupedAttention {
     /// Linears in checkpoint order.
     pub(super) fn linears_mut(&mut self) -> Vec<&mut Linear> {
         let mut all: Vec<&mut Linear> = match &mut self.input {
-            Input::Separate(linears) => linears.iter_mut().collect(),
+            Input::Separate(linears) | Input::Gated(linears) => linears.iter_mut().collect(),
             Input::Fused(linear) | Input::PerHead(linear) => vec![&mut **linear],
         };
         all.push(&mut self.output);

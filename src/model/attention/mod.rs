@@ -1,5 +1,6 @@
 //! How tokens look at each other: built from its spec, walked forward.
 
+mod delta_net;
 mod grouped;
 mod latent;
 
@@ -12,6 +13,7 @@ use super::load::Reader;
 use super::spec::{self, LayerSpec};
 use crate::Result;
 use crate::ops::Norm;
+use delta_net::DeltaNet;
 use grouped::GroupedAttention;
 use latent::LatentAttention;
 
@@ -20,6 +22,7 @@ use latent::LatentAttention;
 pub(super) enum Attention {
     Grouped(Box<GroupedAttention>),
     Latent(Box<LatentAttention>),
+    DeltaNet(Box<DeltaNet>),
 }
 
 impl Attention {
@@ -29,6 +32,7 @@ impl Attention {
                 Ok(Self::Grouped(Box::new(GroupedAttention::load(grouped, spec, read)?)))
             }
             spec::Attention::Latent(latent) => Ok(Self::Latent(Box::new(LatentAttention::load(latent, spec, read)?))),
+            spec::Attention::DeltaNet(net) => Ok(Self::DeltaNet(Box::new(DeltaNet::load(net, read)?))),
         }
     }
 
@@ -44,6 +48,7 @@ impl Attention {
         match self {
             Self::Grouped(grouped) => grouped.forward(h, norm, residual, context, cache.map(LayerCache::keys_values)),
             Self::Latent(latent) => latent.forward(h, norm, residual, context, cache.map(LayerCache::keys_values)),
+            Self::DeltaNet(net) => net.forward(h, norm, residual, context, cache.map(LayerCache::recurrent)),
         }
     }
 
@@ -52,6 +57,7 @@ impl Attention {
         match self {
             Self::Grouped(grouped) => grouped.linears(),
             Self::Latent(latent) => latent.linears(),
+            Self::DeltaNet(net) => net.linears(),
         }
     }
 
@@ -60,6 +66,7 @@ impl Attention {
         match self {
             Self::Grouped(grouped) => grouped.linears_mut(),
             Self::Latent(latent) => latent.linears_mut(),
+            Self::DeltaNet(net) => net.linears_mut(),
         }
     }
 
@@ -68,6 +75,7 @@ impl Attention {
         match self {
             Self::Grouped(grouped) => LayerCache::KeysValues(grouped.cache(sequences, options)),
             Self::Latent(latent) => LayerCache::KeysValues(latent.cache(sequences, options)),
+            Self::DeltaNet(net) => LayerCache::Recurrent(net.cache(sequences, options)),
         }
     }
 }

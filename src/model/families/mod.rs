@@ -12,6 +12,7 @@ mod layer_norm;
 mod llama;
 mod llama4;
 mod olmo;
+mod qwen_next;
 mod wrapped;
 
 use std::cell::RefCell;
@@ -45,6 +46,7 @@ const FAMILIES: &[Family] = &[
     Family { model_type: "mixtral", known_as: "Mixtral", spec: experts::mixtral },
     Family { model_type: "qwen2_moe", known_as: "Qwen 1.5 and 2 MoE", spec: experts::qwen2_moe },
     Family { model_type: "qwen3_moe", known_as: "Qwen 3 MoE (30B-A3B, 235B-A22B)", spec: experts::qwen3_moe },
+    Family { model_type: "qwen3_5_text", known_as: "Qwen 3.5 (text)", spec: qwen_next::qwen3_5 },
     Family { model_type: "granite", known_as: "Granite 3", spec: llama::granite },
     Family { model_type: "gemma", known_as: "Gemma", spec: gemma::gemma },
     Family { model_type: "gemma2", known_as: "Gemma 2", spec: gemma::gemma2 },

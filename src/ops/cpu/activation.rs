@@ -14,6 +14,7 @@ pub(in crate::ops) fn gated(activation: Activation, gate: &Tensor, up: Option<&T
         Activation::Silu => by_kind!(gate.kind(), gated_of(Silu, gate, up)),
         Activation::Gelu => by_kind!(gate.kind(), gated_of(Gelu, gate, up)),
         Activation::GeluTanh => by_kind!(gate.kind(), gated_of(GeluTanh, gate, up)),
+        Activation::Sigmoid => by_kind!(gate.kind(), gated_of(Sigmoid, gate, up)),
         Activation::Clamped { limit, slope, offset } => {
             let clamped = Clamped { limit: limit as f32, slope: slope as f32, offset: offset as f32 };
             by_kind!(gate.kind(), gated_of(clamped, gate, up))
@@ -32,6 +33,7 @@ pub(in crate::ops) fn gated_backward(
         Activation::Silu => by_kind!(gate.kind(), gated_backward_of(Silu, dy, gate, up)),
         Activation::Gelu => by_kind!(gate.kind(), gated_backward_of(Gelu, dy, gate, up)),
         Activation::GeluTanh => by_kind!(gate.kind(), gated_backward_of(GeluTanh, dy, gate, up)),
+        Activation::Sigmoid => by_kind!(gate.kind(), gated_backward_of(Sigmoid, dy, gate, up)),
         Activation::Clamped { limit, slope, offset } => {
             let clamped = Clamped { limit: limit as f32, slope: slope as f32, offset: offset as f32 };
             by_kind!(gate.kind(), gated_backward_of(clamped, dy, gate, up))
@@ -57,12 +59,22 @@ struct Silu;
 struct Gelu;
 #[derive(Clone, Copy)]
 struct GeluTanh;
+#[derive(Clone, Copy)]
+struct Sigmoid;
 /// The fields of [`Activation::Clamped`].
 #[derive(Clone, Copy)]
 struct Clamped {
     limit: f32,
     slope: f32,
     offset: f32,
+}
+
+impl Curve for Sigmoid {
+    #[inline(always)]
+    fn at(self, x: f32, fused: bool) -> (f32, f32) {
+        let s = sigmoid(x, fused);
+        (s, s * (1.0 - s))
+    }
 }
 
 impl Curve for Silu {
