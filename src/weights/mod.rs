@@ -5,9 +5,9 @@
 
 mod file;
 mod folder;
-mod fp8;
 mod gguf;
 pub mod hub;
+mod quantised;
 mod safetensors;
 mod storage;
 pub mod writer;
@@ -23,7 +23,7 @@ use crate::{Error, Fault, Result};
 
 pub(crate) use file::json_object;
 pub use file::sha256_file;
-pub(crate) use fp8::prove_readable;
+pub(crate) use quantised::prove_readable;
 
 /// A base model opened: nothing but headers read yet.
 ///
@@ -81,7 +81,9 @@ enum Form {
     Plain(&'static storage::Dtype),
     Blocks(&'static gguf::Quantisation, gguf::Conversion),
     /// To be multiplied by scales that are stored beside it.
-    Scaled(&'static storage::Dtype, fp8::Scales),
+    Scaled(&'static storage::Dtype, quantised::fp8::Scales),
+    /// Two numbers to a byte, with exponents that are stored beside them.
+    Mxfp4(quantised::mxfp4::Scales),
 }
 
 impl Checkpoint {
@@ -151,6 +153,7 @@ impl Checkpoint {
         self.find(name).map(|tensor| match tensor.form {
             Form::Plain(dtype) | Form::Scaled(dtype, _) => dtype.name,
             Form::Blocks(quantisation, _) => quantisation.name,
+            Form::Mxfp4(_) => "MXFP4",
         })
     }
 
@@ -179,6 +182,10 @@ impl Checkpoint {
             Form::Scaled(dtype, scales) => {
                 let beside = self.source_of(scales.file, &scales.name, scales.offset);
                 scales.read(source, dtype, &stored.shape, beside, kind)?
+            }
+            Form::Mxfp4(scales) => {
+                let beside = self.source_of(scales.file, &scales.name, scales.offset);
+                quantised::mxfp4::read(source, beside, &stored.shape, kind)?
             }
         };
         storage::place(tensor, device)

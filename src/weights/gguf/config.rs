@@ -104,6 +104,7 @@ fn dtype(tensors: &[Stored]) -> &'static str {
     let name = largest.map(|tensor| match tensor.form {
         Form::Plain(dtype) | Form::Scaled(dtype, _) => dtype.name,
         Form::Blocks(Quantisation { name, .. }, _) => name,
+        Form::Mxfp4(_) => "MXFP4",
     });
     match name {
         Some("F32") => "float32",

@@ -15,8 +15,9 @@ use regex::Regex;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
-use super::storage::{self, Dtype, PIECE, Source};
-use super::{Form, Stored};
+use super::{method, quantisation};
+use crate::weights::storage::{self, Dtype, PIECE, Source};
+use crate::weights::{Form, Stored};
 use crate::{Error, Fault, Result};
 
 /// After the name of a weight: its scales.
@@ -25,12 +26,12 @@ const SCALE: &str = "_scale_inv";
 const ACTIVATION_SCALE: &str = ".activation_scale";
 /// Numbers per parallel task, about.
 const TASK: usize = 1 << 17;
-/// The only `quant_method` that is read.
-const METHOD: &str = "fp8";
+/// Its `quant_method`.
+pub(super) const METHOD: &str = "fp8";
 
 /// Where the scales of a weight are.
 #[derive(Debug)]
-pub(super) struct Scales {
+pub(in crate::weights) struct Scales {
     pub name: String,
     dtype: &'static Dtype,
     shape: Vec<i64>,
@@ -40,31 +41,6 @@ pub(super) struct Scales {
     pub offset: u64,
     /// Rows and columns of the weight to a scale; `None` where there is one for all.
     block: Option<[usize; 2]>,
-}
-
-/// An error where `config` (of a model) asks for a quantisation that is not read.
-pub(crate) fn prove_readable(config: &Value) -> Result<()> {
-    let Some((place, found)) = quantisation(config) else { return Ok(()) };
-    if method(found) == Some(METHOD) {
-        return Ok(());
-    }
-    let what = match found.get("quant_method").and_then(Value::as_str) {
-        Some(method) => format!("a base quantised by {method:?} is not supported"),
-        None => "missing, so there is no telling how the base is quantised".to_string(),
-    };
-    let hint = format!("supported: {METHOD}, in F8_E4M3 or F8_E5M2; or name the model's unquantised version");
-    Err(Error::Model(Fault::new(format!("config.json: {place}.quant_method"), what).hint(hint)))
-}
-
-/// `quantization_config` of a model or of its text part, with where it is.
-fn quantisation(config: &Value) -> Option<(&'static str, &Value)> {
-    let own = config.get("quantization_config").map(|found| ("quantization_config", found));
-    let text = || Some(("text_config.quantization_config", config.get("text_config")?.get("quantization_config")?));
-    own.filter(|(_, found)| !found.is_null()).or_else(|| text().filter(|(_, found)| !found.is_null()))
-}
-
-fn method(quantisation: &Value) -> Option<&str> {
-    quantisation.get("quant_method").and_then(Value::as_str)
 }
 
 /// Puts fp8 weights and their scales together, where `config` says that there are such; other models are left as they are.
@@ -217,7 +193,7 @@ impl Scheme {
 
 impl Scales {
     /// Reads a `weight` of `shape` stored as `dtype`, and its `scales`: `f32(q) * scale`, rounded once to `kind`.
-    pub(super) fn read(
+    pub(in crate::weights) fn read(
         &self,
         weight: Source,
         dtype: &Dtype,

@@ -5,7 +5,7 @@ use tch::Device;
 
 use super::*;
 use crate::recipe::BaseSource;
-use crate::weights::Checkpoint;
+use crate::weights::{Checkpoint, prove_readable};
 use crate::weights::writer::{self, TensorSpec};
 
 /// Weights, scales and what torch makes of them: `tests/python/fp8_scales.py` writes it.

@@ -1,0 +1,157 @@
+//! Weights in MXFP4, as gpt-oss is published.
+//!
+//! `quantization_config {"quant_method": "mxfp4"}`: `X_blocks` (E, out, in / 32, 16), u8, holds two numbers to a byte, the low half
+//! first, and `X_scales` (E, out, in / 32), u8, an exponent for each 32: a number is `fp4 * 2^(scale - 127)` (OCP Microscaling
+//! Formats 1.0, sections 5.3.3 and 5.4.1). Together they are shown as `X` (E, in, out), the layout of the model without them.
+
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use rayon::prelude::*;
+use serde_json::Value;
+use tch::{Kind, Tensor};
+
+use super::{method, quantisation};
+use crate::weights::storage::{self, Source};
+use crate::weights::{Form, Stored};
+use crate::{Error, Fault, Result};
+
+/// Its `quant_method`.
+pub(super) const METHOD: &str = "mxfp4";
+
+const BLOCKS: &str = "_blocks";
+const SCALES: &str = "_scales";
+/// Numbers to a scale.
+const BLOCK: usize = 32;
+/// What the 16 codes stand for: a sign, two bits of exponent, one of mantissa.
+const NUMBERS: [f32; 16] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
+/// Blocks per parallel task, about.
+const TASK: usize = 1 << 12;
+
+/// Where the scales of a weight are.
+#[derive(Debug)]
+pub(in crate::weights) struct Scales {
+    /// Their name in the file.
+    pub name: String,
+    /// Index into the checkpoint's files.
+    pub file: usize,
+    /// First byte in the file.
+    pub offset: u64,
+}
+
+/// Puts blocks and their scales together, where `config` says that there are such.
+///
+/// Errors: blocks without scales or scales without blocks; shapes that are none of MXFP4, or do not fit each other.
+pub(super) fn pair(
+    config: &Value,
+    files: &[PathBuf],
+    tensors: Vec<Stored>,
+    notices: &mut Vec<String>,
+) -> Result<Vec<Stored>> {
+    if quantisation(config).is_none_or(|(_, found)| method(found) != Some(METHOD)) {
+        return Ok(tensors);
+    }
+    let fault = |tensor: &Stored, what: String| {
+        let place = format!("{}: {}", files[tensor.file].display(), tensor.stored_name);
+        let hint = "is the download complete? fetch the model again, or name its unquantised version";
+        Err(Error::Model(Fault::new(place, what).hint(hint)))
+    };
+    let by_name: HashMap<&str, &Stored> = tensors.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect();
+    if by_name.len() < tensors.len() {
+        return Ok(tensors); // a tensor that is there twice: refused when the checkpoint is put together
+    }
+    let mut scales: HashMap<String, Scales> = HashMap::new();
+    let mut taken: HashSet<String> = HashSet::new();
+    for tensor in &tensors {
+        if let Some(name) = tensor.name.strip_suffix(SCALES)
+            && !by_name.contains_key(format!("{name}{BLOCKS}").as_str())
+        {
+            return fault(tensor, format!("the blocks it scales, {name}{BLOCKS}, are missing"));
+        }
+        let Some(name) = tensor.name.strip_suffix(BLOCKS) else { continue };
+        let Some(own) = by_name.get(format!("{name}{SCALES}").as_str()) else {
+            return fault(tensor, format!("its scales, {name}{SCALES}, are missing"));
+        };
+        let bytes = |tensor: &Stored| matches!(tensor.form, Form::Plain(dtype) if dtype.kind == Some(Kind::Uint8));
+        let [experts, rows, blocks, half] = tensor.shape[..] else {
+            return fault(tensor, format!("is {:?}; (experts, out, in / {BLOCK}, 16) expected", tensor.shape));
+        };
+        if half as usize != BLOCK / 2 || !bytes(tensor) || !bytes(own) {
+            return fault(tensor, format!("is {:?}; (experts, out, in / {BLOCK}, 16) of U8 expected", tensor.shape));
+        }
+        if own.shape != [experts, rows, blocks] {
+            let what =
+                format!("is {:?} for blocks of {:?}; {:?} expected", own.shape, tensor.shape, &tensor.shape[..3]);
+            return fault(own, what);
+        }
+        if by_name.contains_key(name) {
+            return fault(tensor, format!("{name} is there as plain numbers, too"));
+        }
+        taken.insert(own.name.clone());
+        let own = Scales { name: own.stored_name.clone(), file: own.file, offset: own.offset };
+        scales.insert(tensor.name.clone(), own);
+    }
+    if !scales.is_empty() {
+        notices.push(format!(
+            "the base holds weights in MXFP4 ({}): they are read as plain numbers, and a merged model is written so",
+            scales.len()
+        ));
+    }
+    let shown = tensors.into_iter().filter(|tensor| !taken.contains(&tensor.name)).map(|mut tensor| {
+        if let Some(scales) = scales.remove(&tensor.name) {
+            let [experts, rows, blocks, _] = tensor.shape[..] else { unreachable!("checked above") };
+            tensor.name.truncate(tensor.name.len() - BLOCKS.len());
+            tensor.shape = vec![experts, blocks * BLOCK as i64, rows];
+            tensor.form = Form::Mxfp4(scales);
+        }
+        tensor
+    });
+    Ok(shown.collect())
+}
+
+/// Reads blocks and their scales as (E, in, out), which is `shape`: exact in every type that `kind` may be, but where a scale is
+/// beyond its range.
+pub(in crate::weights) fn read(blocks: Source, scales: Source, shape: &[i64], kind: Kind) -> Result<Tensor> {
+    let &[experts, columns, rows] = shape else { unreachable!("made with three dimensions") };
+    let written = if matches!(kind, Kind::BFloat16 | Kind::Half) { kind } else { Kind::Float };
+    let size = written.elt_size_in_bytes();
+    let mut tensor = storage::allocate(&[experts, rows, columns], written)?;
+    let damaged = AtomicUsize::new(0);
+    storage::bytes_mut(&mut tensor).par_chunks_mut(TASK * BLOCK * size).enumerate().try_for_each_init(
+        || (Vec::new(), Vec::new()),
+        |(codes, exponents), (task, out)| {
+            let count = out.len() / (BLOCK * size);
+            codes.resize(count * BLOCK / 2, 0);
+            exponents.resize(count, 0);
+            blocks.read(codes, (task * TASK * BLOCK / 2) as u64)?;
+            scales.read(exponents, (task * TASK) as u64)?;
+            let of_block = codes.chunks(BLOCK / 2).zip(exponents.iter()).zip(out.chunks_mut(BLOCK * size));
+            for ((codes, exponent), out) in of_block {
+                let scale = power(*exponent);
+                let mut numbers = [0f32; BLOCK];
+                for (pair, code) in numbers.chunks_mut(2).zip(codes) {
+                    pair[0] = NUMBERS[usize::from(code & 15)] * scale;
+                    pair[1] = NUMBERS[usize::from(code >> 4)] * scale;
+                }
+                storage::round(written, &numbers, out);
+            }
+            damaged.fetch_add(storage::non_finite(written, out), Ordering::Relaxed);
+            Ok::<(), Error>(())
+        },
+    )?;
+    blocks.finite(damaged.into_inner(), written)?;
+    storage::convert(blocks, tensor.transpose(1, 2).contiguous(), kind)
+}
+
+/// `2^(exponent - 127)`; the largest exponent stands for no number.
+fn power(exponent: u8) -> f32 {
+    match exponent {
+        0 => f32::from_bits(1 << 22), // 2^-127 is subnormal
+        255 => f32::NAN,
+        _ => f32::from_bits(u32::from(exponent) << 23),
+    }
+}
+
+#[cfg(test)]
+mod tests;
