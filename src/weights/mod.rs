@@ -79,7 +79,7 @@ struct Stored {
 #[derive(Debug)]
 enum Form {
     Plain(&'static storage::Dtype),
-    Blocks(&'static gguf::Quantisation, gguf::RowOrder),
+    Blocks(&'static gguf::Quantisation, gguf::Conversion),
     /// To be multiplied by scales that are stored beside it.
     Scaled(&'static storage::Dtype, fp8::Scales),
 }
@@ -172,7 +172,7 @@ impl Checkpoint {
         let source = self.source_of(stored.file, &stored.stored_name, stored.offset);
         let tensor = match &stored.form {
             Form::Plain(dtype) => match gguf::Quantisation::converting(dtype, kind) {
-                Some(floats) => gguf::read_blocks(source, floats, gguf::RowOrder::Same, &stored.shape, kind)?,
+                Some(floats) => gguf::read_blocks(source, floats, gguf::Conversion::Same, &stored.shape, kind)?,
                 None => storage::read_plain(source, dtype, &stored.shape, kind)?,
             },
             Form::Blocks(quantisation, rows) => gguf::read_blocks(source, quantisation, *rows, &stored.shape, kind)?,

@@ -1,5 +1,6 @@
 //! `config.json` from GGUF metadata, as transformers' own GGUF loader makes it, with the rope scaling it leaves out.
 
+use std::collections::HashMap;
 use std::f64::consts::PI;
 use std::fs::File;
 use std::path::Path;
@@ -7,21 +8,21 @@ use std::path::Path;
 use serde_json::{Map, Value as Json, json};
 use tch::Kind;
 
-use super::header::Entry;
-use super::names::{Architecture, Constant};
-use super::{Form, Metadata, Quantisation, RowOrder, Stored, read_blocks};
+use super::header::{Entry, shortest};
+use super::names::{Architecture, Field, Heads, Rotary};
+use super::{Conversion, Form, Metadata, Quantisation, Stored, read_blocks};
 use crate::weights::storage::{self, Source};
 use crate::{Error, Result};
 
 /// The tensor into which llama.cpp's converter bakes Llama 3's rope scaling: one divisor per rotary frequency.
-pub(super) const ROPE_FACTORS: &str = "rope_freqs.weight";
+const ROPE_FACTORS: &str = "rope_freqs.weight";
+/// LongRoPE's factors, of short documents and of long ones.
+const LONG_ROPE: [&str; 2] = ["rope_factors_short.weight", "rope_factors_long.weight"];
+/// The tensors that the config is made of.
+pub(super) const FACTORS: [&str; 3] = [ROPE_FACTORS, LONG_ROPE[0], LONG_ROPE[1]];
 
-/// Attention heads.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Heads {
-    pub query: i64,
-    pub key: i64,
-}
+/// What those tensors hold.
+pub(super) type Factors = HashMap<String, Vec<f64>>;
 
 /// The head counts, both positive.
 pub(super) fn heads(architecture: &Architecture, metadata: &Metadata) -> Result<Heads> {
@@ -36,12 +37,12 @@ pub(super) fn heads(architecture: &Architecture, metadata: &Metadata) -> Result<
     Ok(Heads { query, key: heads })
 }
 
-/// Reads [`ROPE_FACTORS`].
+/// Reads one of [`FACTORS`].
 pub(super) fn read_factors(path: &Path, file: &File, entry: &Entry) -> Result<Vec<f64>> {
     let source = Source { path, file, name: &entry.name, offset: entry.offset };
-    let tensor = read_blocks(source, entry.quantisation, RowOrder::Same, &entry.shape, Kind::Float)?;
+    let tensor = read_blocks(source, entry.quantisation, Conversion::Same, &entry.shape, Kind::Float)?;
     let numbers = storage::bytes(&tensor).as_chunks().0.iter();
-    Ok(numbers.map(|bytes| f64::from(f32::from_le_bytes(*bytes))).collect())
+    Ok(numbers.map(|bytes| shortest(f32::from_le_bytes(*bytes))).collect())
 }
 
 /// Makes `config.json`.
@@ -50,7 +51,7 @@ pub(super) fn make(
     metadata: &Metadata,
     heads: Heads,
     tensors: &[Stored],
-    rope_factors: Option<&[f64]>,
+    factors: &Factors,
 ) -> Result<Json> {
     let key = |name: &str| format!("{}.{name}", architecture.name);
     if let Some(experts) = metadata.integer(&key("expert_count"))?
@@ -62,37 +63,25 @@ pub(super) fn make(
     let mut config = Map::new();
     config.insert("architectures".into(), json!([architecture.class]));
     config.insert("model_type".into(), json!(architecture.model_type));
-    for (from, to) in architecture.settings {
-        let key = key(from);
-        let value = metadata.number(&key)?.ok_or_else(|| metadata.missing(&key))?;
-        if value <= 0.0 {
-            return Err(Error::Model(metadata.fault(&key, format_args!("must be positive, is {value}"))));
+    for field in architecture.fields.iter().copied().flatten() {
+        let (name, value) = field_value(field, architecture, metadata, heads, tensors)?;
+        config.insert(name.into(), value);
+    }
+    if architecture.rotary != Rotary::None {
+        let head_size = head_size(architecture, metadata, heads)?;
+        let rotated = rotated(architecture, metadata, head_size)?;
+        if let Rotary::Share(field) = architecture.rotary {
+            config.insert(field.into(), json!(fraction(rotated, head_size)));
         }
-        // Counts are integers in the metadata and must be in the config.
-        let json = metadata.integer(&key).ok().flatten().map_or_else(|| json!(value), |count| json!(count));
-        config.insert((*to).into(), json);
-    }
-    config.insert("num_key_value_heads".into(), json!(heads.key));
-    let head_size = head_size(architecture, metadata, heads)?;
-    config.insert("head_dim".into(), json!(head_size));
-
-    let theta = metadata.number(&key("rope.freq_base"))?.unwrap_or(10_000.0);
-    config.insert("rope_theta".into(), json!(theta));
-    let scaling = rope_scaling(architecture, metadata, theta, head_size, rope_factors)?;
-    config.insert("rope_scaling".into(), scaling);
-    for (name, value) in architecture.constants {
-        let value = match value {
-            Constant::Text(text) => json!(text),
-            Constant::Number(number) => json!(number),
-        };
-        config.insert((*name).into(), value);
+        let theta = metadata.number(&key("rope.freq_base"))?.unwrap_or(10_000.0);
+        config.insert("rope_theta".into(), json!(theta));
+        let scaling = rope_scaling(architecture, metadata, theta, rotated, factors)?;
+        config.insert("rope_scaling".into(), scaling);
     }
 
-    let has = |suffix: &str| tensors.iter().any(|tensor| tensor.name.ends_with(suffix));
-    config.insert("attention_bias".into(), json!(has(".self_attn.q_proj.bias")));
-    config.insert("mlp_bias".into(), json!(has(".mlp.gate_proj.bias")));
-    config.insert("tie_word_embeddings".into(), json!(!has("lm_head.weight")));
-    let embedding = tensors.iter().find(|tensor| tensor.name == "model.embed_tokens.weight");
+    let has = |name: &str| tensors.iter().any(|tensor| tensor.stored_name == name);
+    config.insert("tie_word_embeddings".into(), json!(!has("output.weight")));
+    let embedding = tensors.iter().find(|tensor| tensor.stored_name == "token_embd.weight");
     let Some(&[vocabulary, _]) = embedding.map(|tensor| tensor.shape.as_slice()) else {
         let fault = crate::Fault::at(metadata.path, "there is no tensor token_embd.weight of 2 dimensions");
         return Err(Error::Model(fault));
@@ -123,6 +112,57 @@ fn dtype(tensors: &[Stored]) -> &'static str {
     }
 }
 
+/// Name and value of a field.
+fn field_value(
+    field: &Field,
+    architecture: &Architecture,
+    metadata: &Metadata,
+    heads: Heads,
+    tensors: &[Stored],
+) -> Result<(&'static str, Json)> {
+    let key = |name: &str| format!("{}.{name}", architecture.name);
+    // Counts are integers in the metadata and must be in the config.
+    let json_of =
+        |key: &str, value: f64| metadata.integer(key).ok().flatten().map_or_else(|| json!(value), |count| json!(count));
+    Ok(match *field {
+        Field::Required(from, to) => {
+            let key = key(from);
+            let value = metadata.number(&key)?.ok_or_else(|| metadata.missing(&key))?;
+            if value <= 0.0 {
+                return Err(Error::Model(metadata.fault(&key, format_args!("must be positive, is {value}"))));
+            }
+            (to, json_of(&key, value))
+        }
+        Field::Optional(from, to) => {
+            let key = key(from);
+            let value = metadata.number(&key)?.filter(|value| *value != 0.0);
+            (to, value.map_or(Json::Null, |value| json_of(&key, value)))
+        }
+        Field::Flag(from, to) => {
+            let key = key(from);
+            (to, json!(metadata.bool(&key)?.ok_or_else(|| metadata.missing(&key))?))
+        }
+        Field::Text(to, text) => (to, json!(text)),
+        Field::Number(to, number) => (to, json!(number)),
+        Field::Has(to, end) => (to, json!(tensors.iter().any(|tensor| tensor.name.ends_with(end)))),
+        Field::RowsOf(to, end) => {
+            let rows = tensors.iter().find(|tensor| tensor.name.ends_with(end)).and_then(|tensor| tensor.shape.first());
+            (to, rows.map_or(Json::Null, |rows| json!(rows)))
+        }
+        Field::HeadSize(to) => (to, json!(head_size(architecture, metadata, heads)?)),
+        Field::KeyHeads(to) => (to, json!(heads.key)),
+        Field::Scale { field, of_the_width } => {
+            let whole = metadata.integer(&key("block_count"))? == Some(of_the_width);
+            let size = if whole {
+                positive(metadata, &key("embedding_length"))? / heads.query
+            } else {
+                head_size(architecture, metadata, heads)?
+            };
+            (field, json!(size))
+        }
+    })
+}
+
 fn positive(metadata: &Metadata, key: &str) -> Result<i64> {
     let value = metadata.integer(key)?.ok_or_else(|| metadata.missing(key))?;
     if value <= 0 {
@@ -137,13 +177,11 @@ fn head_size(architecture: &Architecture, metadata: &Metadata, heads: Heads) -> 
         Some(size) => size,
         None => positive(metadata, &key("embedding_length"))? / heads.query,
     };
-    for other in ["attention.value_length", "rope.dimension_count"] {
-        if let Some(value) = metadata.integer(&key(other))?
-            && value != size
-        {
-            let what = format_args!("is {value}, but a head is {size}: not supported for {}", architecture.name);
-            return Err(Error::Model(metadata.fault(&key(other), what)));
-        }
+    if let Some(value) = metadata.integer(&key("attention.value_length"))?
+        && value != size
+    {
+        let what = format_args!("is {value}, but a head is {size}: not supported for {}", architecture.name);
+        return Err(Error::Model(metadata.fault(&key("attention.value_length"), what)));
     }
     if size <= 0 || size % 2 != 0 {
         let what = format_args!("heads of size {size} cannot be rotated: it must be even and positive");
@@ -152,19 +190,59 @@ fn head_size(architecture: &Architecture, metadata: &Metadata, heads: Heads) -> 
     Ok(size)
 }
 
+/// How many elements of a head rotate.
+fn rotated(architecture: &Architecture, metadata: &Metadata, head_size: i64) -> Result<i64> {
+    let key = format!("{}.rope.dimension_count", architecture.name);
+    let rotated = metadata.integer(&key)?.unwrap_or(head_size);
+    let partial = matches!(architecture.rotary, Rotary::Share(_));
+    if rotated == head_size || (partial && rotated > 0 && rotated < head_size && rotated % 2 == 0) {
+        return Ok(rotated);
+    }
+    let what = format_args!("is {rotated}, but a head is {head_size}: not supported for {}", architecture.name);
+    Err(Error::Model(metadata.fault(&key, what)))
+}
+
+/// The share that gives `part` of `whole` when it is multiplied and rounded down.
+fn fraction(part: i64, whole: i64) -> f64 {
+    let exact = part as f64 / whole as f64;
+    if (whole as f64 * exact) as i64 == part { exact } else { exact.next_up() }
+}
+
 /// transformers' `rope_scaling`: from the metadata's keys, or from the factors baked into a tensor.
 fn rope_scaling(
     architecture: &Architecture,
     metadata: &Metadata,
     theta: f64,
-    head_size: i64,
-    factors: Option<&[f64]>,
+    rotated: i64,
+    factors: &Factors,
 ) -> Result<Json> {
     let key = |name: &str| format!("{}.rope.{name}", architecture.name);
-    if let Some(factors) = factors
+    if let [Some(short), Some(long)] = LONG_ROPE.map(|name| factors.get(name)) {
+        let mut scaling = Map::from_iter([
+            ("rope_type".to_string(), json!("longrope")),
+            ("short_factor".to_string(), json!(short)),
+            ("long_factor".to_string(), json!(long)),
+        ]);
+        let lengths = (
+            metadata.number(&format!("{}.context_length", architecture.name))?,
+            metadata.number(&key("scaling.original_context_length"))?,
+        );
+        // What follows from the lengths is left to follow from them, unrounded.
+        let inferred = match lengths {
+            (Some(whole), Some(original)) if whole > original => (1.0 + (whole / original).ln() / original.ln()).sqrt(),
+            _ => 1.0,
+        };
+        if let Some(factor) = metadata.number(&key("scaling.attn_factor"))?
+            && (factor - inferred).abs() > 1e-6
+        {
+            scaling.insert("attention_factor".into(), json!(factor));
+        }
+        return Ok(Json::Object(scaling));
+    }
+    if let Some(factors) = factors.get(ROPE_FACTORS)
         && factors.iter().any(|factor| *factor != 1.0)
     {
-        return llama3(theta, head_size, factors).ok_or_else(|| {
+        return llama3(theta, rotated, factors).ok_or_else(|| {
             let fault = metadata.fault(ROPE_FACTORS, "these frequency factors are not those of Llama 3's rope scaling");
             Error::Model(fault.hint("use the model's safetensors"))
         });
@@ -195,7 +273,9 @@ fn rope_scaling(
                     scaling.insert(to.into(), json!(value));
                 }
             }
-            if let Some(attention) = metadata.number(&key("scaling.attn_factor"))? {
+            if let Some(attention) = metadata.number(&key("scaling.yarn_attn_factor"))? {
+                scaling.insert("attention_factor".into(), json!(attention));
+            } else if let Some(attention) = metadata.number(&key("scaling.attn_factor"))? {
                 // llama.cpp multiplies the paper's factor by this one; transformers' key replaces it.
                 scaling.insert("attention_factor".into(), json!(attention * (0.1 * factor.ln() + 1.0)));
             }

@@ -107,6 +107,11 @@ pub(super) fn read(path: &Path, file: &File, length: u64) -> Result<Header> {
     Ok(Header { metadata, tensors })
 }
 
+/// The shortest decimal that is this f32: 1e-5 was written as an f32 and should be 1e-5 again, not 9.999999747378752e-6.
+pub(super) fn shortest(number: f32) -> f64 {
+    number.to_string().parse().unwrap_or(f64::from(number))
+}
+
 /// A tensor as written, not yet checked against the data.
 struct Info {
     name: String,
@@ -310,9 +315,7 @@ impl Reader<'_> {
         if kind == 12 {
             return Ok(f64::from_le_bytes(self.array()?));
         }
-        // The shortest decimal that is this f32: 1e-5 was written as an f32 and should be 1e-5 again, not 9.999999747378752e-6.
-        let short = f32::from_le_bytes(self.array()?);
-        Ok(short.to_string().parse().unwrap_or(f64::from(short)))
+        Ok(shortest(f32::from_le_bytes(self.array()?)))
     }
 
     fn tensor(&mut self) -> Result<Info> {

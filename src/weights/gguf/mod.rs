@@ -1,5 +1,6 @@
 //! GGUF: one file (or its parts) with weights, config and tokenizer, shown as a transformers checkpoint.
 
+mod architectures;
 mod config;
 mod header;
 mod names;
@@ -10,8 +11,9 @@ mod tokenizer;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
+use architectures::ARCHITECTURES;
 use header::Value;
-use names::{ARCHITECTURES, Architecture};
+use names::Architecture;
 pub(super) use quants::Quantisation;
 pub(super) use read::read_blocks;
 
@@ -19,27 +21,50 @@ use super::storage::Dtype;
 use super::{Form, Parts, Stored, file};
 use crate::{Error, Fault, Result};
 
-/// The order of a stored tensor's rows.
+/// What llama.cpp's converter did to a tensor, to be undone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum RowOrder {
-    /// The checkpoint's.
+pub(super) enum Conversion {
+    /// Nothing.
     Same,
+    /// 1 was added to each number.
+    FromOne,
     /// Within each head, llama.cpp stores row `i` of the first half and row `i` of the second next to each other (its rotary
     /// embedding turns adjacent pairs), where transformers stores the two halves one after the other.
     Paired {
         /// Rows of half a head.
         half: usize,
     },
+    /// All queries, all keys, all values are one after the other, where the checkpoint has, for each key, its queries, the key
+    /// and its value.
+    Apart {
+        /// Query heads.
+        queries: usize,
+        /// Key heads.
+        keys: usize,
+        /// Rows of a head.
+        size: usize,
+    },
 }
 
-impl RowOrder {
+impl Conversion {
     /// Where the checkpoint's row `row` is stored. Source: `permute` of llama.cpp's `convert_hf_to_gguf.py`, reversed.
     fn stored(self, row: usize) -> usize {
         match self {
-            RowOrder::Same => row,
-            RowOrder::Paired { half } => {
+            Conversion::Same | Conversion::FromOne => row,
+            Conversion::Paired { half } => {
                 let (head, row) = (row / (2 * half), row % (2 * half));
                 head * 2 * half + row % half * 2 + row / half
+            }
+            Conversion::Apart { queries, keys, size } => {
+                let (head, row) = (row / size, row % size);
+                let group = queries / keys;
+                let (key, head) = (head / (group + 2), head % (group + 2));
+                let head = match head.checked_sub(group) {
+                    None => key * group + head,
+                    Some(0) => queries + key,
+                    Some(_) => queries + keys + key,
+                };
+                head * size + row
             }
         }
     }
@@ -60,20 +85,26 @@ pub(super) fn open(path: &Path) -> Result<Parts> {
     check_split(&metadata, &files, &headers)?;
 
     let name = metadata.text("general.architecture")?;
-    let Some(architecture) = Architecture::named(name) else {
-        let known: Vec<_> = ARCHITECTURES.iter().map(|architecture| architecture.name).collect();
+    let has = |what: &str| {
+        let tensor = |header: &header::Header| header.tensors.iter().any(|entry| entry.name == what);
+        metadata.values.contains_key(&format!("{name}.{what}")) || headers.iter().any(tensor)
+    };
+    let Some(architecture) = Architecture::named(name, has) else {
+        let mut known: Vec<_> = ARCHITECTURES.iter().map(|architecture| architecture.name).collect();
+        known.dedup();
         let fault = metadata.fault("general.architecture", format_args!("{name} is not supported from GGUF"));
         let hint = format!("supported: {}; or use the model's safetensors", known.join(", "));
         return Err(Error::Model(fault.hint(hint)));
     };
     let heads = config::heads(architecture, &metadata)?;
     let mut tensors = Vec::new();
-    let mut rope_factors = None;
+    let mut factors = HashMap::new();
     for (file, header) in headers.into_iter().enumerate() {
         for entry in header.tensors {
             let fault = |what: String| Fault::new(format_args!("{}: {}", files[file].display(), entry.name), what);
-            if entry.name == config::ROPE_FACTORS {
-                rope_factors = Some(config::read_factors(&files[file], &opened[file], &entry)?);
+            if config::FACTORS.contains(&entry.name.as_str()) {
+                let read = config::read_factors(&files[file], &opened[file], &entry)?;
+                factors.insert(entry.name.clone(), read);
             }
             if architecture.is_derived(&entry.name) {
                 continue;
@@ -83,17 +114,19 @@ pub(super) fn open(path: &Path) -> Result<Parts> {
                 return Err(Error::Model(fault(what).hint("use the model's safetensors")));
             };
             let count = entry.shape.first().copied().unwrap_or(0);
-            let Some(order) = rows.order(count, heads.query, heads.key) else {
+            let norm = architecture.norms_from_one && entry.name.ends_with("_norm.weight");
+            let order = if norm { Some(Conversion::FromOne) } else { rows.order(count, heads) };
+            let Some(order) = order else {
                 let what = format!("its {count} rows are not whole heads ({} query, {} key)", heads.query, heads.key);
                 return Err(Error::Model(fault(what)));
             };
-            let plain = if order == RowOrder::Same { Dtype::named(entry.quantisation.name) } else { None };
+            let plain = if order == Conversion::Same { Dtype::named(entry.quantisation.name) } else { None };
             let form = plain.map_or(Form::Blocks(entry.quantisation, order), Form::Plain);
             let Entry { name: stored_name, shape, offset, .. } = entry;
             tensors.push(Stored { name, stored_name, shape, file, offset, form });
         }
     }
-    let config = config::make(architecture, &metadata, heads, &tensors, rope_factors.as_deref())?;
+    let config = config::make(architecture, &metadata, heads, &tensors, &factors)?;
     let mut notices = Vec::new();
     let mut sidecars = tokenizer::make(&metadata, &mut notices)?;
     let vocabulary = config["vocab_size"].as_i64().unwrap_or(0);

@@ -1,29 +1,35 @@
-//! The table of names: what llama.cpp calls a tensor or a setting, and what transformers calls it.
+//! What llama.cpp calls a tensor or a setting, and what transformers calls it: the form of the table in
+//! [`super::architectures`], and how it is read.
 
-use super::RowOrder;
+use super::Conversion;
+use super::architectures::ARCHITECTURES;
 
 /// An architecture as GGUF files name it (`general.architecture`).
 #[derive(Debug)]
-pub(crate) struct Architecture {
+pub(super) struct Architecture {
     /// Its GGUF name.
     pub name: &'static str,
+    /// The tensor or setting that a file must have to be this one, where others have the same name.
+    pub only_with: Option<&'static str>,
     /// transformers' class.
     pub class: &'static str,
     /// transformers' `model_type`.
     pub model_type: &'static str,
     /// Its tensors. `{}` stands for the layer's number; `.weight` and `.bias` follow the name.
-    pub tensors: &'static [Name],
+    pub tensors: &'static [&'static [Name]],
     /// GGUF tensors that hold no weights of the model (read for the config, or derived data).
     pub derived: &'static [&'static str],
-    /// Settings that are numbers: GGUF key after the architecture's name, config key. All must be there.
-    pub settings: &'static [(&'static str, &'static str)],
-    /// Settings with the same value for every model of the architecture.
-    pub constants: &'static [(&'static str, Constant)],
+    /// Whether norms are stored as 1 + w.
+    pub norms_from_one: bool,
+    /// How much of each head rotates.
+    pub rotary: Rotary,
+    /// The fields of the config that are this architecture's own.
+    pub fields: &'static [&'static [Field]],
 }
 
 /// One row of the table.
 #[derive(Debug)]
-pub(crate) struct Name {
+pub(super) struct Name {
     /// llama.cpp's.
     pub gguf: &'static str,
     /// transformers'.
@@ -34,71 +40,77 @@ pub(crate) struct Name {
 
 /// How a converter orders a tensor's rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Rows {
+pub(super) enum Rows {
     /// As they are.
     Same,
     /// The rotary pairs of each query head made adjacent.
     QueryHeads,
     /// The rotary pairs of each key head made adjacent.
     KeyHeads,
+    /// All queries, all keys, all values, where transformers has them head by head.
+    Apart,
 }
 
-/// A config value that the architecture fixes.
+/// How much of each head rotates.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Rotary {
+    /// Nothing: positions enter otherwise.
+    None,
+    /// All of it.
+    Whole,
+    /// The share in this field of the config.
+    Share(&'static str),
+}
+
+/// Where a field of `config.json` comes from.
 #[derive(Debug)]
-pub(crate) enum Constant {
-    Text(&'static str),
-    Number(f64),
+pub(super) enum Field {
+    /// A positive number of the metadata, by its key after the architecture's name, which must be there.
+    Required(&'static str, &'static str),
+    /// The same; null where it is not there or 0.
+    Optional(&'static str, &'static str),
+    /// A flag of the metadata, which must be there.
+    Flag(&'static str, &'static str),
+    /// The same text for every model of the architecture.
+    Text(&'static str, &'static str),
+    /// The same number.
+    Number(&'static str, f64),
+    /// Whether there is a tensor whose name ends so.
+    Has(&'static str, &'static str),
+    /// The rows of the tensor whose name ends so.
+    RowsOf(&'static str, &'static str),
+    /// The size of a head.
+    HeadSize(&'static str),
+    /// The number of key heads.
+    KeyHeads(&'static str),
+    /// What scores are scaled by the inverse root of, as llama.cpp has it: D / N in models of so many layers, else the size of a
+    /// head.
+    Scale {
+        /// Its name.
+        field: &'static str,
+        /// That number of layers.
+        of_the_width: i64,
+    },
 }
 
-const fn same(gguf: &'static str, checkpoint: &'static str) -> Name {
-    Name { gguf, checkpoint, rows: Rows::Same }
+/// The sizes of attention.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Heads {
+    pub query: i64,
+    pub key: i64,
 }
-
-/// The architectures that can be read.
-pub(crate) const ARCHITECTURES: &[Architecture] = &[Architecture {
-    name: "llama",
-    class: "LlamaForCausalLM",
-    model_type: "llama",
-    tensors: &[
-        same("token_embd", "model.embed_tokens"),
-        same("output_norm", "model.norm"),
-        same("output", "lm_head"),
-        same("blk.{}.attn_norm", "model.layers.{}.input_layernorm"),
-        Name { gguf: "blk.{}.attn_q", checkpoint: "model.layers.{}.self_attn.q_proj", rows: Rows::QueryHeads },
-        Name { gguf: "blk.{}.attn_k", checkpoint: "model.layers.{}.self_attn.k_proj", rows: Rows::KeyHeads },
-        same("blk.{}.attn_v", "model.layers.{}.self_attn.v_proj"),
-        same("blk.{}.attn_output", "model.layers.{}.self_attn.o_proj"),
-        same("blk.{}.ffn_norm", "model.layers.{}.post_attention_layernorm"),
-        same("blk.{}.ffn_gate", "model.layers.{}.mlp.gate_proj"),
-        same("blk.{}.ffn_up", "model.layers.{}.mlp.up_proj"),
-        same("blk.{}.ffn_down", "model.layers.{}.mlp.down_proj"),
-    ],
-    derived: &["rope_freqs.weight", "blk.{}.attn_rot_embd"],
-    settings: &[
-        ("context_length", "max_position_embeddings"),
-        ("embedding_length", "hidden_size"),
-        ("block_count", "num_hidden_layers"),
-        ("feed_forward_length", "intermediate_size"),
-        ("attention.head_count", "num_attention_heads"),
-        ("attention.layer_norm_rms_epsilon", "rms_norm_eps"),
-    ],
-    constants: &[
-        ("hidden_act", Constant::Text("silu")),
-        ("attention_dropout", Constant::Number(0.0)),
-        ("initializer_range", Constant::Number(0.02)),
-    ],
-}];
 
 impl Architecture {
-    /// The architecture a file names.
-    pub fn named(name: &str) -> Option<&'static Architecture> {
-        ARCHITECTURES.iter().find(|architecture| architecture.name == name)
+    /// The architecture a file names; `has` says whether it has a tensor or a setting.
+    pub fn named(name: &str, has: impl Fn(&str) -> bool) -> Option<&'static Architecture> {
+        ARCHITECTURES.iter().find(|architecture| architecture.name == name && architecture.only_with.is_none_or(&has))
     }
 
     /// The checkpoint name and row order of a GGUF tensor; `None` when the table has none.
     pub fn to_checkpoint(&self, gguf: &str) -> Option<(String, Rows)> {
         let (name, suffix) = split(gguf)?;
-        self.tensors.iter().find_map(|row| Some((translate(row.gguf, row.checkpoint, name)? + suffix, row.rows)))
+        let mut rows = self.tensors.iter().copied().flatten();
+        rows.find_map(|row| Some((translate(row.gguf, row.checkpoint, name)? + suffix, row.rows)))
     }
 
     /// Whether a GGUF tensor is derived data, not a weight.
@@ -109,14 +121,27 @@ impl Architecture {
 
 impl Rows {
     /// The order for a tensor of `rows` rows; `None` when the heads do not divide them.
-    pub fn order(self, rows: i64, query_heads: i64, key_heads: i64) -> Option<RowOrder> {
-        let heads = match self {
-            Rows::Same => return Some(RowOrder::Same),
-            Rows::QueryHeads => query_heads,
-            Rows::KeyHeads => key_heads,
+    pub fn order(self, rows: i64, heads: Heads) -> Option<Conversion> {
+        let paired = |heads: i64| {
+            let pairs = heads.checked_mul(2).filter(|&pairs| pairs > 0 && rows > 0 && rows % pairs == 0)?;
+            Some(Conversion::Paired { half: (rows / pairs) as usize })
         };
-        let pairs = heads.checked_mul(2).filter(|&pairs| pairs > 0 && rows > 0 && rows % pairs == 0)?;
-        Some(RowOrder::Paired { half: (rows / pairs) as usize })
+        match self {
+            Rows::Same => Some(Conversion::Same),
+            Rows::QueryHeads => paired(heads.query),
+            Rows::KeyHeads => paired(heads.key),
+            Rows::Apart => {
+                let Heads { query, key } = heads;
+                let all =
+                    query.checked_add(key.checked_mul(2)?).filter(|&all| all > 0 && rows > 0 && rows % all == 0)?;
+                let whole = key > 0 && query % key == 0;
+                whole.then_some(Conversion::Apart {
+                    queries: query as usize,
+                    keys: key as usize,
+                    size: (rows / all) as usize,
+                })
+            }
+        }
     }
 }
 
@@ -142,15 +167,17 @@ mod tests {
 
     #[test]
     fn names_translate() {
-        let llama = Architecture::named("llama").unwrap();
-        for row in llama.tensors {
-            for suffix in [".weight", ".bias"] {
-                let gguf = row.gguf.replace("{}", "17") + suffix;
-                let (checkpoint, rows) = llama.to_checkpoint(&gguf).unwrap();
-                assert_eq!(checkpoint, row.checkpoint.replace("{}", "17") + suffix);
-                assert_eq!(rows, row.rows);
+        for architecture in ARCHITECTURES {
+            for row in architecture.tensors.iter().copied().flatten() {
+                for suffix in [".weight", ".bias"] {
+                    let gguf = row.gguf.replace("{}", "17") + suffix;
+                    let (checkpoint, rows) = architecture.to_checkpoint(&gguf).unwrap();
+                    assert_eq!(checkpoint, row.checkpoint.replace("{}", "17") + suffix);
+                    assert_eq!(rows, row.rows);
+                }
             }
         }
+        let llama = Architecture::named("llama", |_| false).unwrap();
         assert_eq!(llama.to_checkpoint("blk.0.attn_q.weight").unwrap().1, Rows::QueryHeads);
         for unknown in
             ["blk.x.attn_q.weight", "blk.01.attn_q.weight", "blk.0.ffn_gate_exps.weight", "blk.0.attn_q", "q"]
@@ -158,5 +185,11 @@ mod tests {
             assert_eq!(llama.to_checkpoint(unknown), None, "{unknown}");
         }
         assert!(llama.is_derived("rope_freqs.weight") && !llama.is_derived("output.weight"));
+    }
+
+    #[test]
+    fn an_architecture_is_told_by_what_it_has() {
+        let named = |name, has: &str| Architecture::named(name, |one| one == has).unwrap().model_type;
+        assert_eq!((named("olmo2", ""), named("olmo2", "attention.sliding_window")), ("olmo2", "olmo3"));
     }
 }

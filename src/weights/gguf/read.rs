@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rayon::prelude::*;
 use tch::{Kind, Tensor};
 
-use super::{Quantisation, RowOrder};
+use super::{Conversion, Quantisation};
 use crate::weights::storage::{self, PIECE, Source};
 use crate::{Error, Result};
 
@@ -16,7 +16,7 @@ const TASK: usize = 1 << 17;
 pub(in crate::weights) fn read_blocks(
     source: Source,
     quantisation: &Quantisation,
-    order: RowOrder,
+    order: Conversion,
     shape: &[i64],
     kind: Kind,
 ) -> Result<Tensor> {
@@ -29,31 +29,42 @@ pub(in crate::weights) fn read_blocks(
     let mut tensor = storage::allocate(shape, written)?;
     // A bias has one number per row.
     let row = if let [_, inner @ ..] = shape { inner.iter().product::<i64>() as usize } else { 1 };
-    if row % quantisation.values != 0 && order != RowOrder::Same {
+    if row % quantisation.values != 0 && order != Conversion::Same {
         return Err(source.fault(format_args!("its rows of {row} are not whole blocks of {}", quantisation.name)));
     }
     let stored_bytes = |numbers: usize| numbers / quantisation.values * quantisation.bytes;
     // A head's rows change places among themselves, so a task takes whole heads.
     let task = match order {
-        RowOrder::Same => TASK,
-        RowOrder::Paired { half } => (TASK / row.max(1)).max(1).next_multiple_of(2 * half) * row.max(1),
+        Conversion::Same | Conversion::FromOne => TASK,
+        Conversion::Paired { half } => (TASK / row.max(1)).max(1).next_multiple_of(2 * half) * row.max(1),
+        Conversion::Apart { .. } => (TASK / row.max(1)).max(1) * row.max(1),
     };
     let damaged = AtomicUsize::new(0);
     storage::bytes_mut(&mut tensor).par_chunks_mut(task * size).enumerate().try_for_each_init(
         || (Vec::new(), vec![0f32; PIECE]),
         |(blocks, numbers), (number, out)| {
             blocks.resize(stored_bytes(out.len() / size), 0);
-            source.read(blocks, stored_bytes(number * task) as u64)?;
+            if let Conversion::Apart { .. } = order {
+                // Its rows lie far apart.
+                for (index, blocks) in blocks.chunks_exact_mut(stored_bytes(row)).enumerate() {
+                    source.read(blocks, stored_bytes(order.stored(number * task / row + index) * row) as u64)?;
+                }
+            } else {
+                source.read(blocks, stored_bytes(number * task) as u64)?;
+            }
             let mut round = |blocks: &[u8], out: &mut [u8]| {
                 for (blocks, out) in blocks.chunks(stored_bytes(PIECE)).zip(out.chunks_mut(PIECE * size)) {
                     let numbers = &mut numbers[..out.len() / size];
                     dequantise(blocks, numbers);
+                    if order == Conversion::FromOne {
+                        numbers.iter_mut().for_each(|number| *number -= 1.0);
+                    }
                     storage::round(written, numbers, out);
                 }
             };
             match order {
-                RowOrder::Same => round(blocks, out),
-                RowOrder::Paired { .. } => {
+                Conversion::Same | Conversion::FromOne | Conversion::Apart { .. } => round(blocks, out),
+                Conversion::Paired { .. } => {
                     for (number, out) in out.chunks_exact_mut(row * size).enumerate() {
                         round(&blocks[stored_bytes(order.stored(number) * row)..][..stored_bytes(row)], out);
                     }
