@@ -173,12 +173,10 @@ impl<'a> Plan<'a> {
             return Err(Error::Model(Fault::new("merge", what).hint("name the base the adapter was trained on")));
         }
         for planned in &tensors {
-            if let Some(part) = &planned.update {
-                if planned.shape != part.shape() {
-                    let what = format!("is {:?} in this base, but the adapter fits {:?}", planned.shape, part.shape());
-                    let fault = Fault::new(&planned.name, what);
-                    return Err(Error::Model(fault.hint("name the base the adapter was trained on")));
-                }
+            if let Some(part) = planned.update.as_ref().filter(|part| part.shape() != planned.shape) {
+                let what = format!("is {:?} in this base, but the adapter fits {:?}", planned.shape, part.shape());
+                let fault = Fault::new(&planned.name, what);
+                return Err(Error::Model(fault.hint("name the base the adapter was trained on")));
             }
         }
         // Of a larger model, the files say whether the head is its own, and its config may not.

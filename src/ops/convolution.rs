@@ -110,12 +110,13 @@ fn backward_of<S: Stored>(dy: &Tensor, x: &Tensor, weight: &Tensor, reach: &Reac
         let mut recent = vec![0f32; taps * width];
         let mut done = range.start;
         for (t, dx) in range.zip(dx.chunks_exact_mut(width)) {
-            for next in done..(t + taps).min(tokens) {
+            let seen = (t + taps).min(tokens);
+            for next in done..seen {
                 let row = next % taps * width;
                 let dy = &dy[next * width..(next + 1) * width];
                 sum_gradient_row(x, weight, next, reach.0[next], dy, &mut recent[row..row + width]);
-                done = next + 1;
             }
+            done = seen;
             let seen_by = (0..taps).filter(|lag| t + lag < tokens && reach.0[t + lag] >= *lag);
             gradient_row(&recent, weight, t, seen_by, dx);
         }

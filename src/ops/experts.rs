@@ -501,7 +501,7 @@ mod tests {
             };
             let y = linear(shapes(fused).len() - 1, e, &(gate.silu() * up));
             let y = if weighted == Weighted::Output { y * &weights } else { y };
-            sum = sum + y * here;
+            sum = y * here + sum;
         }
         sum
     }

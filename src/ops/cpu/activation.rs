@@ -107,7 +107,7 @@ impl Curve for GeluTanh {
     // (1 + tanh z) / 2 is the sigmoid of 2z.
     #[inline(always)]
     fn at(self, x: f32, fused: bool) -> (f32, f32) {
-        const TWICE: f32 = 1.595_769_1; // 2 sqrt(2 / pi)
+        const TWICE: f32 = 1.595_769; // 2 sqrt(2 / pi)
         let s = sigmoid(TWICE * (x + 0.044_715 * x * x * x), fused);
         (x * s, s + x * s * (1.0 - s) * TWICE * (1.0 + 3.0 * 0.044_715 * x * x))
     }

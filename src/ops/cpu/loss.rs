@@ -95,8 +95,8 @@ fn cross_entropy_row<X: Stored, S: Stored>(
     let loss = logsumexp - logit(target);
     let slope = if loss.is_finite() { slope } else { f32::NAN };
     let along = |i: usize| slope - slope * (logit(i) * per_cap) * (logit(i) * per_cap);
-    for i in 0..x.len() {
-        d[i] = S::rounded(exp(logit(i) - logsumexp, fused) * along(i));
+    for (i, d) in d.iter_mut().enumerate() {
+        *d = S::rounded(exp(logit(i) - logsumexp, fused) * along(i));
     }
     d[target] = S::rounded((exp(logit(target) - logsumexp, fused) - 1.0) * along(target));
     loss

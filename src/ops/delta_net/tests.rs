@@ -21,9 +21,9 @@ fn twin(x: &[Tensor], documents: &Documents) -> Tensor {
         for t in start..start + length {
             let (q, k, v) = (q.get(t).unsqueeze(1), k.get(t).unsqueeze(1), x[2].get(t).unsqueeze(1)); // (N, 1, P)
             let (decay, beta) = (x[3].get(t).exp().view([-1, 1, 1]), x[4].get(t).view([-1, 1, 1]));
-            state = state * decay;
-            let new = (v - k.matmul(&state)) * beta; // (N, 1, H)
-            state = state + k.transpose(1, 2).matmul(&new);
+            let faded = state * decay;
+            let new = (v - k.matmul(&faded)) * beta; // (N, 1, H)
+            state = faded + k.transpose(1, 2).matmul(&new);
             outputs.push(q.matmul(&state).squeeze_dim(1));
         }
     }

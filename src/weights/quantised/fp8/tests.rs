@@ -5,8 +5,8 @@ use tch::Device;
 
 use super::*;
 use crate::recipe::BaseSource;
-use crate::weights::{Checkpoint, prove_readable};
 use crate::weights::writer::{self, TensorSpec};
+use crate::weights::{Checkpoint, prove_readable};
 
 /// Weights, scales and what torch makes of them: `tests/python/fp8_scales.py` writes it.
 fn fixture() -> Checkpoint {

@@ -45,7 +45,8 @@ fn numbers_are_those_of_transformers_bit_for_bit() {
 
 #[test]
 fn parts_that_do_not_belong_together_are_named() {
-    let fault = |change: &dyn Fn(&mut Vec<(String, Tensor)>)| {
+    type Tensors = Vec<(String, Tensor)>;
+    let fault = |change: &dyn Fn(&mut Tensors)| {
         let mut tensors = parts();
         change(&mut tensors);
         open(&tensors).unwrap_err().to_string()
