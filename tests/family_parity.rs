@@ -33,8 +33,12 @@ const VERIFIED: &[&str] = &[
     "phimoe",
     "llama4",
     "gpt_oss",
+    "qwen3_next",
     "qwen3_5_text",
     "qwen3_5_text-long",
+    "qwen3_5",
+    "qwen3_5_moe_text",
+    "qwen3_5_moe",
     "granite",
     "gemma",
     "gemma2",
@@ -251,8 +255,9 @@ fn the_balancing_loss_of_routers_and_its_gradient_are_those_of_transformers() {
             // The first document alone, with a coefficient of 1.
             let mut config: serde_json::Value =
                 serde_json::from_slice(&std::fs::read(fixture.folder.path().join("config.json")).unwrap()).unwrap();
-            config["output_router_logits"] = true.into();
-            config["router_aux_loss_coef"] = 1.0.into();
+            let text = if config.get("text_config").is_some() { &mut config["text_config"] } else { &mut config };
+            text["output_router_logits"] = true.into();
+            text["router_aux_loss_coef"] = 1.0.into();
             let mut checkpoint = fixture.checkpoint();
             checkpoint.config = config;
             let mut model = load(&checkpoint, fixture.name);

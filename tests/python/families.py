@@ -349,6 +349,19 @@ VARIANTS = {
         renamed=WRAPPED,
         wrapper="qwen3_5",
     ),
+    # As transformers saves the text model alone.
+    "qwen3_5_moe_text": Variant(
+        "qwen3_5_moe_text",
+        {
+            **EXPERTS,
+            **DELTA_NET,
+            "intermediate_size": DROP,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_conv_kernel_dim": 4,
+            "shared_expert_intermediate_size": 22,
+            "rope_parameters": MROPE,
+        },
+    ),
     "qwen3_5_moe": Variant(
         "qwen3_5_moe_text",
         {

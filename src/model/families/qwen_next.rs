@@ -2,24 +2,80 @@
 
 use super::common::{self, Heads, activation, pre_norm};
 use super::config::{Config, wrong};
+use super::experts::{self, Apart};
 use crate::model::spec::{
-    Attention, DeltaNet, DeltaProjection, EmbeddingSpec, FeedForward, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind,
-    Position, Projection, QueryKeyNorm,
+    Attention, DeltaNet, DeltaProjection, EmbeddingSpec, ExpertGateUp, ExpertLinear, Experts, FeedForward, LayerSpec,
+    LinearSpec, Mask, ModelSpec, NormKind, Position, Projection, QueryKeyNorm, Stored,
 };
-use crate::ops::{Activation, LogitMap};
+use crate::ops::{Activation, LogitMap, Weighted};
 use crate::{Error, Fault, Result};
+
+/// `Qwen3NextConfig`: experts in most layers, with a shared one.
+pub(super) fn qwen3_next(config: &Config<'_>) -> Result<ModelSpec> {
+    let mut spec = build(config, &Net::interleaved, &dense(config)?)?;
+    let shared = config.size("shared_expert_intermediate_size")?;
+    experts::qwen_experts(config, &mut spec, Some(shared), true)?;
+    Ok(spec)
+}
 
 /// `Qwen3_5TextConfig`: a dense feed-forward in every layer.
 pub(super) fn qwen3_5(config: &Config<'_>) -> Result<ModelSpec> {
-    let hidden = config.size("hidden_size")?;
-    let width = config.size("intermediate_size")?;
-    let activation = activation(config, "hidden_act", Activation::Silu)?;
-    let feed_forward = |at: &str| FeedForward::Gated {
-        activation,
-        projection: common::gate_up(at, hidden, width, false),
-        down: LinearSpec { name: format!("{at}.down_proj"), input: width, output: hidden, bias: false },
+    build(config, &Net::separate, &dense(config)?)
+}
+
+/// `Qwen3_5MoeTextConfig` as published, inside the larger model: the experts of a layer in one tensor.
+pub(super) fn qwen3_5_moe(config: &Config<'_>) -> Result<ModelSpec> {
+    let linears = |at: &str, count, hidden, width| {
+        let linear = |part: &str, input, output| ExpertLinear {
+            name: format!("{at}.experts.{part}"),
+            experts: count,
+            input,
+            output,
+            bias: false,
+            stored: Stored::Together,
+            parameter: format!("{at}.experts.{part}"),
+        };
+        let both = ExpertGateUp::Fused { linear: linear("gate_up_proj", hidden, 2 * width), interleaved: false };
+        (both, linear("down_proj", width, hidden))
     };
-    build(config, &|net, at| net.separate(at), &feed_forward)
+    build(config, &Net::separate, &with_experts(config, &linears)?)
+}
+
+/// `Qwen3_5MoeTextConfig` as transformers saves the text model alone: every expert in tensors of its own.
+pub(super) fn qwen3_5_moe_apart(config: &Config<'_>) -> Result<ModelSpec> {
+    let linears = |at: &str, count, hidden, width| Apart::below(at).linears(count, hidden, width);
+    build(config, &Net::separate, &with_experts(config, &linears)?)
+}
+
+/// The same dense feed-forward in every layer, by where it is.
+fn dense(config: &Config<'_>) -> Result<impl Fn(&str) -> FeedForward> {
+    let (hidden, width) = (config.size("hidden_size")?, config.size("intermediate_size")?);
+    let activation = activation(config, "hidden_act", Activation::Silu)?;
+    Ok(move |at: &str| experts::gated(at, activation, hidden, width, false))
+}
+
+/// Of the experts of a layer, by where they are, how many, the stream's width and theirs: gate and up, down.
+type ExpertLinears<'a> = &'a dyn Fn(&str, i64, i64, i64) -> (ExpertGateUp, ExpertLinear);
+
+/// Qwen 3.5's experts in every layer, with a shared one; their weights always add up to 1.
+fn with_experts<'a>(config: &Config<'_>, linears: ExpertLinears<'a>) -> Result<impl Fn(&str) -> FeedForward + 'a> {
+    let (hidden, width) = (config.size("hidden_size")?, config.size("moe_intermediate_size")?);
+    let shared = config.size("shared_expert_intermediate_size")?;
+    let count = experts::count(config, "num_experts", 256)?;
+    let routing = experts::softmax(config, "num_experts_per_tok", 8, count, Some(0.0))?;
+    let balance = experts::balance(config)?;
+    let activation = activation(config, "hidden_act", Activation::Silu)?;
+    Ok(move |at: &str| {
+        let (projection, down) = linears(at, count, hidden, width);
+        FeedForward::Experts(Box::new(Experts {
+            router: experts::router(format!("{at}.gate"), hidden, count, routing.clone(), balance),
+            activation,
+            projection,
+            down,
+            weighted: Weighted::Output,
+            shared: Some(experts::gated_shared(at, activation, hidden, shared)),
+        }))
+    })
 }
 
 /// The sizes of a delta-net.
@@ -53,6 +109,15 @@ impl Net {
 
     fn linear(&self, name: String, output: i64) -> LinearSpec {
         LinearSpec { name, input: self.hidden_size, output, bias: false }
+    }
+
+    /// Qwen3-Next's.
+    fn interleaved(&self, at: &str) -> DeltaProjection {
+        let (keys, values) = (self.key_heads * self.key_size, self.value_heads * self.value_size);
+        DeltaProjection::Interleaved {
+            qkvz: self.linear(format!("{at}.in_proj_qkvz"), 2 * keys + 2 * values),
+            ba: self.linear(format!("{at}.in_proj_ba"), 2 * self.value_heads),
+        }
     }
 
     /// Qwen 3.5's.
@@ -133,7 +198,10 @@ fn build(
     });
     let embedding = EmbeddingSpec { weight: "model.embed_tokens.weight".into(), scale: 1.0, norm: None };
     let final_norm = common::norm("model.norm".into(), heads.hidden_size, eps, NormKind::RmsOffset);
-    common::model(config, embedding, layers.collect(), final_norm, ("lm_head", false), LogitMap::PLAIN)
+    let mut spec = common::model(config, embedding, layers.collect(), final_norm, ("lm_head", false), LogitMap::PLAIN)?;
+    // Heads for several tokens at once.
+    spec.names.other_parts = &["mtp"];
+    Ok(spec)
 }
 
 /// Queries with their gates, keys, values.

@@ -2,7 +2,7 @@
 //! stays in the checkpoint and is carried over when an adapter is merged.
 
 use super::config::Config;
-use super::{Page, gemma, llama, llama4};
+use super::{Page, gemma, llama, llama4, qwen_next};
 use crate::model::ModelSpec;
 use crate::model::names::Names;
 use crate::model::names::Rename::{self, Start};
@@ -56,6 +56,18 @@ pub(super) const LLAMA4: Wrapper = Wrapper {
     modules: &[],
     other_parts: &["vision_model", "multi_modal_projector"],
 };
+
+/// `Qwen3_5Config`: `AutoModelForCausalLM` makes the text model alone.
+pub(super) const QWEN3_5: Wrapper = Wrapper {
+    text: &[("qwen3_5_text", qwen_next::qwen3_5)],
+    tied: false,
+    layouts: &[INSIDE, &[]],
+    modules: &[],
+    other_parts: &["model.visual", "mtp"],
+};
+
+/// `Qwen3_5MoeConfig`: the same.
+pub(super) const QWEN3_5_MOE: Wrapper = Wrapper { text: &[("qwen3_5_moe_text", qwen_next::qwen3_5_moe)], ..QWEN3_5 };
 
 /// The spec of the text model of a `config.json`.
 pub(super) fn wrapped(config: &Config<'_>, wrapper: &Wrapper) -> Result<ModelSpec> {
