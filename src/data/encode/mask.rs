@@ -58,7 +58,7 @@ impl Encoder {
     fn missing_end(&self, chat: &Chat, messages: &[Json], tools: Option<&Json>, rendered: &Rendered) -> Option<String> {
         let asked = chat.asked.as_ref().filter(|_| !chat.template.marks_generation())?;
         let last = messages.last().filter(|last| is_assistant(last))?;
-        if !last["tool_calls"].as_array().is_some_and(|calls| !calls.is_empty()) {
+        if last["tool_calls"].as_array().is_none_or(|calls| calls.is_empty()) {
             return Some(asked.clone());
         }
         let answer = json!({"role": "tool", "content": PROBE.to_string()});
