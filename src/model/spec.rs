@@ -110,7 +110,7 @@ pub struct LatentAttention {
     pub unrotated: i64,
     /// P: those that do, after them.
     pub rotated: i64,
-    /// W: elements of a value, at most U + P.
+    /// W: elements of a value.
     pub value_size: i64,
     /// Z: width of the latent.
     pub latent_size: i64,

@@ -648,7 +648,7 @@ VARIANTS = {
         {
             **DENSE_LATENT,
             "q_lora_rank": 17,
-            "v_head_dim": 18,
+            "v_head_dim": 23,
             "mlp_bias": True,
             "attention_bias": True,
             "rope_scaling": {

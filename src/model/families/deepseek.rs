@@ -1,5 +1,7 @@
 //! DeepSeek V2 and V3: latent attention, experts after the first layers.
 
+use serde_json::{Value, json};
+
 use super::common::{self, activation, pre_norm};
 use super::config::{Config, wrong};
 use super::experts::{self, Apart, gated, router};
@@ -17,6 +19,7 @@ const LATENT_EPS: f64 = 1e-6;
 pub(super) fn v2(config: &Config<'_>) -> Result<ModelSpec> {
     let mlp_bias = config.flag_or("mlp_bias", false)?;
     build(config, Sizes::read(config, RopeLayout::Pairs)?, mlp_bias, 0, &|config| {
+        only(config, "scoring_func", json!("softmax"))?;
         let count = experts::count(config, "n_routed_experts", 64)?;
         let groups = match config.field("topk_method").map(|value| (value, value.as_str())) {
             None | Some((_, Some("greedy"))) => None,
@@ -48,6 +51,8 @@ pub(super) fn v2(config: &Config<'_>) -> Result<ModelSpec> {
 pub(super) fn v3(config: &Config<'_>) -> Result<ModelSpec> {
     let layout = if config.flag_or("rope_interleave", true)? { RopeLayout::Pairs } else { RopeLayout::Halves };
     let mut spec = build(config, Sizes::read(config, layout)?, false, 3, &|config| {
+        only(config, "scoring_func", json!("sigmoid"))?;
+        only(config, "topk_method", json!("noaux_tc"))?;
         let count = experts::count(config, "n_routed_experts", 256)?;
         let groups = Some(groups(config, count, (8, 4), 2)?);
         Ok(Experts {
@@ -71,6 +76,14 @@ pub(super) fn v3(config: &Config<'_>) -> Result<ModelSpec> {
     let first = spec.layers.len() as i64;
     spec.ignored_prefixes = (first..first + ahead).map(|i| format!("model.layers.{i}.")).collect();
     Ok(spec)
+}
+
+/// A field that the published configs have and transformers passes over, as if it were always this.
+fn only(config: &Config<'_>, field: &str, expected: Value) -> Result<()> {
+    match config.field(field).filter(|found| **found != expected) {
+        None => Ok(()),
+        Some(found) => Err(wrong(field, found, &expected.to_string())),
+    }
 }
 
 /// Experts, as all layers that have them share them.
@@ -157,14 +170,9 @@ struct Sizes {
 impl Sizes {
     fn read(config: &Config<'_>, layout: RopeLayout) -> Result<Self> {
         let (unrotated, rotated) = (config.size_or("qk_nope_head_dim", 128)?, config.size_or("qk_rope_head_dim", 64)?);
-        let value = config.size_or("v_head_dim", 128)?;
-        let fault = |field: &str, what: String| Err(Error::Model(Fault::new(format!("config.json: {field}"), what)));
         if rotated % 2 != 0 {
-            return fault("qk_rope_head_dim", format!("{rotated} elements rotate; rotary embedding needs pairs"));
-        }
-        if value > unrotated + rotated {
-            let keys = format!("qk_nope_head_dim + qk_rope_head_dim = {}", unrotated + rotated);
-            return fault("v_head_dim", format!("{value} is above {keys}; values larger than keys are not supported"));
+            let what = format!("{rotated} elements rotate; rotary embedding needs pairs");
+            return Err(Error::Model(Fault::new("config.json: qk_rope_head_dim", what)));
         }
         let rope = Rope { layout, ..common::rope(config, 10_000.0, rotated)? };
         Ok(Self {
@@ -172,7 +180,7 @@ impl Sizes {
             heads: config.size("num_attention_heads")?,
             unrotated,
             rotated,
-            value,
+            value: config.size_or("v_head_dim", 128)?,
             latent: config.size_or("kv_lora_rank", 512)?,
             query_latent: config.size_or_null("q_lora_rank", 1536)?,
             bias: config.flag_or("attention_bias", false)?,
@@ -238,6 +246,7 @@ fn build(
         let _ = config.field(field);
     }
     let experts = if dense < count { Some(experts(config)?) } else { None };
+    only(config, "moe_layer_freq", json!(1))?;
     let layers = (0..count).map(|i| {
         let at = |part: &str| format!("model.layers.{i}.{part}");
         let norm = |part: &str| common::norm(at(part), hidden, eps, NormKind::Rms);
@@ -293,10 +302,15 @@ mod tests {
 
     #[test]
     fn what_cannot_be_computed_is_refused_with_both_values() {
-        let found = fault(json!({"v_head_dim": 200}));
-        assert!(found.contains("v_head_dim: 200") && found.contains("= 192"), "{found}");
         assert!(fault(json!({"qk_rope_head_dim": 7})).contains("qk_rope_head_dim: 7"));
         assert!(fault(json!({"num_nextn_predict_layers": 1_000_000})).contains("num_nextn_predict_layers: 1000000"));
         assert!(fault(json!({"mlp_bias": true})).contains("mlp_bias"));
+        let found = fault(json!({"first_k_dense_replace": 1, "scoring_func": "softmax"}));
+        assert!(found.contains(r#"scoring_func: "softmax" found, "sigmoid" expected"#), "{found}");
+        assert!(fault(json!({"moe_layer_freq": 2})).contains("moe_layer_freq: 2 found, 1 expected"));
+        // A sum of more experts than the groups that are kept hold would have some that were not chosen.
+        let few =
+            json!({"first_k_dense_replace": 1, "n_routed_experts": 16, "topk_group": 1, "num_experts_per_tok": 3});
+        assert!(fault(few).contains("3 experts for each token, but there are 2"));
     }
 }

@@ -114,7 +114,14 @@ impl Alibi {
 ///
 /// The mask is causal within each document, and within the scoring's window.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, documents: &Documents, scoring: &Scoring) -> Tensor {
-    match Way::of(q, k, v, scoring) {
+    let (head, value) = (q.size()[2], v.size()[2]);
+    let way = Way::of(q, k, v, scoring);
+    if matches!(way, Way::Cuda | Way::Flash) && value < head {
+        // libtorch's kernels know one size. Elements of zero come out as zero.
+        let widened = v.constant_pad_nd([0, head - value]); // (T, K, H)
+        return attention(q, k, &widened, documents, scoring).narrow(2, 0, value).contiguous(); // (T, N, Hv)
+    }
+    match way {
         Way::Cuda => flash::cuda(q, k, v, documents, scoring),
         Way::Blocks => {
             let shape = blocks::Shape::new(q, k, v, documents, scoring);
@@ -157,7 +164,7 @@ impl Way {
             return Self::Plain;
         }
         let head = q.size()[2];
-        let simple = scoring.is_simple() && v.size()[2] == head;
+        let simple = scoring.is_simple() && v.size()[2] <= head;
         match q.device() {
             // What FlashAttention-2 takes: half precision, heads of up to 256 elements in steps of 8.
             Device::Cuda(_) if simple && q.kind() != Kind::Float && head % 8 == 0 && head <= 256 => Self::Cuda,
