@@ -401,7 +401,7 @@ fn table() -> String {
         let variants: Vec<&str> =
             VERIFIED.iter().filter(of).map(|name| name.split_once('-').map_or("", |v| v.1)).collect();
         let what = match variants.iter().filter(|variant| !variant.is_empty()).copied().collect::<Vec<_>>()[..] {
-            _ if variants.is_empty() => "no (the page of `llama` serves it)".to_string(),
+            _ if variants.is_empty() => "not by itself: it has the page of another".to_string(),
             [] => "logits, gradients, generation, adapter, merge".into(),
             ref more => format!("the same, also {}", more.join(", ")),
         };
