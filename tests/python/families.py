@@ -1174,7 +1174,7 @@ class Adapter:
         config = LoraConfig(
             r=RANK,
             lora_alpha=ALPHA,
-            target_modules=self.modules if self.parameters or self.partial or variant.parts else "all-linear",
+            target_modules=self.modules if self.parameters or self.partial or self.variant.parts else "all-linear",
             target_parameters=self.parameters or None,
             rank_pattern={k: v * RANK for k, v in doubled.items()},
             alpha_pattern={k: v * ALPHA for k, v in doubled.items()},

@@ -16,6 +16,7 @@ import tempfile
 import pyarrow
 import pyarrow.parquet
 import torch
+import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -47,8 +48,10 @@ def write_vocabulary(folder, size):
 
 def trained(engraft, folder, ids):
     """Trains for two steps on the model's own documents: the run's folder."""
+    place = folder.with_name(f"{folder.name}-trained")
+    place.mkdir()
     text = " ".join(f"w{i}" for i in ids.tolist() if i >= len(WORDS))
-    pyarrow.parquet.write_table(pyarrow.table({"text": [text, text]}), folder / "rows.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": [text, text]}), place / "rows.parquet")
     recipe = {
         "base_model": str(folder),
         "dtype": "fp32",
@@ -56,11 +59,13 @@ def trained(engraft, folder, ids):
         "adapter": {"r": families.RANK, "lora_alpha": families.ALPHA},
         "dataset": {"train": "rows.parquet", "max_length": 128},
         "training": {"max_steps": 2, "micro_batch_size": 1, "learning_rate": 0.05, "lr_scheduler": "constant"},
-        "output": {"dir": "run", "save": ["adapter", "merged"]},
+        "output": {"dir": str(place / "run"), "save": ["adapter", "merged"]},
     }
-    (folder / "recipe.yaml").write_text(json.dumps(recipe))
-    subprocess.run([engraft, "train", folder / "recipe.yaml"], check=True, capture_output=True)
-    return folder / "run"
+    (place / "recipe.yaml").write_text(json.dumps(recipe))
+    run = subprocess.run([engraft, "train", place / "recipe.yaml"], capture_output=True, text=True)
+    if run.returncode:
+        sys.exit(f"{folder.name}: training ended with {run.returncode}:\n{run.stderr}")
+    return place / "run"
 
 
 class Checks:
@@ -121,13 +126,13 @@ def main():
     parser.add_argument("--seed", default="1")
     parser.add_argument("--hidden", help="width of the stream; the family's own where not given")
     parser.add_argument("--layers", help="number of blocks; the family's own where not given")
-    parser.add_argument("--lengths", help="tokens of each of three documents, as in 230,7,90")
     arguments = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
     failed = 0
     with tempfile.TemporaryDirectory(prefix="engraft-family-") as work:
         work = pathlib.Path(work)
         make = [sys.executable, "-B", HERE / "families.py", "--family", arguments.family, "--weights", "--out", work / "made"]
-        for name in ("seed", "hidden", "layers", "lengths"):
+        for name in ("seed", "hidden", "layers"):
             if value := getattr(arguments, name):
                 make += [f"--{name}", value]
         subprocess.run(list(map(str, make)), check=True)
