@@ -81,10 +81,10 @@ impl KeysValues {
         self.lengths = picked(&self.lengths, sequences);
     }
 
-    /// Takes in the new tokens' k and v (T, K, H) and attends q (T, N, H) to everything seen; document i of `documents` are
-    /// the new tokens of sequence i. Gives (T, N, H).
+    /// Attends q (T, N, H) to everything seen, the new tokens with k and v (T, K, H) included, which are taken in already;
+    /// document i of `documents` are the new tokens of sequence i. Gives (T, N, H).
     pub(super) fn attend(
-        &mut self,
+        &self,
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
@@ -92,8 +92,7 @@ impl KeysValues {
         scoring: &Scoring,
         mask: Mask,
     ) -> Tensor {
-        let before = self.lengths.clone();
-        self.append(k, v, documents);
+        let before: Vec<i64> = self.lengths.iter().zip(documents.spans()).map(|(seen, (_, new))| seen - new).collect();
         if before.iter().all(|length| *length == 0) {
             return ops::attention(q, k, v, &mask.documents(documents), scoring);
         }
@@ -102,7 +101,7 @@ impl KeysValues {
         }
         let output = q.empty_like();
         for (i, (start, new)) in documents.spans().enumerate().filter(|(_, (_, new))| *new > 0) {
-            let seen = before[i] + new;
+            let seen = self.lengths[i];
             let keys = self.keys.i(i as i64).narrow(1, 0, seen).unsqueeze(0); // (1, K, S, H)
             let values = self.values.i(i as i64).narrow(1, 0, seen).unsqueeze(0);
             let query = q.narrow(0, start, new).transpose(0, 1).unsqueeze(0).contiguous(); // (1, N, L, H)
@@ -125,7 +124,8 @@ impl KeysValues {
         ops::attention_to_cache(&query, &keys, &values, &allowed, scoring).squeeze_dim(2) // (B, N, H)
     }
 
-    fn append(&mut self, k: &Tensor, v: &Tensor, documents: &Documents) {
+    /// Takes in the k and v (T, K, H) of new tokens: those of sequence i are document i of `documents`.
+    pub(super) fn append(&mut self, k: &Tensor, v: &Tensor, documents: &Documents) {
         let needed = documents.spans().zip(&self.lengths).map(|((_, new), seen)| seen + new).max().unwrap_or(0);
         let (sequences, kv_heads, capacity, head) = self.keys.size4().expect("(B, K, C, H) by construction");
         if needed > capacity {
@@ -143,5 +143,37 @@ impl KeysValues {
             }
             self.lengths[i] += new;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::model::fit::tests::write;
+    use crate::model::{Decoder, families};
+    use crate::recipe::BaseSource;
+    use crate::weights::Checkpoint;
+
+    #[test]
+    fn blocks_that_read_anothers_keys_keep_none_and_may_be_stored_with_projections_they_do_not_use() {
+        let config = json!({
+            "model_type": "gemma4_text", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 4,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "global_head_dim": 6, "vocab_size": 11,
+            "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        });
+        let mut tensors = families::from_config(&config).unwrap().tensors();
+        let unused = "model.layers.3.self_attn.k_proj.weight";
+        assert!(tensors.insert(unused.into(), vec![6, 8]).is_none());
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path(), &config, &tensors);
+        let checkpoint = Checkpoint::open(&BaseSource::Folder(folder.path().to_path_buf())).unwrap();
+        let model = Decoder::load(&checkpoint, Kind::Float, Device::Cpu, &|_, _| ()).unwrap();
+        let mut cache = model.cache(1);
+        let _ = model.hidden_cached(&Tensor::from_slice(&[1i64, 2, 3]), &Documents::one(3), &mut cache);
+        let heads = cache.layers.iter_mut().map(|cache| cache.keys_values().keys.size()[3]).collect::<Vec<_>>();
+        assert_eq!(heads, [4, 6]);
     }
 }

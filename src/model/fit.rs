@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use super::sites::{Role, Site, expert};
 use super::spec::{
-    Attention, ExpertGateUp, ExpertLinear, Experts, FeedForward, GateUp, LinearSpec, ModelSpec, NormSpec, Projection,
-    QueryKeyNorm, Residual, Routing, Stored,
+    Attention, ExpertGateUp, ExpertLinear, Experts, FeedForward, GateUp, LayerInput, LayerInputs, LinearSpec,
+    ModelSpec, NormSpec, Projection, QueryKeyNorm, Residual, Routing, Stored,
 };
 use crate::weights::Checkpoint;
 use crate::{Error, Fault, Result};
@@ -41,12 +41,18 @@ impl ModelSpec {
                 Projection::Separate { query, key, value } => {
                     [query, key, value].into_iter().for_each(|linear| all.linear(linear));
                 }
-                Projection::Fused(linear) | Projection::PerHead(linear) => all.linear(linear),
+                Projection::ValuesAreKeys { query, key } => {
+                    [query, key].into_iter().for_each(|linear| all.linear(linear))
+                }
+                Projection::QueryOnly { query: linear, .. }
+                | Projection::Fused(linear)
+                | Projection::PerHead(linear) => all.linear(linear),
             }
             all.linear(&attention.output);
             if let Some(QueryKeyNorm { query, key }) = &attention.query_key_norm {
-                [query, key].into_iter().for_each(|norm| all.norm(norm));
+                [Some(query), key.as_ref()].into_iter().flatten().for_each(|norm| all.norm(norm));
             }
+            attention.value_norm.iter().for_each(|norm| all.norm(norm));
             all.feed_forward(&layer.feed_forward);
             match &layer.residual {
                 Residual::Sequential { attention, feed_forward, .. } => {
@@ -57,6 +63,16 @@ impl ModelSpec {
                     [Some(norm), feed_forward_norm.as_ref()].into_iter().flatten().for_each(|norm| all.norm(norm));
                 }
             }
+            if let Some(LayerInput { gate, projection, norm, .. }) = &layer.ending.input {
+                [gate, projection].into_iter().for_each(|linear| all.linear(linear));
+                all.norm(norm);
+            }
+            layer.ending.scale.iter().for_each(|name| all.add(name.clone(), &[1]));
+        }
+        if let Some(LayerInputs { table, rows, projection, norm, .. }) = &self.layer_inputs {
+            all.add(table.clone(), &[*rows, projection.output]);
+            all.linear(projection);
+            all.norm(norm);
         }
         all.norm(&self.final_norm);
         if !self.head.tied {
@@ -97,7 +113,7 @@ impl ModelSpec {
             // A checkpoint may store a tied head a second time.
             .filter(|name| !(self.head.tied && *name == head))
             .filter(|name| !self.names.is_other_part(name))
-            .filter(|name| !self.ignored_suffixes.iter().any(|suffix| name.ends_with(suffix)))
+            .filter(|name| !self.ignored_suffixes.iter().any(|suffix| name.ends_with(suffix.as_str())))
             .map(ToString::to_string)
             .collect();
         let place = checkpoint.files.first().map(|file| file.display().to_string()).unwrap_or_default();
@@ -211,7 +227,7 @@ impl Inventory {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::collections::BTreeMap;
     use std::path::Path;
 
@@ -235,7 +251,7 @@ mod tests {
         let spec = families::from_config(&config()).unwrap();
         let mut tensors = spec.tensors();
         change(&mut tensors);
-        write(folder.path(), &tensors);
+        write(folder.path(), &config(), &tensors);
         let checkpoint = Checkpoint::open(&BaseSource::Folder(folder.path().to_path_buf())).unwrap();
         match spec.prove(&checkpoint) {
             Ok(()) => "fits".into(),
@@ -243,7 +259,8 @@ mod tests {
         }
     }
 
-    fn write(folder: &Path, tensors: &BTreeMap<String, Vec<i64>>) {
+    /// Makes `folder` a base of zeros.
+    pub(in crate::model) fn write(folder: &Path, config: &serde_json::Value, tensors: &BTreeMap<String, Vec<i64>>) {
         let specs: Vec<TensorSpec> = tensors
             .iter()
             .map(|(name, shape)| TensorSpec { name: name.clone(), kind: Kind::Float, shape: shape.clone() })
@@ -251,7 +268,7 @@ mod tests {
         let zeros =
             |index: usize| Ok(tch::Tensor::zeros(specs[index].shape.as_slice(), (Kind::Float, tch::Device::Cpu)));
         writer::write(&folder.join("model.safetensors"), &specs, &BTreeMap::new(), zeros).unwrap();
-        std::fs::write(folder.join("config.json"), config().to_string()).unwrap();
+        std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
     }
 
     #[test]

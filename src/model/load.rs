@@ -72,13 +72,21 @@ impl Reader<'_> {
         let weights: Vec<Tensor> =
             spec.weights.iter().map(|name| self.tensor_as(name, Kind::Float)).collect::<Result<_>>()?;
         let width = spec.shape.last().copied().unwrap_or(0);
-        let weight = Tensor::cat(&weights, 0).view([-1, width]); // (P, D)
+        let weight = match weights[..] {
+            [] => Tensor::ones([1, width], (Kind::Float, self.device)),
+            _ => Tensor::cat(&weights, 0).view([-1, width]), // (P, D)
+        };
         Ok(Norm {
             weight: if spec.kind == NormKind::RmsOffset { weight + 1.0 } else { weight },
             bias: spec.bias.as_ref().map(|name| self.tensor_as(name, Kind::Float)).transpose()?,
             eps: spec.eps,
             centred: spec.kind == NormKind::Layer,
         })
+    }
+
+    /// The one number of a tensor (1), rounded to the model's number type.
+    pub(super) fn number(&self, name: &str) -> Result<f64> {
+        Ok(self.tensor(name)?.double_value(&[0]))
     }
 
     pub(super) fn optional_norm(&self, spec: Option<&NormSpec>) -> Result<Option<Norm>> {

@@ -6,6 +6,8 @@
 //! Residual::Parallel:     h ──┬─ norm ─ attention ──────(+)──>
 //!                             ├─ norm ─ feed-forward ────┤
 //!                             └──────────────────────────┘
+//! Ending:                 h ──┬─ gate ─ activation ─ x own input ─ projection ─ norm ──(+)── x scale ──>
+//!                             └─────────────────────────────────────────────────────────┘
 //! ```
 
 use super::names::Names;
@@ -24,6 +26,8 @@ pub struct ModelSpec {
     pub max_position_embeddings: i64,
     /// From token ids to the stream.
     pub embedding: EmbeddingSpec,
+    /// From token ids to what each block is told of them besides the stream.
+    pub layer_inputs: Option<LayerInputs>,
     /// The blocks, in order.
     pub layers: Vec<LayerSpec>,
     /// After the last block.
@@ -31,7 +35,7 @@ pub struct ModelSpec {
     /// From hidden states to logits.
     pub head: HeadSpec,
     /// Tensors a checkpoint may hold that mean nothing here (old buffers), by the end of their name.
-    pub ignored_suffixes: Vec<&'static str>,
+    pub ignored_suffixes: Vec<String>,
     /// What its modules are called in files and in transformers.
     pub names: Names,
 }
@@ -47,6 +51,26 @@ pub struct EmbeddingSpec {
     pub norm: Option<NormSpec>,
 }
 
+/// P numbers for each token and each of the blocks: of a table of their own, and of the token's embedding e:
+/// `scale * (norm(projection(e)) + table_scale * table[id])`, where block i takes the i-th P of them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerInputs {
+    /// P.
+    pub width: i64,
+    /// Tensor name of the table (rows, blocks P).
+    pub table: String,
+    /// Rows of the table: at least V.
+    pub rows: i64,
+    /// What the table gives is multiplied by this, rounded to its number type first.
+    pub table_scale: f64,
+    /// (blocks P, D).
+    pub projection: LinearSpec,
+    /// Over the P of each block.
+    pub norm: NormSpec,
+    /// The sum is multiplied by this.
+    pub scale: f64,
+}
+
 /// One block.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LayerSpec {
@@ -60,6 +84,30 @@ pub struct LayerSpec {
     pub feed_forward: FeedForward,
     /// How the two are added to the stream.
     pub residual: Residual,
+    /// What happens to the stream after them.
+    pub ending: Ending,
+}
+
+/// What happens to the stream after both halves of a block.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Ending {
+    /// The block's own input is let in.
+    pub input: Option<LayerInput>,
+    /// Tensor name of the number (1) that the stream is multiplied by.
+    pub scale: Option<String>,
+}
+
+/// How a block's own input x (P) is let into the stream h: `h + norm(projection(act(gate(h)) * x))`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerInput {
+    /// Of the gate.
+    pub activation: Activation,
+    /// (P, D).
+    pub gate: LinearSpec,
+    /// (D, P).
+    pub projection: LinearSpec,
+    /// Of what is added.
+    pub norm: NormSpec,
 }
 
 /// How tokens look at each other.
@@ -88,6 +136,10 @@ pub struct GroupedAttention {
     pub output: LinearSpec,
     /// Norms of queries and keys, before they are rotated.
     pub query_key_norm: Option<QueryKeyNorm>,
+    /// Of values.
+    pub value_norm: Option<NormSpec>,
+    /// The slot in which later blocks find this block's keys and values ([`Projection::QueryOnly`]).
+    pub hands_on: Option<usize>,
     /// Queries grow with their position.
     pub temperature: Option<Temperature>,
 }
@@ -105,6 +157,20 @@ pub enum Projection {
         /// (K H, D).
         value: LinearSpec,
     },
+    /// Values are what keys are before their norm and their rotation.
+    ValuesAreKeys {
+        /// (N H, D).
+        query: LinearSpec,
+        /// (K H, D).
+        key: LinearSpec,
+    },
+    /// Keys and values are those of an earlier block ([`GroupedAttention::hands_on`]).
+    QueryOnly {
+        /// (N H, D).
+        query: LinearSpec,
+        /// The slot in which they are found.
+        slot: usize,
+    },
     /// One weight ((N + 2 K) H, D): all queries, then all keys, then all values.
     Fused(LinearSpec),
     /// One weight (K (G + 2) H, D): for each key/value head its G queries, its key, its value.
@@ -116,8 +182,8 @@ pub enum Projection {
 pub struct QueryKeyNorm {
     /// Of queries.
     pub query: NormSpec,
-    /// Of keys.
-    pub key: NormSpec,
+    /// Of keys, unless they are another block's.
+    pub key: Option<NormSpec>,
 }
 
 /// Queries at position p are multiplied by `1 + growth * ln(1 + floor((p + first) / every))` (arXiv:2501.19399).
@@ -204,6 +270,13 @@ pub enum RopeScaling {
         original: i64,
         /// Cosines and sines are multiplied by this.
         attention_factor: f64,
+    },
+    /// Only the first `turning` of all pairs of the head turn, in the wavelengths they would have if all did.
+    Proportional {
+        /// Pairs that turn.
+        turning: i64,
+        /// Positions are divided by it.
+        factor: f64,
     },
     /// Llama 3.1's: long wavelengths divided, short ones kept, a ramp between.
     Llama3 {
@@ -443,7 +516,7 @@ pub struct Around {
 /// A norm.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NormSpec {
-    /// Tensor names of its weights (D), or of each head's where there are several.
+    /// Tensor names of its weights (D), of each head's where there are several; none where nothing is multiplied.
     pub weights: Vec<String>,
     /// Shape of each weight: (D), or (N, D) where one tensor holds those of all heads.
     pub shape: Vec<i64>,

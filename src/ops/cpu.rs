@@ -363,7 +363,12 @@ fn swiglu_backward_elements<S: Stored>(dy: &[S], g: &[S], u: &[S], [dg, du, y]: 
 
 /// Cross-entropy of logits, mapped from products (C, V), against targets (C): each row's loss (C, 1), fp32, and the gradient (C, V)
 /// of `scale` times it.
-pub(super) fn softmax_cross_entropy(products: &Tensor, map: LogitMap, targets: &Tensor, scale: f64) -> (Tensor, Tensor) {
+pub(super) fn softmax_cross_entropy(
+    products: &Tensor,
+    map: LogitMap,
+    targets: &Tensor,
+    scale: f64,
+) -> (Tensor, Tensor) {
     by_kind!(products.kind(), softmax_cross_entropy_of(products, map, targets, scale as f32))
 }
 

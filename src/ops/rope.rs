@@ -33,15 +33,14 @@ impl Rotation {
     }
 }
 
-/// Rotates q (T, N, H) and k (T, K, H).
-pub fn rope(q: &Tensor, k: &Tensor, rotation: &Rotation) -> (Tensor, Tensor) {
-    let outputs = tch::no_grad(|| vec![rotate(q, rotation, 1.0), rotate(k, rotation, 1.0)]);
+/// Rotates every x (T, heads, H): queries and keys, or queries alone.
+pub fn rope<const X: usize>(x: [&Tensor; X], rotation: &Rotation) -> [Tensor; X] {
+    let outputs = tch::no_grad(|| x.iter().map(|x| rotate(x, rotation, 1.0)).collect());
     let rotation = rotation.shallow_clone();
-    let mut outputs = custom(c"engraft::rope", &[q, k], outputs, move |grads| {
+    let outputs = custom(c"engraft::rope", &x, outputs, move |grads| {
         grads.iter().map(|grad| Some(rotate(grad, &rotation, -1.0))).collect()
     });
-    let k = outputs.pop().expect("two outputs");
-    (outputs.pop().expect("two outputs"), k)
+    outputs.try_into().expect("an output for every x")
 }
 
 fn rotate(x: &Tensor, rotation: &Rotation, direction: f64) -> Tensor {
@@ -98,10 +97,7 @@ mod tests {
             let rotation = Rotation { layout, cos: angle.cos(), sin: angle.sin() };
             check(
                 &[randn(&[9, 4, 12], 1), randn(&[9, 2, 12], 2)],
-                |_, x| {
-                    let (q, k) = rope(&x[0], &x[1], &rotation);
-                    vec![q, k]
-                },
+                |_, x| rope([&x[0], &x[1]], &rotation).into(),
                 |_, x| vec![twin(&x[0], &rotation), twin(&x[1], &rotation)],
             );
         }

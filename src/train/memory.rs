@@ -2,13 +2,16 @@
 //!
 //! What a block keeps per token, in elements of the activations' type, is what the operations of [`crate::ops`] keep: the
 //! stream twice (before each norm), q, k, v, the attention's output, gate and up; and in fp32 one logsumexp per head and two
-//! norm statistics. Recomputed, it keeps the stream once. The most that is alive beside that is one block's worth of
+//! norm statistics. A block that reads another's k and v keeps none of its own; one with an input of its own keeps the stream,
+//! what the gate gives and what is added once more. Recomputed, it keeps the stream once. The most that is alive beside that is one block's worth of
 //! gradients and the head's chunk of logits.
 
 use tch::{Device, Kind};
 
 use crate::model::ModelSpec;
-use crate::model::spec::{Attention, ExpertGateUp, Experts, FeedForward, GateUp, GroupedAttention, Routing};
+use crate::model::spec::{
+    Attention, ExpertGateUp, Experts, FeedForward, GateUp, GroupedAttention, Projection, Routing,
+};
 use crate::recipe::Recompute;
 use crate::torch_ext::cuda_memory;
 
@@ -44,10 +47,12 @@ fn fewest(spec: &ModelSpec, kind: Kind, tokens: u64, budget: u64) -> usize {
 }
 
 fn kept_bytes(layer: &crate::model::spec::LayerSpec, hidden: u64, element: u64) -> u64 {
-    let Attention::Grouped(GroupedAttention { heads, kv_heads, head_size, .. }) = &layer.attention;
+    let Attention::Grouped(GroupedAttention { heads, kv_heads, head_size, projection, .. }) = &layer.attention;
     let wide = feed_forward_width(&layer.feed_forward);
-    let attention = (2 * heads + 2 * kv_heads) * head_size;
-    (2 * hidden + attention as u64 + wide as u64) * element + (*heads as u64 + 4) * 4
+    let own = if matches!(projection, Projection::QueryOnly { .. }) { 0 } else { 2 * kv_heads };
+    let attention = (2 * heads + own) * head_size;
+    let input = layer.ending.input.as_ref().map_or(0, |input| 2 * (input.gate.input + input.gate.output));
+    (2 * hidden + (attention + wide + input) as u64) * element + (*heads as u64 + 4) * 4
 }
 
 /// Elements a token keeps of gate and up; of the experts it goes through, also their shared input.

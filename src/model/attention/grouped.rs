@@ -2,6 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
+use super::HandedOn;
 use crate::Result;
 use crate::model::cache::KeysValues;
 use crate::model::layer::Context;
@@ -20,9 +21,12 @@ pub(in crate::model) struct GroupedAttention {
     mask: Mask,
     input: Input,
     output: Linear,
-    /// Of queries and of keys.
-    norms: Option<[HeadNorm; 2]>,
+    query_norm: Option<HeadNorm>,
+    key_norm: Option<HeadNorm>,
+    value_norm: Option<HeadNorm>,
     temperature: Option<Temperature>,
+    /// The slot in which later blocks find the keys and values.
+    pub(super) hands_on: Option<usize>,
 }
 
 /// From the stream to queries, keys and values.
@@ -30,11 +34,24 @@ pub(in crate::model) struct GroupedAttention {
 enum Input {
     /// Query, key, value.
     Separate(Box<[Linear; 3]>),
+    /// Query, key.
+    ValuesAreKeys(Box<[Linear; 2]>),
+    /// Query, and the slot of the rest.
+    QueryOnly(Box<Linear>, usize),
     Fused(Box<Linear>),
     PerHead(Box<Linear>),
 }
 
-/// A norm of queries or keys.
+/// What a block projects besides queries.
+enum Own {
+    KeysValues([Tensor; 2]),
+    /// They are those of an earlier block.
+    Nothing {
+        slot: usize,
+    },
+}
+
+/// A norm of queries, keys or values.
 #[derive(Debug, Clone)]
 struct HeadNorm {
     norm: Norm,
@@ -61,17 +78,18 @@ impl GroupedAttention {
             Projection::Separate { query, key, value } => {
                 Input::Separate(Box::new([read.linear(query)?, read.linear(key)?, read.linear(value)?]))
             }
+            Projection::ValuesAreKeys { query, key } => {
+                Input::ValuesAreKeys(Box::new([read.linear(query)?, read.linear(key)?]))
+            }
+            Projection::QueryOnly { query, slot } => Input::QueryOnly(Box::new(read.linear(query)?), *slot),
             Projection::Fused(linear) => Input::Fused(Box::new(read.linear(linear)?)),
             Projection::PerHead(linear) => Input::PerHead(Box::new(read.linear(linear)?)),
         };
-        let norm = |spec: &spec::NormSpec| -> Result<HeadNorm> {
-            let whole = spec.shape.last().is_some_and(|width| *width != head_size);
-            Ok(HeadNorm { norm: read.norm(spec)?, whole })
+        let norm = |spec: Option<&spec::NormSpec>| -> Result<Option<HeadNorm>> {
+            let whole = |spec: &spec::NormSpec| spec.shape.last().is_some_and(|width| *width != head_size);
+            spec.map(|spec| Ok(HeadNorm { norm: read.norm(spec)?, whole: whole(spec) })).transpose()
         };
-        let norms = match &attention.query_key_norm {
-            Some(norms) => Some([norm(&norms.query)?, norm(&norms.key)?]),
-            None => None,
-        };
+        let norms = attention.query_key_norm.as_ref();
         Ok(Self {
             heads,
             kv_heads,
@@ -80,8 +98,11 @@ impl GroupedAttention {
             mask: spec.mask,
             input,
             output: read.linear(&attention.output)?,
-            norms,
+            query_norm: norm(norms.map(|norms| &norms.query))?,
+            key_norm: norm(norms.and_then(|norms| norms.key.as_ref()))?,
+            value_norm: norm(attention.value_norm.as_ref())?,
             temperature: attention.temperature,
+            hands_on: attention.hands_on,
         })
     }
 
@@ -92,20 +113,30 @@ impl GroupedAttention {
         norm: Option<&Norm>,
         residual: Option<&Tensor>,
         context: &Context<'_>,
-        cache: Option<&mut KeysValues>,
+        handed_on: &mut HandedOn,
+        mut cache: Option<&mut KeysValues>,
     ) -> Tensor {
         let tokens = h.size()[0];
-        let [q, k, v] = self.queries_keys_values(h, norm, context);
-        let q = q.view([tokens, self.heads, self.head_size]); // (T, N, H)
-        let k = k.view([tokens, self.kv_heads, self.head_size]); // (T, K, H)
-        let v = v.view([tokens, self.kv_heads, self.head_size]); // (T, K, H)
-        let (q, k) = match &self.norms {
-            Some([of_query, of_key]) => (of_query.apply(&q), of_key.apply(&k)),
-            None => (q, k),
-        };
-        let (q, k) = match context.rotation {
-            Some(rotation) => ops::rope(&q, &k, rotation),
-            None => (q, k),
+        let (q, own) = self.projected(h, norm, context);
+        let q = heads(&q, self.heads, self.query_norm.as_ref());
+        let (q, k, v) = match own {
+            Own::KeysValues([k, v]) => {
+                let k = heads(&k, self.kv_heads, self.key_norm.as_ref());
+                let v = heads(&v, self.kv_heads, self.value_norm.as_ref());
+                let [q, k] = rotated([q, k], context);
+                if let Some(slot) = self.hands_on {
+                    handed_on.put(slot, [&k, &v]);
+                }
+                if let Some(cache) = &mut cache {
+                    cache.append(&k, &v, context.documents);
+                }
+                (q, k, v)
+            }
+            Own::Nothing { slot } => {
+                let [q] = rotated([q], context);
+                let [k, v] = handed_on.of(slot);
+                (q, k, v)
+            }
         };
         let q = match self.temperature {
             Some(temperature) => q * temperature.of(context.positions).to_kind(context.kind),
@@ -119,26 +150,43 @@ impl GroupedAttention {
         ops::projection(&attended, None, &[self.output.operand(context.dropout_seed)], residual).remove(0)
     }
 
-    fn queries_keys_values(&self, h: &Tensor, norm: Option<&Norm>, context: &Context<'_>) -> [Tensor; 3] {
+    /// Queries (T, N H), and this block's own keys and values (T, K H) if it has them.
+    fn projected(&self, h: &Tensor, norm: Option<&Norm>, context: &Context<'_>) -> (Tensor, Own) {
         let seed = context.dropout_seed;
-        let fused = |linear: &Linear| ops::projection(h, norm, &[linear.operand(seed)], None).remove(0);
+        let one = |linear: &Linear| ops::projection(h, norm, &[linear.operand(seed)], None).remove(0);
         let (query, key) = (self.heads * self.head_size, self.kv_heads * self.head_size);
         let parts = match &self.input {
             Input::Separate(linears) => ops::projection(h, norm, &linears.each_ref().map(|l| l.operand(seed)), None),
-            Input::Fused(linear) => ops::split(&fused(linear), 1, &[query, key, key]),
+            Input::ValuesAreKeys(linears) => {
+                let mut parts = ops::projection(h, norm, &linears.each_ref().map(|l| l.operand(seed)), None);
+                parts.push(parts[1].shallow_clone());
+                parts
+            }
+            Input::QueryOnly(linear, slot) => return (one(linear), Own::Nothing { slot: *slot }),
+            Input::Fused(linear) => ops::split(&one(linear), 1, &[query, key, key]),
             Input::PerHead(linear) => {
                 let widths = [query / self.kv_heads, self.head_size, self.head_size];
-                ops::split(&fused(linear), self.kv_heads, &widths)
+                ops::split(&one(linear), self.kv_heads, &widths)
             }
         };
-        parts.try_into().expect("queries, keys and values")
+        let [q, k, v] = parts.try_into().expect("queries, keys and values");
+        (q, Own::KeysValues([k, v]))
+    }
+
+    /// The slot that is read instead of having keys and values.
+    pub(super) fn reads(&self) -> Option<usize> {
+        match &self.input {
+            Input::QueryOnly(_, slot) => Some(*slot),
+            Input::Separate(_) | Input::ValuesAreKeys(_) | Input::Fused(_) | Input::PerHead(_) => None,
+        }
     }
 
     /// Linears in checkpoint order.
     pub(super) fn linears(&self) -> Vec<&Linear> {
         let mut all: Vec<&Linear> = match &self.input {
             Input::Separate(linears) => linears.iter().collect(),
-            Input::Fused(linear) | Input::PerHead(linear) => vec![&**linear],
+            Input::ValuesAreKeys(linears) => linears.iter().collect(),
+            Input::QueryOnly(linear, _) | Input::Fused(linear) | Input::PerHead(linear) => vec![&**linear],
         };
         all.push(&self.output);
         all
@@ -148,7 +196,8 @@ impl GroupedAttention {
     pub(super) fn linears_mut(&mut self) -> Vec<&mut Linear> {
         let mut all: Vec<&mut Linear> = match &mut self.input {
             Input::Separate(linears) => linears.iter_mut().collect(),
-            Input::Fused(linear) | Input::PerHead(linear) => vec![&mut **linear],
+            Input::ValuesAreKeys(linears) => linears.iter_mut().collect(),
+            Input::QueryOnly(linear, _) | Input::Fused(linear) | Input::PerHead(linear) => vec![&mut **linear],
         };
         all.push(&mut self.output);
         all
@@ -157,6 +206,20 @@ impl GroupedAttention {
     /// An empty cache for `sequences` sequences.
     pub(super) fn cache(&self, sequences: i64, options: (Kind, Device)) -> KeysValues {
         KeysValues::new(sequences, self.kv_heads, self.head_size, options)
+    }
+}
+
+/// x (T, heads H) as (T, heads, H), normed if there is a norm.
+fn heads(x: &Tensor, heads: i64, norm: Option<&HeadNorm>) -> Tensor {
+    let x = x.view([x.size()[0], heads, -1]); // (T, heads, H)
+    norm.map_or_else(|| x.shallow_clone(), |norm| norm.apply(&x))
+}
+
+/// Every x (T, heads, H) at its positions.
+fn rotated<const X: usize>(x: [Tensor; X], context: &Context<'_>) -> [Tensor; X] {
+    match context.rotation {
+        Some(rotation) => ops::rope(x.each_ref(), rotation),
+        None => x,
     }
 }
 

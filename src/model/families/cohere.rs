@@ -5,8 +5,8 @@ use super::config::Config;
 use super::llama::masks;
 use crate::Result;
 use crate::model::spec::{
-    Attention, EmbeddingSpec, FeedForward, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind, NormSpec, Position,
-    QueryKeyNorm, Residual, Rope,
+    Attention, EmbeddingSpec, Ending, FeedForward, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind, NormSpec,
+    Position, QueryKeyNorm, Residual, Rope,
 };
 use crate::ops::{Activation, LogitMap, RopeLayout};
 
@@ -44,7 +44,7 @@ fn build(config: &Config<'_>, theta: f64, normed: bool, layers: &[(bool, Mask)])
             heads.attention(heads.separate(&at("self_attn"), bias), heads.output(at("self_attn.o_proj"), bias));
         attention.query_key_norm = normed.then(|| QueryKeyNorm {
             query: of_heads("self_attn.q_norm", heads.heads),
-            key: of_heads("self_attn.k_norm", heads.kv_heads),
+            key: Some(of_heads("self_attn.k_norm", heads.kv_heads)),
         });
         LayerSpec {
             attention: Attention::Grouped(attention),
@@ -59,6 +59,7 @@ fn build(config: &Config<'_>, theta: f64, normed: bool, layers: &[(bool, Mask)])
                 norm: common::norm(at("input_layernorm"), hidden, eps, NormKind::Layer),
                 feed_forward_norm: None,
             },
+            ending: Ending::default(),
         }
     });
     let embedding = EmbeddingSpec { weight: "model.embed_tokens.weight".into(), scale: 1.0, norm: None };

@@ -86,6 +86,8 @@ impl Heads {
             projection,
             output,
             query_key_norm: None,
+            value_norm: None,
+            hands_on: None,
             temperature: None,
         }
     }
@@ -147,11 +149,12 @@ pub(super) fn model(
         vocab_size: config.size("vocab_size")?,
         max_position_embeddings: config.size_or("max_position_embeddings", 2048)?,
         embedding,
+        layer_inputs: None,
         layers,
         final_norm,
         head: HeadSpec { name: head.into(), tied: config.flag_or("tie_word_embeddings", tied)?, bias: false, map },
-        ignored_suffixes: vec!["rotary_emb.inv_freq"],
         names: Names::default(),
+        ignored_suffixes: vec!["rotary_emb.inv_freq".into()],
     })
 }
 

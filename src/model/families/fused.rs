@@ -4,8 +4,8 @@ use super::common::{self, Heads, activation};
 use super::config::Config;
 use crate::Result;
 use crate::model::spec::{
-    Around, Attention, EmbeddingSpec, FeedForward, GateUp, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind, Position,
-    Projection, Residual, Rope,
+    Around, Attention, EmbeddingSpec, Ending, FeedForward, GateUp, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind,
+    Position, Projection, Residual, Rope,
 };
 use crate::ops::{Activation, LogitMap, RopeLayout};
 
@@ -73,6 +73,7 @@ fn build(
             } else {
                 common::pre_norm(norm("input_layernorm"), norm("post_attention_layernorm"))
             },
+            ending: Ending::default(),
         }
     });
     let embedding = EmbeddingSpec { weight: "model.embed_tokens.weight".into(), scale: 1.0, norm: None };

@@ -5,7 +5,7 @@ use super::config::Config;
 use super::llama::masks;
 use crate::Result;
 use crate::model::spec::{
-    Around, Attention, EmbeddingSpec, FeedForward, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind, NormSpec,
+    Around, Attention, EmbeddingSpec, Ending, FeedForward, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind, NormSpec,
     Position, QueryKeyNorm, Residual, Rope, RopeScaling,
 };
 use crate::ops::{Activation, LogitMap, RopeLayout};
@@ -116,7 +116,7 @@ fn build(
         attention.soft_cap = kind.soft_cap;
         attention.query_key_norm = kind.query_key_norm.then(|| QueryKeyNorm {
             query: norm("self_attn.q_norm", heads.head_size),
-            key: norm("self_attn.k_norm", heads.head_size),
+            key: Some(norm("self_attn.k_norm", heads.head_size)),
         });
         let residual = if kind.sandwich {
             let around = |before: &str, after: &str| Around {
@@ -141,6 +141,7 @@ fn build(
                 down: LinearSpec { name: at("mlp.down_proj"), input: intermediate, output: hidden, bias: false },
             },
             residual,
+            ending: Ending::default(),
         }
     });
     let scale = (hidden as f64).sqrt();

@@ -4,8 +4,8 @@
 use super::common::{self, Heads, activation, layer_types, pre_norm};
 use super::config::Config;
 use crate::model::spec::{
-    Attention, EmbeddingSpec, FeedForward, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind, Position, QueryKeyNorm,
-    Residual, Temperature,
+    Attention, EmbeddingSpec, Ending, FeedForward, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind, Position,
+    QueryKeyNorm, Residual, Temperature,
 };
 use crate::ops::{Activation, LogitMap};
 use crate::{Error, Fault, Result};
@@ -179,7 +179,7 @@ pub(super) fn build(config: &Config<'_>, differences: Differences) -> Result<Mod
         let mut attention = heads.attention(projection, heads.output(at("self_attn.o_proj"), outward));
         attention.query_key_norm = differences.query_key_norm.then(|| QueryKeyNorm {
             query: norm("self_attn.q_norm", heads.head_size),
-            key: norm("self_attn.k_norm", heads.head_size),
+            key: Some(norm("self_attn.k_norm", heads.head_size)),
         });
         attention.temperature = differences.temperature;
         LayerSpec {
@@ -192,6 +192,7 @@ pub(super) fn build(config: &Config<'_>, differences: Differences) -> Result<Mod
                 down: LinearSpec { name: at("mlp.down_proj"), input: intermediate, output: hidden, bias: mlp_bias },
             },
             residual: pre_norm(norm("input_layernorm", hidden), norm("post_attention_layernorm", hidden)),
+            ending: Ending::default(),
         }
     });
     let embedding = EmbeddingSpec { weight: "model.embed_tokens.weight".into(), scale: 1.0, norm: None };

@@ -5,7 +5,7 @@ use super::config::Config;
 use super::llama::masks;
 use crate::Result;
 use crate::model::spec::{
-    Around, Attention, EmbeddingSpec, FeedForward, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind, Position,
+    Around, Attention, EmbeddingSpec, Ending, FeedForward, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind, Position,
     QueryKeyNorm, Residual, Rope, RopeScaling,
 };
 use crate::ops::{Activation, LogitMap};
@@ -45,7 +45,7 @@ fn build(config: &Config<'_>, heads: Heads, layers: Vec<(Rope, Mask)>) -> Result
             heads.attention(heads.separate(&at("self_attn"), bias), heads.output(at("self_attn.o_proj"), bias));
         attention.query_key_norm = Some(QueryKeyNorm {
             query: norm("self_attn.q_norm", heads.heads * heads.head_size),
-            key: norm("self_attn.k_norm", heads.kv_heads * heads.head_size),
+            key: Some(norm("self_attn.k_norm", heads.kv_heads * heads.head_size)),
         });
         LayerSpec {
             attention: Attention::Grouped(attention),
@@ -61,6 +61,7 @@ fn build(config: &Config<'_>, heads: Heads, layers: Vec<(Rope, Mask)>) -> Result
                 feed_forward: behind("post_feedforward_layernorm"),
                 multiplier: 1.0,
             },
+            ending: Ending::default(),
         }
     });
     let embedding = EmbeddingSpec { weight: "model.embed_tokens.weight".into(), scale: 1.0, norm: None };

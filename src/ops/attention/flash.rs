@@ -47,9 +47,7 @@ impl Span {
     /// The output (K, G, L, H) and the logsumexp of the scores.
     fn forward(&self, scale: f64) -> (Tensor, Tensor) {
         let (causal, mask) = (self.mask.is_none(), self.mask.as_ref());
-        Tensor::internal_scaled_dot_product_flash_attention_for_cpu(
-            &self.q, &self.k, &self.v, 0.0, causal, mask, scale,
-        )
+        Tensor::internal_scaled_dot_product_flash_attention_for_cpu(&self.q, &self.k, &self.v, 0.0, causal, mask, scale)
     }
 
     /// dq, dk and dv, all (K, G, L, H).

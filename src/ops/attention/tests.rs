@@ -93,7 +93,8 @@ fn equals_plain_autograd_over_documents_groups_and_windows() {
 #[test]
 fn soft_caps_linear_biases_and_sinks_equal_plain_autograd() {
     for scoring in scorings() {
-        for (offsets, window) in [(vec![0, 7, 8, 29], None), (vec![0, 7, 8, 29], Some(5)), (vec![0, 3, 304], Some(130))] {
+        for (offsets, window) in [(vec![0, 7, 8, 29], None), (vec![0, 7, 8, 29], Some(5)), (vec![0, 3, 304], Some(130))]
+        {
             compare(&offsets, (6, 2), 16, &Scoring { window, ..scoring.clone() });
         }
     }
@@ -110,7 +111,8 @@ fn values_may_have_another_head_size() {
 #[test]
 fn new_queries_see_the_cache_as_the_whole_document_would_have_them() {
     let (heads, kv_heads, seen, new) = (6, 2, 23, 9);
-    let [q, k, v] = [(heads, 16, 1), (kv_heads, 16, 2), (kv_heads, 10, 3)].map(|(n, h, seed)| randn(&[seen, n, h], seed));
+    let [q, k, v] =
+        [(heads, 16, 1), (kv_heads, 16, 2), (kv_heads, 10, 3)].map(|(n, h, seed)| randn(&[seen, n, h], seed));
     for scoring in scorings() {
         let whole = twin(&q, &k, &v, &Documents::one(seen), &scoring).narrow(0, seen - new, new); // (L, N, Hv)
         let by_head = |x: &Tensor| x.transpose(0, 1).unsqueeze(0).contiguous(); // (1, K, S, H)

@@ -166,11 +166,7 @@ pub(super) fn backward(
             backward_task(&inputs, shape, document, kv_head, &mut dq, &mut dk, &mut dv);
         });
     }
-    [
-        heads_together(&dq, shape, group, head),
-        heads_together(&dk, shape, 1, head),
-        heads_together(&dv, shape, 1, value),
-    ]
+    [heads_together(&dq, shape, group, head), heads_together(&dk, shape, 1, head), heads_together(&dv, shape, 1, value)]
 }
 
 /// What each task writes: the rows of its document in the plane of its head, of (K, T, width).
