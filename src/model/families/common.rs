@@ -3,8 +3,8 @@
 use super::config::{Config, wrong};
 use crate::model::names::Names;
 use crate::model::spec::{
-    Around, EmbeddingSpec, GateUp, GroupedAttention, HeadSpec, LayerSpec, LinearSpec, ModelSpec, NormKind, NormSpec,
-    Projection, Residual, Rope, RopeScaling,
+    Around, EmbeddingSpec, FeedForward, GateUp, GroupedAttention, HeadSpec, LayerSpec, LinearSpec, ModelSpec, NormKind,
+    NormSpec, Projection, Residual, Rope, RopeScaling,
 };
 use crate::ops::{Activation, LogitMap, RopeLayout};
 use crate::{Error, Fault, Result};
@@ -158,16 +158,25 @@ pub(super) fn model(
     })
 }
 
+/// The token embedding as it is stored in `weight`.
+pub(super) fn embedding(weight: &str) -> EmbeddingSpec {
+    EmbeddingSpec { weight: weight.into(), scale: 1.0, norm: None }
+}
+
 /// Both halves after a norm.
 pub(super) fn pre_norm(attention: NormSpec, feed_forward: NormSpec) -> Residual {
     let before = |norm| Around { before: Some(norm), after: None };
     Residual::Sequential { attention: before(attention), feed_forward: before(feed_forward), multiplier: 1.0 }
 }
 
-/// `gate_proj` and `up_proj` below `at`.
-pub(super) fn gate_up(at: &str, hidden: i64, width: i64, bias: bool) -> GateUp {
-    let linear = |part: &str| LinearSpec { name: format!("{at}.{part}"), input: hidden, output: width, bias };
-    GateUp::Separate { gate: linear("gate_proj"), up: linear("up_proj") }
+/// A gated feed-forward of `gate_proj`, `up_proj` and `down_proj` below `at`.
+pub(super) fn gated(at: &str, activation: Activation, hidden: i64, width: i64, bias: bool) -> FeedForward {
+    let linear = |part: &str, input, output| LinearSpec { name: format!("{at}.{part}"), input, output, bias };
+    FeedForward::Gated {
+        activation,
+        projection: GateUp::Separate { gate: linear("gate_proj", hidden, width), up: linear("up_proj", hidden, width) },
+        down: linear("down_proj", width, hidden),
+    }
 }
 
 /// The activation named by `field`.

@@ -131,17 +131,8 @@ pub(super) fn qwen_experts(
 pub(super) fn gated_shared(at: &str, activation: Activation, hidden: i64, width: i64) -> SharedExpert {
     let gate = LinearSpec { name: format!("{at}.shared_expert_gate"), input: hidden, output: 1, bias: false };
     SharedExpert {
-        feed_forward: gated(&format!("{at}.shared_expert"), activation, hidden, width, false),
+        feed_forward: common::gated(&format!("{at}.shared_expert"), activation, hidden, width, false),
         gate: Some(gate),
-    }
-}
-
-/// A gated feed-forward below `at`.
-pub(super) fn gated(at: &str, activation: Activation, hidden: i64, width: i64, bias: bool) -> FeedForward {
-    FeedForward::Gated {
-        activation,
-        projection: common::gate_up(at, hidden, width, bias),
-        down: LinearSpec { name: format!("{at}.down_proj"), input: width, output: hidden, bias },
     }
 }
 

@@ -4,8 +4,8 @@ use super::common::{self, Heads, activation};
 use super::config::Config;
 use crate::Result;
 use crate::model::spec::{
-    Around, Attention, EmbeddingSpec, Ending, FeedForward, GateUp, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind,
-    Position, Projection, Residual, Rope,
+    Around, Attention, Ending, FeedForward, GateUp, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind, Position,
+    Projection, Residual, Rope,
 };
 use crate::ops::{Activation, LogitMap, RopeLayout};
 
@@ -76,7 +76,7 @@ fn build(
             ending: Ending::default(),
         }
     });
-    let embedding = EmbeddingSpec { weight: "model.embed_tokens.weight".into(), scale: 1.0, norm: None };
+    let embedding = common::embedding("model.embed_tokens.weight");
     let final_norm = common::norm("model.norm".into(), hidden, eps, NormKind::Rms);
     common::model(config, embedding, layers.collect(), final_norm, ("lm_head", false), LogitMap::PLAIN)
 }

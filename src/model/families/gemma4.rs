@@ -5,8 +5,8 @@ use super::common::{self, Heads, activation, layer_types};
 use super::config::{Config, wrong};
 use super::llama::masks;
 use crate::model::spec::{
-    Around, Attention, EmbeddingSpec, Ending, FeedForward, LayerInput, LayerInputs, LayerSpec, LinearSpec, Mask,
-    ModelSpec, NormKind, NormSpec, Position, Projection, QueryKeyNorm, Residual, Rope, RopeScaling,
+    Around, Attention, EmbeddingSpec, Ending, LayerInput, LayerInputs, LayerSpec, LinearSpec, Mask, ModelSpec,
+    NormKind, NormSpec, Position, Projection, QueryKeyNorm, Residual, Rope, RopeScaling,
 };
 use crate::ops::{Activation, LogitMap, RopeLayout};
 use crate::{Error, Fault, Result};
@@ -70,8 +70,8 @@ pub(super) fn gemma4(config: &Config<'_>) -> Result<ModelSpec> {
     let blocks = blocks(config, &whole)?;
     let hidden = whole.heads.hidden_size;
     let soft_cap = config.optional("final_logit_softcapping")?;
-    let embedding =
-        EmbeddingSpec { weight: "model.embed_tokens.weight".into(), scale: (hidden as f64).sqrt(), norm: None };
+    let scale = (hidden as f64).sqrt();
+    let embedding = EmbeddingSpec { scale, ..common::embedding("model.embed_tokens.weight") };
     let layers: Vec<LayerSpec> = blocks.iter().map(|block| layer(&whole, block)).collect();
     let final_norm = common::norm("model.norm".into(), hidden, whole.eps, NormKind::Rms);
     let map = LogitMap { scale: 1.0, soft_cap };
@@ -254,11 +254,7 @@ fn layer(whole: &Whole, block: &Block) -> LayerSpec {
         attention: Attention::Grouped(attention),
         position: Position::Rope(block.rope.clone()),
         mask: block.mask,
-        feed_forward: FeedForward::Gated {
-            activation: whole.activation,
-            projection: common::gate_up(&at("mlp"), hidden, block.width, false),
-            down: linear("mlp.down_proj", block.width, hidden),
-        },
+        feed_forward: common::gated(&at("mlp"), whole.activation, hidden, block.width, false),
         residual: Residual::Sequential {
             attention: around("input_layernorm", "post_attention_layernorm"),
             feed_forward: around("pre_feedforward_layernorm", "post_feedforward_layernorm"),

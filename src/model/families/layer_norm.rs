@@ -1,6 +1,6 @@
 //! Families with LayerNorm, most with a plain feed-forward: StarCoder 2, GPT-NeoX (Pythia), StableLM, Phi, Falcon, BLOOM.
 
-use super::common::{self, Heads, activation, layer_norm};
+use super::common::{self, Heads, activation, embedding, layer_norm};
 use super::config::{Config, wrong};
 use crate::model::names::Rename;
 use crate::model::spec::{
@@ -102,11 +102,7 @@ pub(super) fn stablelm(config: &Config<'_>) -> Result<ModelSpec> {
             attention: Attention::Grouped(attention),
             position: Position::Rope(rope.clone()),
             mask: Mask::Full,
-            feed_forward: FeedForward::Gated {
-                activation: act,
-                projection: common::gate_up(&at("mlp"), hidden, width, false),
-                down: LinearSpec { name: at("mlp.down_proj"), input: width, output: hidden, bias: false },
-            },
+            feed_forward: common::gated(&at("mlp"), act, hidden, width, false),
             residual: match parallel {
                 true => Residual::Parallel { norm: norm("input_layernorm"), feed_forward_norm: None },
                 false => common::pre_norm(norm("input_layernorm"), norm("post_attention_layernorm")),
@@ -261,10 +257,6 @@ pub(super) fn bloom(config: &Config<'_>) -> Result<ModelSpec> {
     // As published, and as transformers writes it.
     spec.names.layouts = vec![vec![Rename::Start("transformer", "")], Vec::new()];
     Ok(spec)
-}
-
-fn embedding(weight: &str) -> EmbeddingSpec {
-    EmbeddingSpec { weight: weight.into(), scale: 1.0, norm: None }
 }
 
 /// A feed-forward without a gate.
