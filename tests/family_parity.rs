@@ -33,6 +33,7 @@ const VERIFIED: &[&str] = &[
     "gemma3_text",
     "gemma3",
     "gemma4_text",
+    "gemma4_text-experts",
     "gemma4",
     "phi3",
     "phi3-longrope",

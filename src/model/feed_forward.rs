@@ -3,7 +3,7 @@
 use tch::Tensor;
 
 use super::experts::Experts;
-use super::layer::Context;
+use super::layer::{Around, Context};
 use super::linear::Linear;
 use super::load::Reader;
 use super::spec::{self, GateUp};
@@ -15,6 +15,14 @@ use crate::ops::{self, Activation, Norm};
 pub(super) enum FeedForward {
     Dense(Box<Dense>),
     Experts(Box<Experts>),
+    Sum(Vec<Branch>),
+}
+
+/// One of several that read the same stream.
+#[derive(Debug, Clone)]
+pub(super) struct Branch {
+    norms: Around,
+    feed_forward: FeedForward,
 }
 
 impl FeedForward {
@@ -32,6 +40,13 @@ impl FeedForward {
                 Self::Dense(Box::new(Dense { activation: *activation, input, down: read.linear(down)? }))
             }
             spec::FeedForward::Experts(experts) => Self::Experts(Box::new(Experts::load(experts, read)?)),
+            spec::FeedForward::Sum(branches) => {
+                let branch = |branch: &spec::Branch| -> Result<Branch> {
+                    let norms = Around::load(&branch.norms, read)?;
+                    Ok(Branch { norms, feed_forward: Self::load(&branch.feed_forward, read)? })
+                };
+                Self::Sum(branches.iter().map(branch).collect::<Result<_>>()?)
+            }
         })
     }
 
@@ -46,6 +61,14 @@ impl FeedForward {
         match self {
             Self::Dense(dense) => dense.forward(h, norm, residual, context),
             Self::Experts(experts) => experts.forward(h, norm, residual, context),
+            Self::Sum(branches) => {
+                let h = norm.map_or_else(|| h.shallow_clone(), |norm| norm.apply(h));
+                let given = |Branch { norms, feed_forward }: &Branch| {
+                    norms.around(|norm| feed_forward.forward(&h, norm, None, context))
+                };
+                let residual = residual.map(Tensor::shallow_clone).into_iter();
+                residual.chain(branches.iter().map(given)).reduce(|sum, given| sum + given).expect("a branch")
+            }
         }
     }
 
@@ -54,6 +77,7 @@ impl FeedForward {
         match self {
             Self::Dense(dense) => dense.linears(),
             Self::Experts(experts) => experts.linears(),
+            Self::Sum(branches) => branches.iter().flat_map(|branch| branch.feed_forward.linears()).collect(),
         }
     }
 
@@ -62,6 +86,7 @@ impl FeedForward {
         match self {
             Self::Dense(dense) => dense.linears_mut(),
             Self::Experts(experts) => experts.linears_mut(),
+            Self::Sum(branches) => branches.iter_mut().flat_map(|branch| branch.feed_forward.linears_mut()).collect(),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::sites::{Role, Site, expert};
 use super::spec::{
-    Attention, ExpertGateUp, ExpertLinear, Experts, FeedForward, GateUp, LayerInput, LayerInputs, LinearSpec,
+    Attention, Branch, ExpertGateUp, ExpertLinear, Experts, FeedForward, GateUp, LayerInput, LayerInputs, LinearSpec,
     ModelSpec, NormSpec, Projection, QueryKeyNorm, Residual, Routing, Stored,
 };
 use crate::weights::Checkpoint;
@@ -164,13 +164,21 @@ impl Inventory {
                 self.linear(down);
             }
             FeedForward::Experts(experts) => self.experts(experts),
+            FeedForward::Sum(branches) => {
+                for Branch { norms, feed_forward } in branches {
+                    [&norms.before, &norms.after].into_iter().flatten().for_each(|norm| self.norm(norm));
+                    self.feed_forward(feed_forward);
+                }
+            }
         }
     }
 
     fn experts(&mut self, Experts { router, projection, down, shared, .. }: &Experts) {
         self.linear_as(&router.linear, Role::Router);
-        if let Routing::Largest { correction: Some(name), .. } = &router.routing {
-            self.add(name.clone(), &[router.linear.output]);
+        router.norm.iter().for_each(|own| self.norm(&own.norm));
+        if let Routing::Largest { correction, expert_scale, .. } = &router.routing {
+            let of_experts = [correction, expert_scale].into_iter().flatten();
+            of_experts.for_each(|name| self.add(name.clone(), &[router.linear.output]));
         }
         match projection {
             ExpertGateUp::Separate { gate, up } => [gate, up].into_iter().for_each(|linear| self.expert_linear(linear)),

@@ -38,7 +38,7 @@ enum Residual {
 
 /// Norms before and after a half.
 #[derive(Debug, Clone)]
-struct Around {
+pub(super) struct Around {
     before: Option<Norm>,
     after: Option<Norm>,
 }
@@ -62,16 +62,10 @@ pub(super) struct Context<'a> {
 impl Layer {
     /// Reads the weights; `before` are those before, among which it finds what it shares with them.
     pub(super) fn load(spec: &LayerSpec, rotation: Option<usize>, before: &[Self], read: &Reader<'_>) -> Result<Self> {
-        let around = |around: &spec::Around| -> Result<Around> {
-            Ok(Around {
-                before: read.optional_norm(around.before.as_ref())?,
-                after: read.optional_norm(around.after.as_ref())?,
-            })
-        };
         let residual = match &spec.residual {
             spec::Residual::Sequential { attention, feed_forward, multiplier } => Residual::Sequential {
-                attention: around(attention)?,
-                feed_forward: around(feed_forward)?,
+                attention: Around::load(attention, read)?,
+                feed_forward: Around::load(feed_forward, read)?,
                 multiplier: *multiplier,
             },
             spec::Residual::Parallel { norm, feed_forward_norm } => Residual::Parallel {
@@ -192,13 +186,25 @@ impl Layer {
 }
 
 impl Around {
+    pub(super) fn load(spec: &spec::Around, read: &Reader<'_>) -> Result<Self> {
+        Ok(Self { before: read.optional_norm(spec.before.as_ref())?, after: read.optional_norm(spec.after.as_ref())? })
+    }
+
+    /// What `half` gives, both norms around it.
+    pub(super) fn around(&self, half: impl FnOnce(Option<&Norm>) -> Tensor) -> Tensor {
+        let y = half(self.before.as_ref());
+        match &self.after {
+            Some(norm) => norm.apply(&y),
+            None => y,
+        }
+    }
+
     /// The stream `h` (T, D) with what `half` gives added: in one go where nothing comes between.
     fn add(&self, h: &Tensor, multiplier: f64, half: impl FnOnce(Option<&Norm>, Option<&Tensor>) -> Tensor) -> Tensor {
         if self.after.is_none() && multiplier == 1.0 {
             return half(self.before.as_ref(), Some(h));
         }
-        let y = half(self.before.as_ref(), None);
-        let y = self.after.as_ref().map_or_else(|| y.shallow_clone(), |norm| norm.apply(&y));
+        let y = self.around(|norm| half(norm, None));
         if multiplier == 1.0 { h + y } else { h + y * multiplier }
     }
 }

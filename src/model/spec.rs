@@ -331,6 +331,17 @@ pub enum FeedForward {
     },
     /// The few that a router chooses for each token, of many (arXiv:1701.06538).
     Experts(Box<Experts>),
+    /// What several give for the same stream, added up.
+    Sum(Vec<Branch>),
+}
+
+/// One of the feed-forwards of a [`FeedForward::Sum`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct Branch {
+    /// Around it.
+    pub norms: Around,
+    /// Itself.
+    pub feed_forward: FeedForward,
 }
 
 /// Experts, their router and what all tokens go through beside them.
@@ -353,6 +364,8 @@ pub struct Experts {
 /// Chooses experts for a token and weighs them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Router {
+    /// Where it does not read what the experts read: how it norms what they have before it is normed for them.
+    pub norm: Option<RouterNorm>,
     /// (E, D).
     pub linear: LinearSpec,
     /// Whether its products are made in fp32.
@@ -361,6 +374,15 @@ pub struct Router {
     pub routing: Routing,
     /// What the loss that balances the experts is multiplied with (arXiv:2101.03961); 0 is none.
     pub balance: f64,
+}
+
+/// A norm of a router's own.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RouterNorm {
+    /// The norm.
+    pub norm: NormSpec,
+    /// What it gives is multiplied by this.
+    pub scale: f64,
 }
 
 /// From a router's products to the experts of a token and their weights.
@@ -380,6 +402,8 @@ pub enum Routing {
         normalised: Option<f64>,
         /// Weights are then multiplied by this.
         scale: f64,
+        /// Tensor name of what each expert's weight is multiplied by at last (E).
+        expert_scale: Option<String>,
     },
     /// Two, by the inference form of SparseMixer (arXiv:2409.12136): each weighed among the scores that are near its own.
     SparseMixer {

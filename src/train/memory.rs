@@ -74,6 +74,7 @@ fn feed_forward_width(feed_forward: &FeedForward) -> i64 {
             let shared = shared.as_ref().map_or(0, |shared| feed_forward_width(&shared.feed_forward));
             chosen * width + shared + down.output
         }
+        FeedForward::Sum(branches) => branches.iter().map(|branch| feed_forward_width(&branch.feed_forward)).sum(),
     }
 }
 

@@ -172,7 +172,13 @@ impl Apart {
 
 /// A router without a bias, in the model's number type.
 pub(super) fn router(name: String, hidden: i64, count: i64, routing: Routing, balance: f64) -> Router {
-    Router { linear: LinearSpec { name, input: hidden, output: count, bias: false }, wide: false, routing, balance }
+    Router {
+        norm: None,
+        linear: LinearSpec { name, input: hidden, output: count, bias: false },
+        wide: false,
+        routing,
+        balance,
+    }
 }
 
 /// The `field` largest of a softmax over `count` experts; `default` where the config does not say.
@@ -184,7 +190,15 @@ pub(super) fn softmax(
     normalised: Option<f64>,
 ) -> Result<Routing> {
     let chosen = chosen(config, field, default, count)?;
-    Ok(Routing::Largest { chosen, scores: Scores::Softmax, correction: None, groups: None, normalised, scale: 1.0 })
+    Ok(Routing::Largest {
+        chosen,
+        scores: Scores::Softmax,
+        correction: None,
+        groups: None,
+        normalised,
+        scale: 1.0,
+        expert_scale: None,
+    })
 }
 
 /// How many experts a token goes through: at most all of them.

@@ -3,12 +3,14 @@
 
 use super::common::{self, Heads, activation, layer_types};
 use super::config::{Config, wrong};
+use super::experts;
 use super::llama::masks;
 use crate::model::spec::{
-    Around, Attention, EmbeddingSpec, Ending, LayerInput, LayerInputs, LayerSpec, LinearSpec, Mask, ModelSpec,
-    NormKind, NormSpec, Position, Projection, QueryKeyNorm, Residual, Rope, RopeScaling,
+    Around, Attention, Branch, EmbeddingSpec, Ending, ExpertGateUp, ExpertLinear, Experts, FeedForward, LayerInput,
+    LayerInputs, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind, NormSpec, Position, Projection, QueryKeyNorm,
+    Residual, Rope, RopeScaling, Router, RouterNorm, Routing, Scores, Stored,
 };
-use crate::ops::{Activation, LogitMap, RopeLayout};
+use crate::ops::{Activation, LogitMap, RopeLayout, Weighted};
 use crate::{Error, Fault, Result};
 
 /// What the fields of the whole say that every block needs.
@@ -20,6 +22,19 @@ struct Whole {
     activation: Activation,
     /// P; 0 where blocks have no inputs of their own.
     input: i64,
+    /// Beside the feed-forward, in every block.
+    experts: Option<ExpertSizes>,
+}
+
+/// The sizes of experts.
+#[derive(Debug, Clone, Copy)]
+struct ExpertSizes {
+    /// E.
+    count: i64,
+    /// How many a token goes through.
+    chosen: i64,
+    /// F.
+    width: i64,
 }
 
 /// What tells one block from another.
@@ -49,18 +64,13 @@ pub(super) fn gemma4(config: &Config<'_>) -> Result<ModelSpec> {
     if let Some(value) = config.field("use_bidirectional_attention").filter(|value| value.as_str() != Some("vision")) {
         return Err(wrong("use_bidirectional_attention", value, "null, or \"vision\", which leaves text as it is"));
     }
-    if config.flag_or("enable_moe_block", false)? {
-        let what = "experts beside the feed-forward are not supported for this model_type";
-        return Err(Error::Model(Fault::new("config.json: enable_moe_block", what).hint("use a base without them")));
-    }
-    // These speak of experts only.
-    let _ = ["num_experts", "top_k_experts", "moe_intermediate_size"].map(|name| config.field(name));
     let whole = Whole {
         heads: Heads::read(config, Some(256))?,
         eps: config.positive_or("rms_norm_eps", 1e-6)?,
         bias: config.flag_or("attention_bias", false)?,
         values_are_keys: config.flag_or("attention_k_eq_v", false)?,
         activation: activation(config, "hidden_activation", Activation::GeluTanh)?,
+        experts: expert_sizes(config)?,
         input: if config.is_null("hidden_size_per_layer_input") {
             0
         } else {
@@ -84,6 +94,21 @@ pub(super) fn gemma4(config: &Config<'_>) -> Result<ModelSpec> {
     }));
     spec.layer_inputs = if whole.input > 0 { Some(layer_inputs(config, &whole, blocks.len() as i64)?) } else { None };
     Ok(spec)
+}
+
+fn expert_sizes(config: &Config<'_>) -> Result<Option<ExpertSizes>> {
+    let fields = ["num_experts", "top_k_experts", "moe_intermediate_size"];
+    if !config.flag_or("enable_moe_block", false)? {
+        // These speak of experts only.
+        let _ = fields.map(|name| config.field(name));
+        return Ok(None);
+    }
+    for field in fields {
+        config.size(field)?;
+    }
+    let count = experts::count(config, "num_experts", 1)?;
+    let chosen = experts::chosen(config, "top_k_experts", 1, count)?;
+    Ok(Some(ExpertSizes { count, chosen, width: config.size("moe_intermediate_size")? }))
 }
 
 fn layer_inputs(config: &Config<'_>, whole: &Whole, blocks: i64) -> Result<LayerInputs> {
@@ -250,14 +275,28 @@ fn layer(whole: &Whole, block: &Block) -> LayerSpec {
         KeysValues::HandedOn(slot) => Some(slot),
         KeysValues::Own | KeysValues::Found(_) => None,
     };
+    let dense = common::gated(&at("mlp"), whole.activation, hidden, block.width, false);
+    let (feed_forward, around_both) = match whole.experts {
+        None => (dense, around("pre_feedforward_layernorm", "post_feedforward_layernorm")),
+        Some(sizes) => {
+            let experts = FeedForward::Experts(Box::new(block_experts(whole, sizes, block.index)));
+            let branches = [
+                (around("pre_feedforward_layernorm", "post_feedforward_layernorm_1"), dense),
+                (around("pre_feedforward_layernorm_2", "post_feedforward_layernorm_2"), experts),
+            ];
+            let branches = branches.map(|(norms, feed_forward)| Branch { norms, feed_forward });
+            let behind = Around { before: None, after: Some(norm("post_feedforward_layernorm", hidden)) };
+            (FeedForward::Sum(branches.into()), behind)
+        }
+    };
     LayerSpec {
         attention: Attention::Grouped(attention),
         position: Position::Rope(block.rope.clone()),
         mask: block.mask,
-        feed_forward: common::gated(&at("mlp"), whole.activation, hidden, block.width, false),
+        feed_forward,
         residual: Residual::Sequential {
             attention: around("input_layernorm", "post_attention_layernorm"),
-            feed_forward: around("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+            feed_forward: around_both,
             multiplier: 1.0,
         },
         ending: Ending {
@@ -269,6 +308,48 @@ fn layer(whole: &Whole, block: &Block) -> LayerSpec {
             }),
             scale: Some(at("layer_scalar")),
         },
+    }
+}
+
+/// The experts of a block, whose router has a norm and scales of its own.
+fn block_experts(whole: &Whole, sizes: ExpertSizes, index: usize) -> Experts {
+    let hidden = whole.heads.hidden_size;
+    let at = |part: &str| format!("model.layers.{index}.{part}");
+    let linear = |part: &str, input, output| ExpertLinear {
+        name: at(part),
+        experts: sizes.count,
+        input,
+        output,
+        bias: false,
+        stored: Stored::Together,
+        parameter: at(part),
+    };
+    let norm = common::norm(String::new(), hidden, whole.eps, NormKind::Rms);
+    let norm = NormSpec { weights: vec![at("router.scale")], ..norm };
+    Experts {
+        router: Router {
+            norm: Some(RouterNorm { norm, scale: (hidden as f64).powf(-0.5) }),
+            linear: LinearSpec { name: at("router.proj"), input: hidden, output: sizes.count, bias: false },
+            wide: false,
+            routing: Routing::Largest {
+                chosen: sizes.chosen,
+                scores: Scores::Softmax,
+                correction: None,
+                groups: None,
+                normalised: Some(0.0),
+                scale: 1.0,
+                expert_scale: Some(at("router.per_expert_scale")),
+            },
+            balance: 0.0,
+        },
+        activation: whole.activation,
+        projection: ExpertGateUp::Fused {
+            linear: linear("experts.gate_up_proj", hidden, 2 * sizes.width),
+            interleaved: false,
+        },
+        down: linear("experts.down_proj", sizes.width, hidden),
+        weighted: Weighted::Output,
+        shared: None,
     }
 }
 
@@ -325,6 +406,11 @@ mod tests {
             (json!({"per_layer_config": {"7": {"head_dim": 14}}}), "per_layer_config.7"),
             (json!({"per_layer_config": {"2": {"num_key_value_heads": 4}}}), "num_attention_heads = 6"),
             (json!({"global_head_dim": 13}), "full_attention"),
+            (json!({"enable_moe_block": true}), "num_experts"),
+            (
+                json!({"enable_moe_block": true, "num_experts": 2, "top_k_experts": 3, "moe_intermediate_size": 4}),
+                "top_k_experts",
+            ),
             (json!({"num_kv_shared_layers": 5}), "num_kv_shared_layers"),
             (json!({"num_kv_shared_layers": 3}), "no full_attention layer before layer 2"),
             (json!({"vocab_size_per_layer_input": 60}), "vocab_size = 61"),

@@ -49,7 +49,7 @@ const FAMILIES: &[Family] = &[
     Family { model_type: "gemma3_text", known_as: "Gemma 3 (text)", spec: gemma::gemma3 },
     Family { model_type: "gemma3", known_as: "Gemma 3 with pictures", spec: |c| wrapped(c, &wrapped::GEMMA3) },
     Family { model_type: "gemma4_text", known_as: "Gemma 4 (text)", spec: gemma4::gemma4 },
-    Family { model_type: "gemma4", known_as: "Gemma 4 (E2B, E4B)", spec: |c| wrapped(c, &wrapped::GEMMA4) },
+    Family { model_type: "gemma4", known_as: "Gemma 4 (E2B, E4B, 26B-A4B)", spec: |c| wrapped(c, &wrapped::GEMMA4) },
     Family { model_type: "phi3", known_as: "Phi-3, Phi-3.5, Phi-4", spec: fused::phi3 },
     Family { model_type: "glm", known_as: "GLM-4 9B", spec: fused::glm },
     Family { model_type: "glm4", known_as: "GLM-4 0414", spec: fused::glm4 },
