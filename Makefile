@@ -101,7 +101,7 @@ datasets: ## The datasets, from their programs
 fixtures: ## Small models, adapters, templates and quantised blocks with their references
 	@source .ci/setup
 	python_with torch==$$TORCH $(PEERS)
-	for program in tiny_llama families peft_adapter chat_templates gguf_quants; do
+	for program in tiny_llama families peft_adapter chat_templates gguf_quants fp8_scales; do
 		say "tests/python/$$program.py"
 		"$$PYTHON" -B tests/python/$$program.py
 	done

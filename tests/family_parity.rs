@@ -27,6 +27,9 @@ const VERIFIED: &[&str] = &[
     "qwen2_moe-normalised",
     "qwen3_moe",
     "qwen3_moe-sliding",
+    "phimoe",
+    "llama4",
+    "gpt_oss",
     "granite",
     "gemma",
     "gemma2",
@@ -53,6 +56,12 @@ const VERIFIED: &[&str] = &[
     "falcon-grouped",
     "falcon-alibi",
     "bloom",
+    "deepseek_v2",
+    "deepseek_v2-lite",
+    "deepseek_v2-dense",
+    "deepseek_v3",
+    "deepseek_v3-halves",
+    "deepseek_v3-dense",
 ];
 const TOLERANCE: f64 = 3e-5;
 
@@ -265,7 +274,7 @@ fn the_balancing_loss_of_routers_and_its_gradient_are_those_of_transformers() {
             let adapters = Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0).unwrap();
             let (_, length) = fixture.documents().spans().next().unwrap();
             let documents = Documents::one(length);
-            let balance = Balance::new(1.0 / length as f64);
+            let balance = Balance::new(&[1.0], Device::Cpu);
             let forward = Forward { recomputed_layers, balance: Some(&balance), ..Forward::default() };
             let ids = fixture.reference["ids"].narrow(0, 0, length);
             let positions = Tensor::arange(length, (Kind::Int64, Device::Cpu));
@@ -297,6 +306,39 @@ fn greedy_generation_with_a_cache_gives_the_tokens_of_transformers() {
         let prompts = vec![ids("prompt")[..5].to_vec(), ids("prompt"), ids("prompt")[..9].to_vec()];
         let answers = model.generate(&prompts, &sampling, &mut |_, _| std::ops::ControlFlow::Continue(()));
         assert_eq!(answers[1].ids, ids("generated"), "{}", fixture.name);
+    }
+}
+
+/// Sequences that grow by uneven steps, and then by one token each.
+#[test]
+fn a_cache_gives_the_hidden_states_of_the_full_forward() {
+    for fixture in VERIFIED.iter().map(|name| Fixture::new(name)) {
+        let mut model = fixture.base();
+        Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0).unwrap();
+        let ids = fixture.reference["ids"].narrow(0, 0, 24);
+        let sequences = [ids.narrow(0, 0, 12), ids.narrow(0, 12, 12)];
+        let mut cache = model.cache(2);
+        let mut seen = [0, 0];
+        let mut found: [Vec<Tensor>; 2] = Default::default();
+        for steps in [[5, 1], [2, 6], [4, 3], [1, 1], [0, 1]] {
+            let parts: Vec<Tensor> =
+                (0..2).map(|i| sequences[i].narrow(0, seen[i], steps[i])).filter(|part| part.numel() > 0).collect();
+            let documents = Documents { offsets: vec![0, steps[0], steps[0] + steps[1]] };
+            let hidden = model.hidden_cached(&Tensor::cat(&parts, 0), &documents, &mut cache);
+            for (i, (start, new)) in documents.spans().enumerate() {
+                found[i].push(hidden.narrow(0, start, new));
+                seen[i] += new;
+            }
+        }
+        let positions = Tensor::from_slice(&(0..12).chain(0..12).collect::<Vec<i64>>());
+        let documents = Documents { offsets: vec![0, 12, 24] };
+        let expected = model.hidden(&ids, &positions, &documents, Forward::default());
+        fixture.assert_close(
+            "cached",
+            &Tensor::cat(&found.into_iter().flatten().collect::<Vec<_>>(), 0),
+            &expected,
+            TOLERANCE,
+        );
     }
 }
 

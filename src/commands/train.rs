@@ -57,6 +57,13 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
     if longest > made_for {
         console.say(format_args!("note: the longest document has {longest} tokens; the base was made for {made_for}"));
     }
+    if let Some(coefficient) = plan.training.router_aux_loss_coef
+        && !model.balance_experts(coefficient)
+    {
+        let fault =
+            Fault::new("training.router_aux_loss_coef", format!("is {coefficient}, but the base has no experts"));
+        return Err(Error::Recipe(vec![fault.hint("remove this key")]));
+    }
     let adapters = Adapters::attach(&mut model, &plan.adapter, plan.training.seed)?;
     for notice in &adapters.notices {
         console.say(format_args!("note: {notice}"));

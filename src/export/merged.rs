@@ -22,7 +22,8 @@ use crate::{Error, Fault, Result};
 
 /// Writes the merged model into `folder`, whole or not at all; an earlier one is replaced.
 ///
-/// Tensors keep the checkpoint's names (those of transformers for a GGUF) and are stored as `kind`, in shards of 5 GB. A head
+/// Tensors keep the checkpoint's names (those of transformers for a GGUF) and are stored as `kind`, also where the base is
+/// quantised (its scales and its `quantization_config` are gone then), in shards of 5 GB. A head
 /// that shares the embedding's weight is not stored, unless an update targets it: then both are stored and the config says they
 /// are no longer tied. `sidecars` come from [`super::sidecars`]; `progress` is called with bytes written so far and in all.
 ///
@@ -209,8 +210,9 @@ fn config(base: &Value, kind: Kind, unties: bool) -> Value {
     config
 }
 
-/// Sets what is said already.
+/// Sets what is said already; what was quantised is written as plain numbers.
 fn change(fields: &mut Map<String, Value>, dtype: &Value, unties: bool) {
+    fields.remove("quantization_config");
     // The second is the name before transformers 4.56; both are read, and must not differ.
     for name in ["dtype", "torch_dtype"] {
         if let Some(said) = fields.get_mut(name) {

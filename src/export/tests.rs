@@ -10,6 +10,7 @@ use super::*;
 use crate::adapter::{Adapters, LoadedAdapter, Update};
 use crate::model::Decoder;
 use crate::recipe::{AdapterRecipe, BaseSource, Targets};
+use crate::weights::writer::{self, TensorSpec};
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft")
@@ -187,6 +188,56 @@ fn merging_to_bf16_says_so_and_keeps_the_rest_of_the_config() {
     assert_eq!(config["an_unknown_key"], serde_json::json!({"kept": [1, 2.5]}));
     let merged = Checkpoint::open(&BaseSource::Folder(place)).unwrap();
     assert!(merged.names().iter().all(|name| merged.stored_as(name) == Some("BF16")));
+}
+
+/// What a base in fp8 stands for is what it trains on and what is merged; scales and `quantization_config` stay behind.
+#[test]
+fn a_base_in_fp8_is_merged_to_plain_numbers() {
+    let root = tempfile::tempdir().unwrap();
+    let from = base("untied");
+    let mut tensors: Vec<(String, Tensor)> = Vec::new();
+    for name in from.names() {
+        let tensor = from.tensor(name, Kind::Float, Device::Cpu).unwrap();
+        if name.contains("proj") {
+            let size = tensor.size();
+            let scales = Tensor::rand([(size[0] + 2) / 3, (size[1] + 4) / 5], (Kind::Float, Device::Cpu)) + 0.5;
+            tensors.push((name.to_string(), (tensor * 8.0).to_kind(Kind::Float8e4m3fn)));
+            tensors.push((format!("{name}_scale_inv"), scales / 8.0));
+        } else {
+            tensors.push((name.to_string(), tensor));
+        }
+    }
+    let folder = root.path().join("base");
+    let specs: Vec<TensorSpec> = tensors.iter().map(|(name, tensor)| TensorSpec::of(name.as_str(), tensor)).collect();
+    fs::create_dir(&folder).unwrap();
+    writer::write_model(&folder, &specs, 1 << 20, |index| Ok(tensors[index].1.shallow_clone())).unwrap();
+    let mut config = from.config.clone();
+    config["quantization_config"] = serde_json::json!({"quant_method": "fp8", "weight_block_size": [3, 5]});
+    fs::write(folder.join("config.json"), config.to_string()).unwrap();
+
+    let checkpoint = Checkpoint::open(&BaseSource::Folder(folder)).unwrap();
+    let mut model = Decoder::load(&checkpoint, Kind::Float, Device::Cpu, &|_, _| ()).unwrap();
+    let recipe = AdapterRecipe { target_modules: Targets::Names(vec!["q_proj".into()]), r: 2, ..Default::default() };
+    let adapters = Adapters::attach(&mut model, &recipe, 1).unwrap();
+    for (_, tensor) in adapters.parameters() {
+        let _ = tch::no_grad(|| tensor.shallow_clone().fill_(0.1));
+    }
+    let ids = Tensor::from_slice(&[1i64, 5, 9, 3]);
+    let positions = Tensor::arange(4, (Kind::Int64, Device::Cpu));
+    let logits = |model: &Decoder| {
+        model.logits(&model.hidden(&ids, &positions, &crate::ops::Documents::one(4), Default::default()))
+    };
+    for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::BFloat16, 0.05)] {
+        let place = root.path().join(format!("{kind:?}"));
+        merged::write(&place, &checkpoint, adapters.updates(), kind, &sidecars(&checkpoint, None), &|_, _| ()).unwrap();
+        let merged = Checkpoint::open(&BaseSource::Folder(place)).unwrap();
+        assert_eq!(merged.config.get("quantization_config"), None);
+        assert_eq!(merged.names().len(), from.names().len());
+        let alone = Decoder::load(&merged, Kind::Float, Device::Cpu, &|_, _| ()).unwrap();
+        let expected = logits(&model);
+        let off = difference(&logits(&alone), &expected) / expected.abs().max().double_value(&[]);
+        assert!(off < tolerance, "{kind:?}: {off}");
+    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ use super::layer::{Context, Layer};
 use super::layer_inputs::LayerInputs;
 use super::linear::{Linear, Weight};
 use super::load::Reader;
-use super::router::Balance;
+use super::router::{Balance, Router};
 use super::spec::{ModelSpec, Position, Rope};
 use crate::Result;
 use crate::ops::{self, Documents, Norm, rope::Rotation};
@@ -155,6 +155,21 @@ impl Decoder {
     pub fn linears_mut(&mut self) -> Vec<&mut Linear> {
         let inputs = self.layer_inputs.iter_mut().map(|inputs| &mut inputs.projection);
         self.layers.iter_mut().flat_map(Layer::linears_mut).chain(inputs).chain([&mut self.head]).collect()
+    }
+
+    /// Whether any router takes part in the loss that balances experts.
+    pub fn balances_experts(&self) -> bool {
+        self.layers.iter().filter_map(Layer::router).any(Router::balances)
+    }
+
+    /// Gives the loss that balances experts another coefficient than the config's; 0 is none. False without experts.
+    pub fn balance_experts(&mut self, coefficient: f64) -> bool {
+        let mut any = false;
+        for router in self.layers.iter_mut().filter_map(Layer::router_mut) {
+            router.balance(coefficient);
+            any = true;
+        }
+        any
     }
 
     fn embed(&self, ids: &Tensor, documents: &Documents, forward: Forward<'_>) -> Tensor {

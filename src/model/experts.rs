@@ -89,6 +89,14 @@ impl Experts {
         ops::experts(&x, &chosen, &weights, &experts, shared.as_ref().or(residual))
     }
 
+    pub(super) fn router(&self) -> &Router {
+        &self.router
+    }
+
+    pub(super) fn router_mut(&mut self) -> &mut Router {
+        &mut self.router
+    }
+
     /// Linears in checkpoint order.
     pub(super) fn linears(&self) -> Vec<&Linear> {
         let mut all = vec![self.router.linear()];

@@ -6,6 +6,7 @@ use super::experts::Experts;
 use super::layer::{Around, Context};
 use super::linear::Linear;
 use super::load::Reader;
+use super::router::Router;
 use super::spec::{self, GateUp};
 use crate::Result;
 use crate::ops::{self, Activation, Norm};
@@ -69,6 +70,24 @@ impl FeedForward {
                 let residual = residual.map(Tensor::shallow_clone).into_iter();
                 residual.chain(branches.iter().map(given)).reduce(|sum, given| sum + given).expect("a branch")
             }
+        }
+    }
+
+    /// What chooses among its experts, if it has any.
+    pub(super) fn router(&self) -> Option<&Router> {
+        match self {
+            Self::Dense(_) => None,
+            Self::Experts(experts) => Some(experts.router()),
+            Self::Sum(branches) => branches.iter().find_map(|branch| branch.feed_forward.router()),
+        }
+    }
+
+    /// What chooses among its experts, if it has any.
+    pub(super) fn router_mut(&mut self) -> Option<&mut Router> {
+        match self {
+            Self::Dense(_) => None,
+            Self::Experts(experts) => Some(experts.router_mut()),
+            Self::Sum(branches) => branches.iter_mut().find_map(|branch| branch.feed_forward.router_mut()),
         }
     }
 

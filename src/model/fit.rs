@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use super::sites::{Role, Site, expert};
 use super::spec::{
-    Attention, Branch, ExpertGateUp, ExpertLinear, Experts, FeedForward, GateUp, LayerInput, LayerInputs, LinearSpec,
-    ModelSpec, NormSpec, Projection, QueryKeyNorm, Residual, Routing, Stored,
+    Attention, Branch, ExpertGateUp, ExpertLinear, Experts, FeedForward, GateUp, GroupedAttention, LatentAttention,
+    LatentQuery, LayerInput, LayerInputs, LinearSpec, ModelSpec, NormSpec, Projection, QueryKeyNorm, Residual, Routing,
+    Stored,
 };
 use crate::weights::Checkpoint;
 use crate::{Error, Fault, Result};
@@ -36,23 +37,7 @@ impl ModelSpec {
         all.add(self.embedding.weight.clone(), &[self.vocab_size, self.hidden_size]);
         self.embedding.norm.iter().for_each(|norm| all.norm(norm));
         for layer in &self.layers {
-            let Attention::Grouped(attention) = &layer.attention;
-            match &attention.projection {
-                Projection::Separate { query, key, value } => {
-                    [query, key, value].into_iter().for_each(|linear| all.linear(linear));
-                }
-                Projection::ValuesAreKeys { query, key } => {
-                    [query, key].into_iter().for_each(|linear| all.linear(linear))
-                }
-                Projection::QueryOnly { query: linear, .. }
-                | Projection::Fused(linear)
-                | Projection::PerHead(linear) => all.linear(linear),
-            }
-            all.linear(&attention.output);
-            if let Some(QueryKeyNorm { query, key }) = &attention.query_key_norm {
-                [Some(query), key.as_ref()].into_iter().flatten().for_each(|norm| all.norm(norm));
-            }
-            attention.value_norm.iter().for_each(|norm| all.norm(norm));
+            all.attention(&layer.attention);
             all.feed_forward(&layer.feed_forward);
             match &layer.residual {
                 Residual::Sequential { attention, feed_forward, .. } => {
@@ -114,6 +99,7 @@ impl ModelSpec {
             .filter(|name| !(self.head.tied && *name == head))
             .filter(|name| !self.names.is_other_part(name))
             .filter(|name| !self.ignored_suffixes.iter().any(|suffix| name.ends_with(suffix.as_str())))
+            .filter(|name| !self.ignored_prefixes.iter().any(|prefix| name.starts_with(prefix)))
             .map(ToString::to_string)
             .collect();
         let place = checkpoint.files.first().map(|file| file.display().to_string()).unwrap_or_default();
@@ -226,6 +212,49 @@ impl Inventory {
         }
     }
 
+    fn attention(&mut self, spec: &Attention) {
+        match spec {
+            Attention::Grouped(GroupedAttention {
+                heads,
+                projection,
+                output,
+                query_key_norm,
+                value_norm,
+                sinks,
+                ..
+            }) => {
+                match projection {
+                    Projection::Separate { query, key, value } => {
+                        [query, key, value].into_iter().for_each(|linear| self.linear(linear));
+                    }
+                    Projection::ValuesAreKeys { query, key } => {
+                        [query, key].into_iter().for_each(|linear| self.linear(linear));
+                    }
+                    Projection::QueryOnly { query: linear, .. }
+                    | Projection::Fused(linear)
+                    | Projection::PerHead(linear) => self.linear(linear),
+                }
+                self.linear(output);
+                if let Some(QueryKeyNorm { query, key, .. }) = query_key_norm {
+                    [Some(query), key.as_ref()].into_iter().flatten().for_each(|norm| self.norm(norm));
+                }
+                value_norm.iter().for_each(|norm| self.norm(norm));
+                sinks.iter().for_each(|sinks| self.add(sinks.clone(), &[*heads]));
+            }
+            Attention::Latent(LatentAttention { query, down, norm, up, output, .. }) => {
+                match query {
+                    LatentQuery::Direct(linear) => self.linear(linear),
+                    LatentQuery::LowRank { down, norm, up } => {
+                        [down, up].into_iter().for_each(|linear| self.linear(linear));
+                        self.norm(norm);
+                    }
+                }
+                [down, up, output].into_iter().for_each(|linear| self.linear(linear));
+                self.norm(norm);
+            }
+        }
+    }
+
     fn norm(&mut self, spec: &NormSpec) {
         spec.weights.iter().for_each(|weight| self.add(weight.clone(), &spec.shape));
         if let Some(bias) = &spec.bias {
@@ -255,11 +284,15 @@ pub(super) mod tests {
 
     /// What a folder with these tensors is answered, `change` made to what its config asks for.
     fn answer(change: impl Fn(&mut BTreeMap<String, Vec<i64>>)) -> String {
+        answer_of(&config(), change)
+    }
+
+    fn answer_of(config: &serde_json::Value, change: impl Fn(&mut BTreeMap<String, Vec<i64>>)) -> String {
         let folder = tempfile::tempdir().unwrap();
-        let spec = families::from_config(&config()).unwrap();
+        let spec = families::from_config(config).unwrap();
         let mut tensors = spec.tensors();
         change(&mut tensors);
-        write(folder.path(), &config(), &tensors);
+        write(folder.path(), config, &tensors);
         let checkpoint = Checkpoint::open(&BaseSource::Folder(folder.path().to_path_buf())).unwrap();
         match spec.prove(&checkpoint) {
             Ok(()) => "fits".into(),
@@ -296,6 +329,20 @@ pub(super) mod tests {
     fn a_missing_tensor_is_named() {
         let found = answer(|tensors| drop(tensors.remove("lm_head.weight")));
         assert!(found.contains("lacks 1 tensor(s)") && found.contains("lm_head.weight"), "{found}");
+    }
+
+    /// Layers that predict further ahead lie after the last one; as many as the config tells of, and no more.
+    #[test]
+    fn layers_that_predict_further_tokens_are_passed_over_by_number() {
+        let config = serde_json::json!({
+            "model_type": "deepseek_v3", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "vocab_size": 11, "first_k_dense_replace": 2, "num_nextn_predict_layers": 1,
+        });
+        let with = |name: &str| answer_of(&config, |tensors| drop(tensors.insert(name.into(), vec![8])));
+        assert_eq!(with("model.layers.2.eh_proj.weight"), "fits");
+        for other in ["model.layers.3.eh_proj.weight", "model.layers.1.eh_proj.weight", "model.layers.20.norm.weight"] {
+            assert!(with(other).contains(other), "{other}");
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use super::feed_forward::FeedForward;
 use super::layer_inputs::LayerInput;
 use super::linear::Linear;
 use super::load::Reader;
-use super::router::Balance;
+use super::router::{Balance, Router};
 use super::spec::{self, LayerSpec};
 use crate::Result;
 use crate::ops::{self, Documents, Norm, rope::Rotation};
@@ -163,6 +163,16 @@ impl Layer {
             handed_on.put(slot, [keys, values]);
         }
         outputs.into_iter().next().expect("the stream")
+    }
+
+    /// What chooses among its experts, if it has any.
+    pub(super) fn router(&self) -> Option<&Router> {
+        self.feed_forward.router()
+    }
+
+    /// What chooses among its experts, if it has any.
+    pub(super) fn router_mut(&mut self) -> Option<&mut Router> {
+        self.feed_forward.router_mut()
     }
 
     /// Linears in checkpoint order.

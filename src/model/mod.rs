@@ -3,7 +3,8 @@
 //! Legend of shape letters, used in every comment: T tokens of a micro-batch (all documents end to end,
 //! no padding), L tokens of one document, S rows picked from T (or keys in sight), B sequences of a cache, D model width,
 //! N heads, K key/value heads, G heads to a group, H head size, F hidden width of the feed-forward, E experts, C of them chosen,
-//! V vocabulary, R rank.
+//! V vocabulary, R rank. Of latent attention: Z width of the latent, U elements of a head that do not rotate, P those that do,
+//! W elements of a value.
 
 pub mod families;
 pub mod names;

@@ -15,30 +15,35 @@ impl Rope {
     /// Dynamic scaling and LongRoPE depend on how long a document is; each document gets its own, so that it does not matter
     /// what it is packed with. `documents` end where their last position is.
     pub fn rotation(&self, positions: &Tensor, documents: &Documents) -> Rotation {
-        let device = positions.device();
-        let angles = match &self.scaling {
-            RopeScaling::Dynamic { original, .. } | RopeScaling::LongRope { original, .. } => {
-                let parts: Vec<Tensor> = documents
-                    .spans()
-                    .filter(|(_, length)| *length > 0)
-                    .map(|(start, length)| {
-                        let own = positions.narrow(0, start, length);
-                        let reached = own.int64_value(&[length - 1]) + 1;
-                        angles(&own, &self.frequencies(reached.max(*original), device))
-                    })
-                    .collect();
-                Tensor::cat(&parts, 0)
-            }
-            _ => angles(positions, &self.frequencies(0, device)),
+        let tables = |positions: &Tensor, length: i64| {
+            let angles = angles(positions, &self.frequencies(length, positions.device()));
+            let scale = self.attention_factor(length);
+            (angles.cos() * scale, angles.sin() * scale)
         };
-        let scale = self.attention_factor();
-        Rotation { layout: self.layout, cos: angles.cos() * scale, sin: angles.sin() * scale }
+        let (cos, sin) = match &self.scaling {
+            RopeScaling::Dynamic { original, .. } | RopeScaling::LongRope { original, .. } => {
+                let parts = documents.spans().filter(|(_, length)| *length > 0).map(|(start, length)| {
+                    let own = positions.narrow(0, start, length);
+                    let reached = own.int64_value(&[length - 1]) + 1;
+                    tables(&own, reached.max(*original))
+                });
+                let (cos, sin): (Vec<Tensor>, Vec<Tensor>) = parts.unzip();
+                (Tensor::cat(&cos, 0), Tensor::cat(&sin, 0))
+            }
+            _ => tables(positions, 0),
+        };
+        Rotation { layout: self.layout, cos, sin }
     }
 
-    fn attention_factor(&self) -> f64 {
+    fn attention_factor(&self, length: i64) -> f64 {
         match self.scaling {
-            RopeScaling::Yarn { attention_factor, .. } | RopeScaling::LongRope { attention_factor, .. } => {
-                attention_factor
+            RopeScaling::Yarn { attention_factor, .. } => attention_factor,
+            RopeScaling::LongRope { attention_factors: [short, long], original, .. } => {
+                if length > original {
+                    long
+                } else {
+                    short
+                }
             }
             RopeScaling::None
             | RopeScaling::Linear { .. }

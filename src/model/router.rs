@@ -68,6 +68,16 @@ impl Router {
         &self.linear
     }
 
+    /// Whether it takes part in the balancing loss.
+    pub(super) fn balances(&self) -> bool {
+        self.balance > 0.0
+    }
+
+    /// Gives the balancing loss another coefficient.
+    pub(super) fn balance(&mut self, coefficient: f64) {
+        self.balance = coefficient;
+    }
+
     pub(super) fn linear_mut(&mut self) -> &mut Linear {
         &mut self.linear
     }
@@ -84,7 +94,11 @@ impl Router {
                     Scores::Softmax => logits.softmax(-1, Kind::Float),
                     Scores::Sigmoid => logits.sigmoid(),
                 };
-                let index = tch::no_grad(|| self.largest(&scores.detach(), *chosen, *groups));
+                let index = tch::no_grad(|| match (&self.correction, groups) {
+                    // The order of the scores, before they are rounded to 0 or 1.
+                    (None, None) => logits.detach().topk(*chosen, -1, true, true).1,
+                    _ => self.largest(&scores.detach(), *chosen, *groups),
+                });
                 let weights = scores.gather(1, &index, false); // (T, C)
                 let weights = match normalised {
                     Some(eps) => &weights / (weights.sum_dim_intlist([1i64].as_slice(), true, Kind::Float) + *eps),
@@ -145,7 +159,7 @@ fn sparse_mixer(logits: &Tensor, jitter: f64) -> (Tensor, Tensor) {
 
 /// The loss that keeps experts balanced (arXiv:2101.03961, equations 4 to 6), over all routers of a forward, document by document:
 /// `E sum_e tokens_e prob_e` with `tokens_e` the share of a document's tokens that went to expert e (C in all) and `prob_e` its mean
-/// softmax. The mean over documents is weighted by their length, so that packing and accumulation do not change it.
+/// softmax. Documents are weighed, not their tokens pooled, so that packing and accumulation do not change it.
 ///
 /// Routers fill it in the forward; its gradient, which needs the sums of all of them, is added in their backward.
 #[derive(Debug, Clone)]
@@ -153,8 +167,8 @@ pub struct Balance(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
-    /// What the loss is multiplied with beside each router's own coefficient: 1 over the tokens of the whole step.
-    scale: f64,
+    /// What each document's loss is multiplied with beside each router's own coefficient: (documents, 1), fp32.
+    weights: Mutex<Tensor>,
     sums: Mutex<Sums>,
 }
 
@@ -169,9 +183,10 @@ struct Sums {
 }
 
 impl Balance {
-    /// Empty; the loss is the sum over the step's documents of `scale * tokens * loss`.
-    pub fn new(scale: f64) -> Self {
-        Self(Arc::new(Shared { scale, sums: Mutex::default() }))
+    /// Empty; the loss is the sum over documents of `weight * loss`.
+    pub fn new(weights: &[f32], device: Device) -> Self {
+        let weights = Mutex::new(Tensor::from_slice(weights).unsqueeze(1).to_device(device));
+        Self(Arc::new(Shared { weights, sums: Mutex::default() }))
     }
 
     /// The forward is done: what runs now, runs again.
@@ -179,7 +194,7 @@ impl Balance {
         self.sums().complete = true;
     }
 
-    /// The loss, with `scale` and without the coefficient: an fp32 scalar. Zero where no router took part.
+    /// The loss, without the coefficient: an fp32 scalar. Zero where no router took part.
     pub fn loss(&self, documents: &Documents) -> Tensor {
         let sums = self.sums();
         let Some((counts, probabilities)) = &sums.filled else { return Tensor::from(0f32) };
@@ -187,7 +202,11 @@ impl Balance {
         let lengths = lengths(documents, counts.device()); // (documents, 1)
         let rows = &lengths * f64::from(sums.routers);
         let own = (counts * probabilities / (&rows * &rows)).sum_dim_intlist([1i64].as_slice(), true, Kind::Float);
-        (own * lengths).sum(Kind::Float) * (experts * self.0.scale)
+        (own * self.weights()).sum(Kind::Float) * experts
+    }
+
+    fn weights(&self) -> Tensor {
+        self.0.weights.lock().unwrap_or_else(PoisonError::into_inner).shallow_clone()
     }
 
     fn sums(&self) -> MutexGuard<'_, Sums> {
@@ -226,8 +245,8 @@ impl Balance {
         custom(c"engraft::router_balance", &[&weights, logits], outputs, move |grads| {
             let sums = balance.sums();
             let (counts, _) = sums.filled.as_ref().expect("filled in the forward");
-            let factor = coefficient * balance.0.scale * counts.size()[1] as f64 / f64::from(sums.routers).powi(2);
-            let of_document = counts * factor / &lengths; // (documents, E): d loss / d softmax of each token
+            let factor = coefficient * counts.size()[1] as f64 / f64::from(sums.routers).powi(2);
+            let of_document = counts * balance.weights() * factor / lengths.square(); // (documents, E): d loss / d softmax of each token
             let dprobabilities = of_document.index_select(0, &of_token); // (T, E)
             let product = &probabilities * dprobabilities;
             let sum = product.sum_dim_intlist([1i64].as_slice(), true, Kind::Float);

@@ -36,6 +36,8 @@ pub struct ModelSpec {
     pub head: HeadSpec,
     /// Tensors a checkpoint may hold that mean nothing here (old buffers), by the end of their name.
     pub ignored_suffixes: Vec<String>,
+    /// The same, by how their name begins: layers that only predict further ahead.
+    pub ignored_prefixes: Vec<String>,
     /// What its modules are called in files and in transformers.
     pub names: Names,
 }
@@ -115,6 +117,8 @@ pub struct LayerInput {
 pub enum Attention {
     /// Grouped heads (arXiv:2305.13245); all heads their own when `kv_heads == heads`.
     Grouped(GroupedAttention),
+    /// Keys and values of all heads made of one latent (arXiv:2405.04434).
+    Latent(LatentAttention),
 }
 
 /// Grouped heads.
@@ -134,14 +138,60 @@ pub struct GroupedAttention {
     pub projection: Projection,
     /// (D, N H).
     pub output: LinearSpec,
-    /// Norms of queries and keys, before they are rotated.
+    /// Norms of queries and keys.
     pub query_key_norm: Option<QueryKeyNorm>,
     /// Of values.
     pub value_norm: Option<NormSpec>,
     /// The slot in which later blocks find this block's keys and values ([`Projection::QueryOnly`]).
     pub hands_on: Option<usize>,
+    /// Tensor name of a logit of each head (N) that takes part in the softmax and gives nothing (arXiv:2309.17453).
+    pub sinks: Option<String>,
     /// Queries grow with their position.
     pub temperature: Option<Temperature>,
+}
+
+/// Keys and values of all heads made of one latent of each token. A head's query and key are U elements of its own, then P that
+/// rotate; all heads share the P of the key.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LatentAttention {
+    /// N.
+    pub heads: i64,
+    /// U: elements of a query and a key that do not rotate.
+    pub unrotated: i64,
+    /// P: those that do, after them.
+    pub rotated: i64,
+    /// W: elements of a value, at most U + P.
+    pub value_size: i64,
+    /// Z: width of the latent.
+    pub latent_size: i64,
+    /// Scores are multiplied by this.
+    pub scale: f64,
+    /// From the stream to queries.
+    pub query: LatentQuery,
+    /// From the stream to the latent, then the shared part of the keys: (Z + P, D).
+    pub down: LinearSpec,
+    /// Of the latent (Z).
+    pub norm: NormSpec,
+    /// From the latent to each head's part of its key, then its value: (N (U + W), Z). Without a bias.
+    pub up: LinearSpec,
+    /// (D, N W).
+    pub output: LinearSpec,
+}
+
+/// From the stream to the queries of latent attention.
+#[derive(Debug, Clone, PartialEq)]
+pub enum LatentQuery {
+    /// (N (U + P), D).
+    Direct(LinearSpec),
+    /// By way of a latent of its own.
+    LowRank {
+        /// (latent, D).
+        down: LinearSpec,
+        /// Of that latent.
+        norm: NormSpec,
+        /// (N (U + P), latent).
+        up: LinearSpec,
+    },
 }
 
 /// How a checkpoint stores queries, keys and values. What is fused stays fused: a low-rank update of the whole is not one of
@@ -184,6 +234,8 @@ pub struct QueryKeyNorm {
     pub query: NormSpec,
     /// Of keys, unless they are another block's.
     pub key: Option<NormSpec>,
+    /// Whether they come after the rotation.
+    pub after_rotation: bool,
 }
 
 /// Queries at position p are multiplied by `1 + growth * ln(1 + floor((p + first) / every))` (arXiv:2501.19399).
@@ -220,7 +272,7 @@ pub enum Position {
 pub struct Rope {
     /// Base of the wavelengths.
     pub theta: f64,
-    /// How many of a head's H elements rotate: the first ones.
+    /// How many of a head's H elements rotate: the first ones, but the last ones in latent attention.
     pub rotated: i64,
     /// Which of them turn together.
     pub layout: RopeLayout,
@@ -268,8 +320,8 @@ pub enum RopeScaling {
         long: Vec<f64>,
         /// Length the base was trained for, in tokens.
         original: i64,
-        /// Cosines and sines are multiplied by this.
-        attention_factor: f64,
+        /// Cosines and sines are multiplied by the first, in longer documents by the second.
+        attention_factors: [f64; 2],
     },
     /// Only the first `turning` of all pairs of the head turn, in the wavelengths they would have if all did.
     Proportional {
@@ -540,7 +592,7 @@ pub struct Around {
 /// A norm.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NormSpec {
-    /// Tensor names of its weights (D), of each head's where there are several; none where nothing is multiplied.
+    /// Tensor names of its weights (D), or of each head's where there are several; none where it has no weight.
     pub weights: Vec<String>,
     /// Shape of each weight: (D), or (N, D) where one tensor holds those of all heads.
     pub shape: Vec<i64>,

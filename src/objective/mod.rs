@@ -1,9 +1,9 @@
 //! What is learned. An objective turns a micro-batch into a scalar to go down on; the trainer knows no more than that.
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use crate::data::Batch;
-use crate::model::{Decoder, Forward};
+use crate::model::{Balance, Decoder, Forward};
 
 /// What the trainer trains: some tensors and a loss over them.
 pub trait Learner {
@@ -38,15 +38,27 @@ impl Learner for Supervised<'_> {
     }
 
     fn loss(&self, batch: &Batch, dropout_seed: Option<u64>, scale: f64) -> Tensor {
-        let training = Forward {
+        if dropout_seed.is_none() {
+            return supervised(self.model, batch, Forward::default(), scale);
+        }
+        let balance = self.model.balances_experts().then(|| balance(batch, self.model.device, scale));
+        let forward = Forward {
             seed: dropout_seed,
             noise_alpha: self.noise_alpha,
             recomputed_layers: self.recomputed_layers,
-            balance: None,
+            balance: balance.as_ref(),
         };
-        let forward = if dropout_seed.is_some() { training } else { Forward::default() };
         supervised(self.model, batch, forward, scale)
     }
+}
+
+/// The loss that keeps experts balanced, each document weighed as its trained tokens weigh in the loss. It adds its gradient, not
+/// its value: what is reported is the cross-entropy.
+fn balance(batch: &Batch, device: Device, scale: f64) -> Balance {
+    let rows = Vec::<i64>::try_from(&batch.rows.to_device(Device::Cpu)).expect("row numbers are i64");
+    let trained = |(start, length): (i64, i64)| rows.iter().filter(|row| (start..start + length).contains(row)).count();
+    let weights: Vec<f32> = batch.documents.spans().map(|span| (trained(span) as f64 * scale) as f32).collect();
+    Balance::new(&weights, device)
 }
 
 /// The sum over trained tokens of `-log softmax(logits)[target]`, times `scale`: a scalar, fp32, with its graph.

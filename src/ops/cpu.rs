@@ -240,12 +240,12 @@ fn norm_backward_rows<S: Stored>(dy: &[S], x: &[S], weights: Turns<'_>, stats: &
     }
 }
 
-/// x (T, N, H) rotated; `direction` -1 turns back.
-pub(super) fn rotate(x: &Tensor, rotation: &Rotation, direction: f32) -> Tensor {
-    by_kind!(x.kind(), rotate_of(x, rotation, direction))
+/// x (T, N, H) rotated from element `first` of each head on; `direction` -1 turns back.
+pub(super) fn rotate(x: &Tensor, rotation: &Rotation, first: i64, direction: f32) -> Tensor {
+    by_kind!(x.kind(), rotate_of(x, rotation, first as usize, direction))
 }
 
-fn rotate_of<S: Stored>(x: &Tensor, rotation: &Rotation, direction: f32) -> Tensor {
+fn rotate_of<S: Stored>(x: &Tensor, rotation: &Rotation, first: usize, direction: f32) -> Tensor {
     let (_, heads, head) = x.size3().expect("(T, N, H)");
     let (half, layout) = (rotation.cos.size()[1] as usize, rotation.layout);
     let (size, row, head) = (x.size(), (heads * head) as usize, head as usize);
@@ -255,8 +255,8 @@ fn rotate_of<S: Stored>(x: &Tensor, rotation: &Rotation, direction: f32) -> Tens
         let angles = range.start * half..range.end * half;
         let tables = (&cos[angles.clone()], &sin[angles]);
         match layout {
-            RopeLayout::Halves => rotate_halves(x, tables, (row, head), direction, y),
-            RopeLayout::Pairs => rotate_pairs(x, tables, (row, head), direction, y),
+            RopeLayout::Halves => rotate_halves(x, tables, (row, head, first), direction, y),
+            RopeLayout::Pairs => rotate_pairs(x, tables, (row, head, first), direction, y),
         }
     })
 }
@@ -265,7 +265,7 @@ fn rotate_of<S: Stored>(x: &Tensor, rotation: &Rotation, direction: f32) -> Tens
 fn rotate_halves<S: Stored>(
     x: &[S],
     (cos, sin): (&[f32], &[f32]),
-    (row, head): (usize, usize),
+    (row, head, first): (usize, usize, usize),
     direction: f32,
     y: &mut [S],
 ) {
@@ -274,6 +274,8 @@ fn rotate_halves<S: Stored>(
         x.chunks_exact(row).zip(y.chunks_exact_mut(row)).zip(cos.chunks_exact(half).zip(sin.chunks_exact(half)));
     for ((x, y), (cos, sin)) in tokens {
         for (x, y) in x.chunks_exact(head).zip(y.chunks_exact_mut(head)) {
+            let ((before, x), (before_y, y)) = (x.split_at(first), y.split_at_mut(first));
+            before_y.copy_from_slice(before);
             let ((x1, rest), (y1, rest_y)) = (x.split_at(half), y.split_at_mut(half));
             let ((x2, still), (y2, still_y)) = (rest.split_at(half), rest_y.split_at_mut(half));
             for i in 0..half {
@@ -290,7 +292,7 @@ fn rotate_halves<S: Stored>(
 fn rotate_pairs<S: Stored>(
     x: &[S],
     (cos, sin): (&[f32], &[f32]),
-    (row, head): (usize, usize),
+    (row, head, first): (usize, usize, usize),
     direction: f32,
     y: &mut [S],
 ) {
@@ -299,6 +301,8 @@ fn rotate_pairs<S: Stored>(
         x.chunks_exact(row).zip(y.chunks_exact_mut(row)).zip(cos.chunks_exact(half).zip(sin.chunks_exact(half)));
     for ((x, y), (cos, sin)) in tokens {
         for (x, y) in x.chunks_exact(head).zip(y.chunks_exact_mut(head)) {
+            let ((before, x), (before_y, y)) = (x.split_at(first), y.split_at_mut(first));
+            before_y.copy_from_slice(before);
             let ((x, still), (y, still_y)) = (x.split_at(2 * half), y.split_at_mut(2 * half));
             for i in 0..half {
                 let (c, s) = (cos[i], sin[i] * direction);

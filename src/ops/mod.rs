@@ -9,6 +9,7 @@ mod cpu;
 pub mod cross_entropy;
 pub mod experts;
 pub mod gated;
+pub mod latent;
 pub mod norm;
 pub mod projection;
 pub mod recompute;
@@ -21,10 +22,11 @@ pub use attention::{Alibi, Scoring, attention, attention_to_cache};
 pub use cross_entropy::{LogitMap, cross_entropy};
 pub use experts::{ExpertInput, Experts, Weighted, experts};
 pub use gated::{Activation, gated_projection};
+pub use latent::keys_values;
 pub use norm::Norm;
 pub use projection::{LowRank, Operand, projection};
 pub use recompute::recompute;
-pub use rope::{RopeLayout, rope};
+pub use rope::{RopeLayout, rope, rope_last};
 pub use split::split;
 
 /// Where each document of a micro-batch begins and ends.

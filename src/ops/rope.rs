@@ -33,24 +33,37 @@ impl Rotation {
     }
 }
 
-/// Rotates every x (T, heads, H): queries and keys, or queries alone.
+/// Rotates the first elements of the heads of every x (T, heads, H): queries and keys, or queries alone.
 pub fn rope<const X: usize>(x: [&Tensor; X], rotation: &Rotation) -> [Tensor; X] {
-    let outputs = tch::no_grad(|| x.iter().map(|x| rotate(x, rotation, 1.0)).collect());
+    rotate_from(x, rotation, |_| 0)
+}
+
+/// Rotates the last elements of the heads of every x (T, heads, H), whose sizes may differ.
+pub fn rope_last<const X: usize>(x: [&Tensor; X], rotation: &Rotation) -> [Tensor; X] {
+    let rotated = 2 * rotation.cos.size()[1];
+    rotate_from(x, rotation, |head| head - rotated)
+}
+
+/// Rotates from the element on that `first` gives for a head's size.
+fn rotate_from<const X: usize>(x: [&Tensor; X], rotation: &Rotation, first: impl Fn(i64) -> i64) -> [Tensor; X] {
+    let first = x.map(|x| first(x.size()[2]));
+    let outputs = tch::no_grad(|| x.iter().zip(first).map(|(x, first)| rotate(x, rotation, first, 1.0)).collect());
     let rotation = rotation.shallow_clone();
     let outputs = custom(c"engraft::rope", &x, outputs, move |grads| {
-        grads.iter().map(|grad| Some(rotate(grad, &rotation, -1.0))).collect()
+        grads.iter().zip(first).map(|(grad, first)| Some(rotate(grad, &rotation, first, -1.0))).collect()
     });
     outputs.try_into().expect("an output for every x")
 }
 
-fn rotate(x: &Tensor, rotation: &Rotation, direction: f64) -> Tensor {
+fn rotate(x: &Tensor, rotation: &Rotation, first: i64, direction: f64) -> Tensor {
     if cpu::serves(&[x]) {
-        return cpu::rotate(x, rotation, direction as f32);
+        return cpu::rotate(x, rotation, first, direction as f32);
     }
     let half = rotation.cos.size()[1];
-    let head = x.size()[2];
+    let head = x.size()[2] - first;
     let (cos, sin) = (rotation.cos.unsqueeze(1), rotation.sin.unsqueeze(1) * direction); // (T, 1, H/2)
-    let wide = x.to_kind(Kind::Float);
+    let whole = x.to_kind(Kind::Float);
+    let wide = whole.narrow(2, first, head);
     let (x1, x2) = match rotation.layout {
         RopeLayout::Halves => (wide.narrow(2, 0, half), wide.narrow(2, half, half)), // (T, N, H/2)
         RopeLayout::Pairs => (wide.slice(2, 0, 2 * half, 2), wide.slice(2, 1, 2 * half, 2)), // (T, N, H/2)
@@ -61,6 +74,9 @@ fn rotate(x: &Tensor, rotation: &Rotation, direction: f64) -> Tensor {
     }
     if 2 * half < head {
         parts.push(wide.narrow(2, 2 * half, head - 2 * half));
+    }
+    if first > 0 {
+        parts.insert(0, whole.narrow(2, 0, first));
     }
     Tensor::cat(&parts, 2).to_kind(x.kind())
 }
@@ -99,6 +115,23 @@ mod tests {
                 &[randn(&[9, 4, 12], 1), randn(&[9, 2, 12], 2)],
                 |_, x| rope([&x[0], &x[1]], &rotation).into(),
                 |_, x| vec![twin(&x[0], &rotation), twin(&x[1], &rotation)],
+            );
+        }
+    }
+
+    #[test]
+    fn the_last_elements_of_heads_of_two_sizes_equal_plain_autograd() {
+        for layout in [RopeLayout::Halves, RopeLayout::Pairs] {
+            let angle = randn(&[9, 3], 3);
+            let rotation = Rotation { layout, cos: angle.cos(), sin: angle.sin() };
+            let last = |x: &Tensor| {
+                let still = x.size()[2] - 6;
+                Tensor::cat(&[x.narrow(2, 0, still), twin(&x.narrow(2, still, 6), &rotation)], 2)
+            };
+            check(
+                &[randn(&[9, 4, 13], 1), randn(&[9, 1, 6], 2)],
+                |_, x| rope_last([&x[0], &x[1]], &rotation).into(),
+                |_, x| vec![last(&x[0]), last(&x[1])],
             );
         }
     }

@@ -216,6 +216,8 @@ pub(super) const KEYS: &[ForeignKey] = &[
     same("early_stopping", "training.early_stopping_patience"),
     same("neftune_alpha", "training.neftune_noise_alpha"),
     same("noise_alpha", "training.neftune_noise_alpha"),
+    same("aux_loss_coef", "training.router_aux_loss_coef"),
+    same("moe_aux_loss_coef", "training.router_aux_loss_coef"),
     same("num_threads", "training.threads"),
     noted("eval_strategy", "training.eval_steps", "; without it each epoch ends with an evaluation"),
     noted("evaluation_strategy", "training.eval_steps", "; without it each epoch ends with an evaluation"),

@@ -367,6 +367,10 @@ pub struct TrainingRecipe {
     /// NEFTune noise (arXiv:2310.05914) on the embeddings; 0 or absent turns it off.
     #[schemars(range(min = 0))]
     pub neftune_noise_alpha: Option<f64>,
+    /// Coefficient of the loss that keeps a mixture's experts balanced (arXiv:2101.03961); absent, the base's own where its config
+    /// sets `output_router_logits`, 0 turns it off. The reported loss is the cross-entropy alone.
+    #[schemars(range(min = 0))]
+    pub router_aux_loss_coef: Option<f64>,
     /// Stop after this many steps in a row with a non-finite loss or gradient.
     #[schemars(range(min = 1))]
     pub max_nonfinite_steps: u32,
@@ -402,6 +406,7 @@ impl Default for TrainingRecipe {
             early_stopping_threshold: 0.0,
             load_best_model_at_end: false,
             neftune_noise_alpha: None,
+            router_aux_loss_coef: None,
             max_nonfinite_steps: 3,
             threads: None,
         }

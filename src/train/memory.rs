@@ -10,7 +10,7 @@ use tch::{Device, Kind};
 
 use crate::model::ModelSpec;
 use crate::model::spec::{
-    Attention, ExpertGateUp, Experts, FeedForward, GateUp, GroupedAttention, Projection, Routing,
+    Attention, ExpertGateUp, Experts, FeedForward, GateUp, GroupedAttention, LatentQuery, Projection, Routing,
 };
 use crate::recipe::Recompute;
 use crate::torch_ext::cuda_memory;
@@ -47,12 +47,24 @@ fn fewest(spec: &ModelSpec, kind: Kind, tokens: u64, budget: u64) -> usize {
 }
 
 fn kept_bytes(layer: &crate::model::spec::LayerSpec, hidden: u64, element: u64) -> u64 {
-    let Attention::Grouped(GroupedAttention { heads, kv_heads, head_size, projection, .. }) = &layer.attention;
+    let (heads, attention) = match &layer.attention {
+        Attention::Grouped(GroupedAttention { heads, kv_heads, head_size, projection, .. }) => {
+            let own = if matches!(projection, Projection::QueryOnly { .. }) { 0 } else { 2 * kv_heads };
+            (*heads, (2 * heads + own) * head_size)
+        }
+        Attention::Latent(latent) => {
+            // Query, key, value and output as wide as the key, the output cut to its size, and both latents.
+            let key = latent.unrotated + latent.rotated;
+            let low_rank = match &latent.query {
+                LatentQuery::Direct(_) => 0,
+                LatentQuery::LowRank { down, .. } => down.output,
+            };
+            (latent.heads, latent.heads * (4 * key + latent.value_size) + latent.latent_size + low_rank)
+        }
+    };
     let wide = feed_forward_width(&layer.feed_forward);
-    let own = if matches!(projection, Projection::QueryOnly { .. }) { 0 } else { 2 * kv_heads };
-    let attention = (2 * heads + own) * head_size;
     let input = layer.ending.input.as_ref().map_or(0, |input| 2 * (input.gate.input + input.gate.output));
-    (2 * hidden + (attention + wide + input) as u64) * element + (*heads as u64 + 4) * 4
+    (2 * hidden + (attention + wide + input) as u64) * element + (heads as u64 + 4) * 4
 }
 
 /// Elements a token keeps of gate and up; of the experts it goes through, also their shared input.

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 
-use super::{Form, Parts, Stored, file, safetensors};
+use super::{Form, Parts, Stored, file, fp8, safetensors};
 use crate::{Error, Fault, Result};
 
 /// The weights as one file.
@@ -67,6 +67,7 @@ pub(super) fn open(folder: &Path) -> Result<Parts> {
     if let Some(index) = index {
         check_index(folder, &index, &files, &tensors)?;
     }
+    let tensors = fp8::pair(&config, &files, tensors, &mut notices)?;
     Ok(Parts { config, sidecars, files, opened, tensors, notices })
 }
 

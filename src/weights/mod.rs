@@ -5,6 +5,7 @@
 
 mod file;
 mod folder;
+mod fp8;
 mod gguf;
 pub mod hub;
 mod safetensors;
@@ -22,6 +23,7 @@ use crate::{Error, Fault, Result};
 
 pub(crate) use file::json_object;
 pub use file::sha256_file;
+pub(crate) use fp8::prove_readable;
 
 /// A base model opened: nothing but headers read yet.
 ///
@@ -78,6 +80,8 @@ struct Stored {
 enum Form {
     Plain(&'static storage::Dtype),
     Blocks(&'static gguf::Quantisation, gguf::RowOrder),
+    /// To be multiplied by scales that are stored beside it.
+    Scaled(&'static storage::Dtype, fp8::Scales),
 }
 
 impl Checkpoint {
@@ -145,7 +149,7 @@ impl Checkpoint {
     /// How a tensor is stored, as its format names it (`BF16`, `Q4_K`); `None` when there is no such tensor.
     pub fn stored_as(&self, name: &str) -> Option<&'static str> {
         self.find(name).map(|tensor| match tensor.form {
-            Form::Plain(dtype) => dtype.name,
+            Form::Plain(dtype) | Form::Scaled(dtype, _) => dtype.name,
             Form::Blocks(quantisation, _) => quantisation.name,
         })
     }
@@ -165,20 +169,23 @@ impl Checkpoint {
             let near = self.nearest(name).map(|near| format!("the nearest name there is {near}")).unwrap_or_default();
             return Err(Error::Model(Fault::new(place, format_args!("there is no tensor {name}")).hint(near)));
         };
-        let source = storage::Source {
-            path: &self.files[stored.file],
-            file: &self.opened[stored.file],
-            name: &stored.stored_name,
-            offset: stored.offset,
-        };
+        let source = self.source_of(stored.file, &stored.stored_name, stored.offset);
         let tensor = match &stored.form {
             Form::Plain(dtype) => match gguf::Quantisation::converting(dtype, kind) {
                 Some(floats) => gguf::read_blocks(source, floats, gguf::RowOrder::Same, &stored.shape, kind)?,
                 None => storage::read_plain(source, dtype, &stored.shape, kind)?,
             },
             Form::Blocks(quantisation, rows) => gguf::read_blocks(source, quantisation, *rows, &stored.shape, kind)?,
+            Form::Scaled(dtype, scales) => {
+                let beside = self.source_of(scales.file, &scales.name, scales.offset);
+                scales.read(source, dtype, &stored.shape, beside, kind)?
+            }
         };
         storage::place(tensor, device)
+    }
+
+    fn source_of<'a>(&'a self, file: usize, name: &'a str, offset: u64) -> storage::Source<'a> {
+        storage::Source { path: &self.files[file], file: &self.opened[file], name, offset }
     }
 
     fn find(&self, name: &str) -> Option<&Stored> {

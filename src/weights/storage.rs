@@ -9,6 +9,8 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use half::f16;
+use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
@@ -20,6 +22,8 @@ compile_error!("weights are stored little-endian and read into memory as they ar
 
 /// Bytes per positioned read: large enough for any disk, small enough that the check that follows finds them in the cache.
 const CHUNK: usize = 1 << 20;
+/// Numbers dequantised at a time: a multiple of every block's size that fits into the nearest cache.
+pub(super) const PIECE: usize = 4096;
 
 /// A number type of the safetensors format.
 #[derive(Debug, PartialEq, Eq)]
@@ -195,6 +199,34 @@ fn memory(tensor: &Tensor) -> (*mut u8, usize) {
     (tensor.data_ptr().cast(), tensor.numel() * tensor.kind().elt_size_in_bytes())
 }
 
+/// Rounds at most [`PIECE`] numbers to `kind` (fp32, bf16 or fp16; nearest, ties to even) and writes their bytes.
+pub(super) fn round(kind: Kind, numbers: &[f32], out: &mut [u8]) {
+    match kind {
+        Kind::BFloat16 => {
+            for (number, out) in numbers.iter().zip(out.as_chunks_mut::<2>().0) {
+                let bits = number.to_bits();
+                let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+                // A NaN may round past the last NaN to zero; it must stay one to be noticed.
+                let rounded = if number.is_nan() { 0x7fc0 } else { rounded };
+                *out = (rounded as u16).to_le_bytes();
+            }
+        }
+        Kind::Half => {
+            let mut halves = [f16::ZERO; PIECE];
+            let halves = &mut halves[..numbers.len()];
+            halves.convert_from_f32_slice(numbers);
+            for (half, out) in halves.iter().zip(out.as_chunks_mut::<2>().0) {
+                *out = half.to_le_bytes();
+            }
+        }
+        _ => {
+            for (number, out) in numbers.iter().zip(out.as_chunks_mut::<4>().0) {
+                *out = number.to_le_bytes();
+            }
+        }
+    }
+}
+
 /// How many numbers of `kind` in `bytes` are NaN or infinite.
 pub(super) fn non_finite(kind: Kind, bytes: &[u8]) -> usize {
     // A number is not finite when its exponent bits are all ones (F8_E4M3: when all bits but the sign are). The largest masked
@@ -269,5 +301,21 @@ mod tests {
         assert_eq!(non_finite(Kind::Float, &odd.map(f32::to_le_bytes).concat()), 2);
         let odd = odd.map(|x| f64::from(x).to_le_bytes()).concat();
         assert_eq!(non_finite(Kind::Double, &odd), 2);
+    }
+
+    #[test]
+    fn rounding_equals_libtorch() {
+        let mut numbers: Vec<f32> =
+            (0..4000u32).map(|i| f32::from_bits(i.wrapping_mul(0x9e37_79b9))).filter(|x| x.is_finite()).collect();
+        numbers.extend([0.0, -0.0, 65504.0, 65519.0, 1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0]);
+        let wide = Tensor::from_slice(&numbers);
+        for kind in [Kind::BFloat16, Kind::Half, Kind::Float] {
+            let mut out = vec![0; numbers.len() * kind.elt_size_in_bytes()];
+            round(kind, &numbers, &mut out);
+            assert_eq!(out, bytes(&wide.to_kind(kind)), "{kind:?}");
+        }
+        let mut out = [0; 2];
+        round(Kind::BFloat16, &[f32::from_bits(0x7fff_ffff)], &mut out);
+        assert_eq!(non_finite(Kind::BFloat16, &out), 1);
     }
 }

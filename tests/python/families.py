@@ -105,6 +105,8 @@ class Variant:
     rules: list = dataclasses.field(default_factory=list)
     # Adapters with these in their keys have no gradient.
     untrained: str = r"(?!)"
+    # Modules without an adapter: PEFT takes their names for experts, also in a model that has none.
+    unadapted: str = r"(?!)"
     # How transformers computes attention.
     attention: str = "eager"
     # The model_type of the config that has this one as its `text_config`.
@@ -136,6 +138,8 @@ LATENT = {
     "qk_rope_head_dim": 6,
     "v_head_dim": 9,
 }
+# No layer has experts.
+DENSE_LATENT = {**LATENT, "first_k_dense_replace": 2, "num_hidden_layers": 2, "rope_theta": 10000.0}
 MROPE = {
     "rope_type": "default",
     "rope_theta": 10000000.0,
@@ -644,6 +648,45 @@ VARIANTS = {
             "rope_theta": 10000.0,
         },
     ),
+    "deepseek_v2-dense": Variant(
+        "deepseek_v2",
+        {
+            **DENSE_LATENT,
+            "q_lora_rank": 17,
+            "v_head_dim": 18,
+            "mlp_bias": True,
+            "attention_bias": True,
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 4,
+                "beta_slow": 0.1,
+                "mscale": 1.3,
+                "mscale_all_dim": 0.707,
+            },
+        },
+        unadapted=r"\.mlp\.",
+    ),
+    "deepseek_v3-dense": Variant(
+        "deepseek_v3",
+        {
+            **DENSE_LATENT,
+            "q_lora_rank": None,
+            "attention_bias": True,
+            "rope_interleave": True,
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 4,
+                "beta_slow": 0.1,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.9,
+            },
+        },
+        unadapted=r"\.mlp\.",
+    ),
     "deepseek_v4": Variant(
         "deepseek_v4",
         {
@@ -1089,8 +1132,10 @@ class Adapter:
         linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
         if variant.parts:
             linears = {n for n in linears if ".language_model." in n}
+        linears = {n for n in linears if not re.search(variant.unadapted, n)}
         routers = {n for n, m in model.named_modules() if type(m).__name__.endswith("Router") and hasattr(m, "weight")}
         self.experts = [n for n, p in model.named_parameters() if re.search(r"\.experts\.(gate_up|down)_proj$", n)]
+        self.partial = any(re.search(variant.unadapted, n) for n, _ in model.named_modules())
         # Where transformers fuses experts that the checkpoint stores apart, PEFT takes these names for experts wherever
         # they occur and loses other linears of the same name. They can be had as parameters, under the same keys.
         taken = r"\.(gate|gate_proj|up_proj|down_proj|w1|w2|w3)$" if self.separate else r"(?!)"
@@ -1134,7 +1179,7 @@ class Adapter:
         config = LoraConfig(
             r=RANK,
             lora_alpha=ALPHA,
-            target_modules=self.modules if self.parameters or self.variant.parts else "all-linear",
+            target_modules=self.modules if self.parameters or self.partial or variant.parts else "all-linear",
             target_parameters=self.parameters or None,
             rank_pattern={k: v * RANK for k, v in doubled.items()},
             alpha_pattern={k: v * ALPHA for k, v in doubled.items()},

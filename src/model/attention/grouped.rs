@@ -24,6 +24,7 @@ pub(in crate::model) struct GroupedAttention {
     query_norm: Option<HeadNorm>,
     key_norm: Option<HeadNorm>,
     value_norm: Option<HeadNorm>,
+    norms_after_rotation: bool,
     temperature: Option<Temperature>,
     /// The slot in which later blocks find the keys and values.
     pub(super) hands_on: Option<usize>,
@@ -74,6 +75,7 @@ impl GroupedAttention {
             Mask::Sliding { window } => Some(window),
             Mask::Full | Mask::Chunked { .. } => None,
         };
+        let sinks = attention.sinks.as_ref().map(|name| read.tensor_as(name, Kind::Float)).transpose()?;
         let input = match &attention.projection {
             Projection::Separate { query, key, value } => {
                 Input::Separate(Box::new([read.linear(query)?, read.linear(key)?, read.linear(value)?]))
@@ -94,13 +96,14 @@ impl GroupedAttention {
             heads,
             kv_heads,
             head_size,
-            scoring: Scoring { window, soft_cap, alibi, ..Scoring::scaled(scale) },
+            scoring: Scoring { window, soft_cap, alibi, sinks, ..Scoring::scaled(scale) },
             mask: spec.mask,
             input,
             output: read.linear(&attention.output)?,
             query_norm: norm(norms.map(|norms| &norms.query))?,
             key_norm: norm(norms.and_then(|norms| norms.key.as_ref()))?,
             value_norm: norm(attention.value_norm.as_ref())?,
+            norms_after_rotation: norms.is_some_and(|norms| norms.after_rotation),
             temperature: attention.temperature,
             hands_on: attention.hands_on,
         })
@@ -118,22 +121,22 @@ impl GroupedAttention {
     ) -> Tensor {
         let tokens = h.size()[0];
         let (q, own) = self.projected(h, norm, context);
-        let q = heads(&q, self.heads, self.query_norm.as_ref());
+        let q = q.view([tokens, self.heads, self.head_size]); // (T, N, H)
         let (q, k, v) = match own {
-            Own::KeysValues([k, v]) => {
-                let k = heads(&k, self.kv_heads, self.key_norm.as_ref());
-                let v = heads(&v, self.kv_heads, self.value_norm.as_ref());
-                let [q, k] = rotated([q, k], context);
+            Own::KeysValues(keys_values) => {
+                let [k, v] = keys_values.map(|x| x.view([tokens, self.kv_heads, self.head_size])); // (T, K, H)
+                let v = normed(v, self.value_norm.as_ref());
+                let [q, k] = self.placed([(q, &self.query_norm), (k, &self.key_norm)], context);
                 if let Some(slot) = self.hands_on {
                     handed_on.put(slot, [&k, &v]);
                 }
                 if let Some(cache) = &mut cache {
-                    cache.append(&k, &v, context.documents);
+                    cache.append(&k, Some(&v), context.documents);
                 }
                 (q, k, v)
             }
             Own::Nothing { slot } => {
-                let [q] = rotated([q], context);
+                let [q] = self.placed([(q, &self.query_norm)], context);
                 let [k, v] = handed_on.of(slot);
                 (q, k, v)
             }
@@ -148,6 +151,20 @@ impl GroupedAttention {
         };
         let attended = attended.view([tokens, self.heads * self.head_size]); // (T, N H)
         ops::projection(&attended, None, &[self.output.operand(context.dropout_seed)], residual).remove(0)
+    }
+
+    /// Queries, or queries and keys (T, heads, H), normed and rotated.
+    fn placed<const X: usize>(&self, x: [(Tensor, &Option<HeadNorm>); X], context: &Context<'_>) -> [Tensor; X] {
+        let rotated = |x: [Tensor; X]| match context.rotation {
+            Some(rotation) => ops::rope(x.each_ref(), rotation),
+            None => x,
+        };
+        if !self.norms_after_rotation {
+            return rotated(x.map(|(x, norm)| normed(x, norm.as_ref())));
+        }
+        let norms = x.each_ref().map(|(_, norm)| norm.as_ref());
+        let mut norms = norms.into_iter();
+        rotated(x.map(|(x, _)| x)).map(|x| normed(x, norms.next().flatten()))
     }
 
     /// Queries (T, N H), and this block's own keys and values (T, K H) if it has them.
@@ -209,16 +226,10 @@ impl GroupedAttention {
     }
 }
 
-/// x (T, heads H) as (T, heads, H), normed if there is a norm.
-fn heads(x: &Tensor, heads: i64, norm: Option<&HeadNorm>) -> Tensor {
-    let x = x.view([x.size()[0], heads, -1]); // (T, heads, H)
-    norm.map_or_else(|| x.shallow_clone(), |norm| norm.apply(&x))
-}
-
-/// Every x (T, heads, H) at its positions.
-fn rotated<const X: usize>(x: [Tensor; X], context: &Context<'_>) -> [Tensor; X] {
-    match context.rotation {
-        Some(rotation) => ops::rope(x.each_ref(), rotation),
+/// x (T, heads, H), normed if there is a norm.
+fn normed(x: Tensor, norm: Option<&HeadNorm>) -> Tensor {
+    match norm {
+        Some(norm) => norm.apply(&x),
         None => x,
     }
 }

@@ -1,6 +1,7 @@
 //! How tokens look at each other: built from its spec, walked forward.
 
 mod grouped;
+mod latent;
 
 use tch::{Device, Kind, Tensor};
 
@@ -12,6 +13,7 @@ use super::spec::{self, LayerSpec};
 use crate::Result;
 use crate::ops::Norm;
 use grouped::GroupedAttention;
+use latent::LatentAttention;
 
 /// Keys and values that blocks hand on to later ones, by slot: (T, K, H) each, rotated, of the tokens of this forward.
 #[derive(Debug, Default)]
@@ -36,6 +38,7 @@ impl HandedOn {
 #[derive(Debug, Clone)]
 pub(super) enum Attention {
     Grouped(Box<GroupedAttention>),
+    Latent(Box<LatentAttention>),
 }
 
 impl Attention {
@@ -44,6 +47,7 @@ impl Attention {
             spec::Attention::Grouped(grouped) => {
                 Ok(Self::Grouped(Box::new(GroupedAttention::load(grouped, spec, read)?)))
             }
+            spec::Attention::Latent(latent) => Ok(Self::Latent(Box::new(LatentAttention::load(latent, spec, read)?))),
         }
     }
 
@@ -61,6 +65,7 @@ impl Attention {
             Self::Grouped(grouped) => {
                 grouped.forward(h, norm, residual, context, handed_on, cache.map(LayerCache::keys_values))
             }
+            Self::Latent(latent) => latent.forward(h, norm, residual, context, cache.map(LayerCache::keys_values)),
         }
     }
 
@@ -68,6 +73,7 @@ impl Attention {
     pub(super) fn fills(&self) -> Option<usize> {
         match self {
             Self::Grouped(grouped) => grouped.hands_on,
+            Self::Latent(_) => None,
         }
     }
 
@@ -75,6 +81,7 @@ impl Attention {
     pub(super) fn reads(&self) -> Option<usize> {
         match self {
             Self::Grouped(grouped) => grouped.reads(),
+            Self::Latent(_) => None,
         }
     }
 
@@ -82,6 +89,7 @@ impl Attention {
     pub(super) fn linears(&self) -> Vec<&Linear> {
         match self {
             Self::Grouped(grouped) => grouped.linears(),
+            Self::Latent(latent) => latent.linears(),
         }
     }
 
@@ -89,6 +97,7 @@ impl Attention {
     pub(super) fn linears_mut(&mut self) -> Vec<&mut Linear> {
         match self {
             Self::Grouped(grouped) => grouped.linears_mut(),
+            Self::Latent(latent) => latent.linears_mut(),
         }
     }
 
@@ -96,6 +105,7 @@ impl Attention {
     pub(super) fn cache(&self, sequences: i64, options: (Kind, Device)) -> LayerCache {
         match self {
             Self::Grouped(grouped) => LayerCache::KeysValues(grouped.cache(sequences, options)),
+            Self::Latent(latent) => LayerCache::KeysValues(latent.cache(sequences, options)),
         }
     }
 }

@@ -44,6 +44,7 @@ fn build(config: &Config<'_>, theta: f64, normed: bool, layers: &[(bool, Mask)])
         attention.query_key_norm = normed.then(|| QueryKeyNorm {
             query: of_heads("self_attn.q_norm", heads.heads),
             key: Some(of_heads("self_attn.k_norm", heads.kv_heads)),
+            after_rotation: false,
         });
         LayerSpec {
             attention: Attention::Grouped(attention),

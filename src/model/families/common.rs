@@ -88,6 +88,7 @@ impl Heads {
             query_key_norm: None,
             value_norm: None,
             hands_on: None,
+            sinks: None,
             temperature: None,
         }
     }
@@ -116,7 +117,11 @@ impl Heads {
 
 /// `num_hidden_layers`, or the field a family calls it.
 pub(super) fn layer_count(config: &Config<'_>, field: &str) -> Result<i64> {
-    let count = config.size(field)?;
+    credible(config.size(field)?, field)
+}
+
+/// A number of layers that `field` may well mean.
+pub(super) fn credible(count: i64, field: &str) -> Result<i64> {
     if count > MOST_LAYERS {
         let what = format!("{count} layers; no model has more than {MOST_LAYERS}");
         return Err(Error::Model(Fault::new(format!("config.json: {field}"), what)));
@@ -155,6 +160,7 @@ pub(super) fn model(
         head: HeadSpec { name: head.into(), tied: config.flag_or("tie_word_embeddings", tied)?, bias: false, map },
         names: Names::default(),
         ignored_suffixes: vec!["rotary_emb.inv_freq".into()],
+        ignored_prefixes: Vec::new(),
     })
 }
 
@@ -282,7 +288,7 @@ pub(super) fn scaling(config: &Config<'_>, field: &str, p: &Config<'_>, rotated:
                 short: factors("short_factor")?,
                 long: factors("long_factor")?,
                 original,
-                attention_factor: p.positive_or("attention_factor", inferred)?,
+                attention_factors: [p.positive_or("attention_factor", inferred)?; 2],
             }
         }
         Some((value, _)) => {
@@ -293,6 +299,7 @@ pub(super) fn scaling(config: &Config<'_>, field: &str, p: &Config<'_>, rotated:
     Ok(scaling)
 }
 
-fn yarn_scale(factor: f64, mscale: f64) -> f64 {
+/// YaRN's factor for a stretch of `factor`.
+pub(super) fn yarn_scale(factor: f64, mscale: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
 }

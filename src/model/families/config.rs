@@ -53,7 +53,6 @@ const COMPUTES: &[(&str, &str)] = &[
     ("per_layer_config", "layers of different sizes"),
     ("qk_layernorm", "norms of queries and keys"),
     ("qk_norm", "norms of queries and keys"),
-    ("quantization_config", "a quantised base"),
     ("query_pre_attn_scalar", "a scale of the scores"),
     ("residual_multiplier", "scaled halves of a block"),
     ("rope_scaling", "stretched positions"),
@@ -145,9 +144,14 @@ impl<'a> Config<'a> {
 
     /// `sliding_window`: none where it is null, `default` where it is absent.
     pub(super) fn window_or(&self, default: i64) -> Result<Option<i64>> {
-        let absent = self.value.get("sliding_window").is_none();
-        match self.field("sliding_window") {
-            Some(_) => self.size("sliding_window").map(Some),
+        self.size_or_null("sliding_window", default)
+    }
+
+    /// A size: none where it is null, `default` where it is absent.
+    pub(super) fn size_or_null(&self, name: &str, default: i64) -> Result<Option<i64>> {
+        let absent = self.value.get(name).is_none();
+        match self.field(name) {
+            Some(_) => self.size(name).map(Some),
             None => Ok(absent.then_some(default)),
         }
     }

@@ -1,12 +1,12 @@
-//! Llama's layout with experts in the place of the feed-forward: Mixtral, Qwen 2 MoE and Qwen 3 MoE.
+//! Llama's layout with experts in the place of the feed-forward: Mixtral, Phi-3.5-MoE, Qwen 2 MoE and Qwen 3 MoE.
 
 use super::common::{self, activation};
 use super::config::{Config, wrong};
 use super::llama::{self, Differences};
 use crate::model::names::Rename;
 use crate::model::spec::{
-    ExpertGateUp, ExpertLinear, Experts, FeedForward, LinearSpec, ModelSpec, Router, Routing, Scores, SharedExpert,
-    Stored,
+    ExpertGateUp, ExpertLinear, Experts, FeedForward, LinearSpec, ModelSpec, NormKind, NormSpec, Position, Residual,
+    RopeScaling, Router, Routing, Scores, SharedExpert, Stored,
 };
 use crate::ops::{Activation, Weighted};
 use crate::{Error, Fault, Result};
@@ -50,6 +50,85 @@ pub(super) fn mixtral(config: &Config<'_>) -> Result<ModelSpec> {
     }
     spec.names.modules.push(Rename::Part("block_sparse_moe.gate", "mlp.gate"));
     Ok(spec)
+}
+
+/// `PhimoeConfig` (Phi-3.5-MoE): Mixtral's names, LayerNorm, biases, two experts chosen by SparseMixer.
+pub(super) fn phimoe(config: &Config<'_>) -> Result<ModelSpec> {
+    let window = llama::window(config, true)?;
+    let bias = config.flag_or("attention_bias", false)?;
+    let differences = Differences {
+        biases: (bias, bias),
+        theta: 1e6,
+        eps: 1e-5,
+        layers: llama::every(config, window)?,
+        ..llama::plain(config)?
+    };
+    let mut spec = llama::build(config, differences)?;
+    let count = count(config, "num_local_experts", 16)?;
+    if count < 2 {
+        return Err(Error::Model(Fault::new("config.json: num_local_experts", "1 expert; SparseMixer chooses two")));
+    }
+    let noise = config.number_or("input_jitter_noise", 0.0)?;
+    if noise != 0.0 {
+        let what = format!("{noise} asks for noise on the stream while training, which is not supported");
+        return Err(Error::Model(Fault::new("config.json: input_jitter_noise", what).hint("set it to 0")));
+    }
+    // Always two, whatever this says.
+    let _ = config.field("num_experts_per_tok");
+    let routing = Routing::SparseMixer { jitter: config.number_or("router_jitter_noise", 0.01)? };
+    let balance = balance(config)?;
+    let (hidden, width) = (spec.hidden_size, config.size("intermediate_size")?);
+    let act = activation(config, "hidden_act", Activation::Silu)?;
+    let magnitudes = magnitudes(config)?;
+    for (i, layer) in spec.layers.iter_mut().enumerate() {
+        let at = format!("model.layers.{i}.block_sparse_moe");
+        let names = Apart {
+            experts: format!("{at}.experts"),
+            parts: ["w1", "w3", "w2"],
+            module: format!("model.layers.{i}.mlp.experts"),
+        };
+        let (projection, down) = names.linears(count, hidden, width);
+        layer.feed_forward = FeedForward::Experts(Box::new(Experts {
+            router: router(format!("{at}.gate"), hidden, count, routing.clone(), balance),
+            activation: act,
+            projection,
+            down,
+            weighted: Weighted::Output,
+            shared: None,
+        }));
+        if let Residual::Sequential { attention, feed_forward, .. } = &mut layer.residual {
+            [attention, feed_forward].into_iter().filter_map(|around| around.before.as_mut()).for_each(centre);
+        }
+        if let (Position::Rope(rope), Some(magnitudes)) = (&mut layer.position, magnitudes)
+            && let RopeScaling::LongRope { attention_factors, .. } = &mut rope.scaling
+        {
+            *attention_factors = magnitudes;
+        }
+    }
+    centre(&mut spec.final_norm);
+    spec.head.bias = config.flag_or("lm_head_bias", false)?;
+    spec.names.modules.push(Rename::Part("block_sparse_moe.gate", "mlp.router"));
+    Ok(spec)
+}
+
+/// A norm of the same name that is a LayerNorm.
+fn centre(norm: &mut NormSpec) {
+    norm.bias = norm.weights.first().map(|weight| weight.replace(".weight", ".bias"));
+    norm.kind = NormKind::Layer;
+}
+
+/// `short_mscale` and `long_mscale`, which cosines and sines are multiplied by.
+fn magnitudes(config: &Config<'_>) -> Result<Option<[f64; 2]>> {
+    let parameters = match config.object("rope_parameters")? {
+        Some(parameters) => Some(parameters),
+        None => config.object("rope_scaling")?,
+    };
+    match parameters {
+        Some(p) if p.field("short_mscale").is_some() => {
+            Ok(Some([p.positive("short_mscale")?, p.positive("long_mscale")?]))
+        }
+        _ => Ok(None),
+    }
 }
 
 /// `Qwen2MoeConfig`: some layers have experts, with a shared one that a gate lets through.

@@ -117,6 +117,7 @@ fn build(
         attention.query_key_norm = kind.query_key_norm.then(|| QueryKeyNorm {
             query: norm("self_attn.q_norm", heads.head_size),
             key: Some(norm("self_attn.k_norm", heads.head_size)),
+            after_rotation: false,
         });
         let residual = if kind.sandwich {
             let around = |before: &str, after: &str| Around {

@@ -269,6 +269,7 @@ fn layer(whole: &Whole, block: &Block) -> LayerSpec {
     attention.query_key_norm = Some(QueryKeyNorm {
         query: norm("self_attn.q_norm", heads.head_size),
         key: own.then(|| norm("self_attn.k_norm", heads.head_size)),
+        after_rotation: false,
     });
     attention.value_norm = own.then(|| NormSpec { weights: Vec::new(), ..norm("", heads.head_size) });
     attention.hands_on = match block.keys_values {

@@ -97,6 +97,7 @@ pub(super) fn stablelm(config: &Config<'_>) -> Result<ModelSpec> {
         attention.query_key_norm = normed.then(|| QueryKeyNorm {
             query: of_heads("q_layernorm", heads.heads),
             key: Some(of_heads("k_layernorm", heads.kv_heads)),
+            after_rotation: false,
         });
         LayerSpec {
             attention: Attention::Grouped(attention),
@@ -130,6 +131,7 @@ pub(super) fn phi(config: &Config<'_>) -> Result<ModelSpec> {
         attention.query_key_norm = normed.then(|| QueryKeyNorm {
             query: layer_norm(at("self_attn.q_layernorm"), heads.head_size, eps),
             key: Some(layer_norm(at("self_attn.k_layernorm"), heads.head_size, eps)),
+            after_rotation: false,
         });
         LayerSpec {
             attention: Attention::Grouped(attention),

@@ -113,8 +113,9 @@ pub(super) fn granite(config: &Config<'_>) -> Result<ModelSpec> {
     let scale = config.positive_or("attention_multiplier", 1.0)?;
     let added = config.positive_or("residual_multiplier", 1.0)?;
     for layer in &mut spec.layers {
-        let Attention::Grouped(attention) = &mut layer.attention;
-        attention.scale = scale;
+        if let Attention::Grouped(attention) = &mut layer.attention {
+            attention.scale = scale;
+        }
         if let Residual::Sequential { multiplier, .. } = &mut layer.residual {
             *multiplier = added;
         }
@@ -179,6 +180,7 @@ pub(super) fn build(config: &Config<'_>, differences: Differences) -> Result<Mod
         attention.query_key_norm = differences.query_key_norm.then(|| QueryKeyNorm {
             query: norm("self_attn.q_norm", heads.head_size),
             key: Some(norm("self_attn.k_norm", heads.head_size)),
+            after_rotation: false,
         });
         attention.temperature = differences.temperature;
         LayerSpec {

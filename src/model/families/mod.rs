@@ -3,19 +3,22 @@
 mod cohere;
 mod common;
 mod config;
+mod deepseek;
 mod experts;
 mod fused;
 mod gemma;
 mod gemma4;
+mod gpt_oss;
 mod layer_norm;
 mod llama;
+mod llama4;
 mod olmo;
 mod wrapped;
 
 use std::cell::RefCell;
 
 use super::ModelSpec;
-use crate::weights::Checkpoint;
+use crate::weights::{Checkpoint, prove_readable};
 use crate::{Error, Fault, Result};
 use config::Config;
 use wrapped::wrapped;
@@ -51,6 +54,10 @@ const FAMILIES: &[Family] = &[
     Family { model_type: "gemma4_text", known_as: "Gemma 4 (text)", spec: gemma4::gemma4 },
     Family { model_type: "gemma4", known_as: "Gemma 4 (E2B, E4B, 26B-A4B)", spec: |c| wrapped(c, &wrapped::GEMMA4) },
     Family { model_type: "phi3", known_as: "Phi-3, Phi-3.5, Phi-4", spec: fused::phi3 },
+    Family { model_type: "phimoe", known_as: "Phi-3.5-MoE", spec: experts::phimoe },
+    Family { model_type: "llama4_text", known_as: "Llama 4 (text)", spec: llama4::llama4 },
+    Family { model_type: "llama4", known_as: "Llama 4 Scout, Maverick", spec: |c| wrapped(c, &wrapped::LLAMA4) },
+    Family { model_type: "gpt_oss", known_as: "gpt-oss 20b, 120b", spec: gpt_oss::gpt_oss },
     Family { model_type: "glm", known_as: "GLM-4 9B", spec: fused::glm },
     Family { model_type: "glm4", known_as: "GLM-4 0414", spec: fused::glm4 },
     Family { model_type: "olmo2", known_as: "OLMo 2", spec: olmo::olmo2 },
@@ -58,6 +65,8 @@ const FAMILIES: &[Family] = &[
     Family { model_type: "cohere", known_as: "Command R", spec: cohere::cohere },
     Family { model_type: "cohere2", known_as: "Command R7B, Command A", spec: cohere::cohere2 },
     Family { model_type: "starcoder2", known_as: "StarCoder 2", spec: layer_norm::starcoder2 },
+    Family { model_type: "deepseek_v2", known_as: "DeepSeek V2, V2-Lite, V2.5", spec: deepseek::v2 },
+    Family { model_type: "deepseek_v3", known_as: "DeepSeek V3, V3.1, R1, Moonlight", spec: deepseek::v3 },
     Family { model_type: "gpt_neox", known_as: "GPT-NeoX, Pythia", spec: layer_norm::gpt_neox },
     Family { model_type: "stablelm", known_as: "StableLM", spec: layer_norm::stablelm },
     Family { model_type: "phi", known_as: "Phi-1.5, Phi-2", spec: layer_norm::phi },
@@ -83,6 +92,7 @@ pub fn spec(checkpoint: &Checkpoint) -> Result<ModelSpec> {
 
 /// [`spec`] of a `config.json` alone.
 pub fn from_config(config: &serde_json::Value) -> Result<ModelSpec> {
+    prove_readable(config)?;
     let asked = RefCell::default();
     let config = Config::new(config, &asked);
     let model_type = config.text("model_type")?;

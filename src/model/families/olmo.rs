@@ -46,6 +46,7 @@ fn build(config: &Config<'_>, heads: Heads, layers: Vec<(Rope, Mask)>) -> Result
         attention.query_key_norm = Some(QueryKeyNorm {
             query: norm("self_attn.q_norm", heads.heads * heads.head_size),
             key: Some(norm("self_attn.k_norm", heads.kv_heads * heads.head_size)),
+            after_rotation: false,
         });
         LayerSpec {
             attention: Attention::Grouped(attention),

@@ -2,7 +2,7 @@
 //! stays in the checkpoint and is carried over when an adapter is merged.
 
 use super::config::Config;
-use super::{Page, gemma, gemma4, llama};
+use super::{Page, gemma, gemma4, llama, llama4};
 use crate::model::ModelSpec;
 use crate::model::names::Names;
 use crate::model::names::Rename::{self, Start};
@@ -55,6 +55,15 @@ pub(super) const MISTRAL3: Wrapper = Wrapper {
     layouts: &[APART, INSIDE],
     modules: INSIDE,
     other_parts: PICTURES,
+};
+
+/// `Llama4Config`: `AutoModelForCausalLM` makes the text model alone.
+pub(super) const LLAMA4: Wrapper = Wrapper {
+    text: &[("llama4_text", llama4::llama4)],
+    tied: false,
+    layouts: &[APART, &[]],
+    modules: &[],
+    other_parts: &["vision_model", "multi_modal_projector"],
 };
 
 /// The spec of the text model of a `config.json`.

@@ -113,7 +113,7 @@ pub(super) fn make(
 fn dtype(tensors: &[Stored]) -> &'static str {
     let largest = tensors.iter().max_by_key(|tensor| tensor.shape.iter().product::<i64>());
     let name = largest.map(|tensor| match tensor.form {
-        Form::Plain(dtype) => dtype.name,
+        Form::Plain(dtype) | Form::Scaled(dtype, _) => dtype.name,
         Form::Blocks(Quantisation { name, .. }, _) => name,
     });
     match name {

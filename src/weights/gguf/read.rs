@@ -2,19 +2,15 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use half::f16;
-use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 use tch::{Kind, Tensor};
 
 use super::{Quantisation, RowOrder};
-use crate::weights::storage::{self, Source};
+use crate::weights::storage::{self, PIECE, Source};
 use crate::{Error, Result};
 
 /// Numbers per parallel task, about: a multiple of every block's size.
 const TASK: usize = 1 << 17;
-/// Numbers dequantised at a time: a multiple of every block's size that fits into the nearest cache.
-const PIECE: usize = 4096;
 
 /// Reads a tensor of (rows.., row) numbers and rounds it once, from the exact f32 to `kind`.
 pub(in crate::weights) fn read_blocks(
@@ -52,7 +48,7 @@ pub(in crate::weights) fn read_blocks(
                 for (blocks, out) in blocks.chunks(stored_bytes(PIECE)).zip(out.chunks_mut(PIECE * size)) {
                     let numbers = &mut numbers[..out.len() / size];
                     dequantise(blocks, numbers);
-                    write(written, numbers, out);
+                    storage::round(written, numbers, out);
                 }
             };
             match order {
@@ -69,53 +65,4 @@ pub(in crate::weights) fn read_blocks(
     )?;
     source.finite(damaged.into_inner(), written)?;
     storage::convert(source, tensor, kind)
-}
-
-/// Rounds numbers to `kind` (nearest, ties to even) and writes their bytes.
-fn write(kind: Kind, numbers: &[f32], out: &mut [u8]) {
-    match kind {
-        Kind::BFloat16 => {
-            for (number, out) in numbers.iter().zip(out.as_chunks_mut::<2>().0) {
-                let bits = number.to_bits();
-                let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-                // A NaN may round past the last NaN to zero; it must stay one to be noticed.
-                let rounded = if number.is_nan() { 0x7fc0 } else { rounded };
-                *out = (rounded as u16).to_le_bytes();
-            }
-        }
-        Kind::Half => {
-            let mut halves = [f16::ZERO; PIECE];
-            let halves = &mut halves[..numbers.len()];
-            halves.convert_from_f32_slice(numbers);
-            for (half, out) in halves.iter().zip(out.as_chunks_mut::<2>().0) {
-                *out = half.to_le_bytes();
-            }
-        }
-        _ => {
-            for (number, out) in numbers.iter().zip(out.as_chunks_mut::<4>().0) {
-                *out = number.to_le_bytes();
-            }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rounding_equals_libtorch() {
-        let mut numbers: Vec<f32> =
-            (0..4000u32).map(|i| f32::from_bits(i.wrapping_mul(0x9e37_79b9))).filter(|x| x.is_finite()).collect();
-        numbers.extend([0.0, -0.0, 65504.0, 65519.0, 1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0]);
-        let wide = Tensor::from_slice(&numbers);
-        for kind in [Kind::BFloat16, Kind::Half, Kind::Float] {
-            let mut out = vec![0; numbers.len() * kind.elt_size_in_bytes()];
-            write(kind, &numbers, &mut out);
-            assert_eq!(out, storage::bytes(&wide.to_kind(kind)), "{kind:?}");
-        }
-        let mut out = [0; 2];
-        write(Kind::BFloat16, &[f32::from_bits(0x7fff_ffff)], &mut out);
-        assert_eq!(storage::non_finite(Kind::BFloat16, &out), 1);
-    }
 }

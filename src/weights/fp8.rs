@@ -1,0 +1,277 @@
+//! Weights in fp8 with their scales beside them, as DeepSeek V3 and Qwen 3's FP8 models are published.
+//!
+//! `quantization_config {"quant_method": "fp8", "weight_block_size": [128, 128]}`: beside `X.weight` (out, in) in fp8 lies
+//! `X.weight_scale_inv` (out / 128, in / 128, rounded up), and element (i, j) stands for
+//! `f32(weight[i, j]) * scale_inv[i / 128, j / 128]` (DeepSeek V3's technical report, arXiv:2412.19437, section 3.3, and its
+//! `weight_dequant`). Without a block size one scale is that of the whole weight. A checkpoint shows the weights alone, under
+//! their names.
+
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use rayon::prelude::*;
+use regex::Regex;
+use serde_json::Value;
+use tch::{Kind, Tensor};
+
+use super::storage::{self, Dtype, PIECE, Source};
+use super::{Form, Stored};
+use crate::{Error, Fault, Result};
+
+/// After the name of a weight: its scales.
+const SCALE: &str = "_scale_inv";
+/// Of what goes into a linear, for servers that compute in fp8.
+const ACTIVATION_SCALE: &str = ".activation_scale";
+/// Numbers per parallel task, about.
+const TASK: usize = 1 << 17;
+/// The only `quant_method` that is read.
+const METHOD: &str = "fp8";
+
+/// Where the scales of a weight are.
+#[derive(Debug)]
+pub(super) struct Scales {
+    pub name: String,
+    dtype: &'static Dtype,
+    shape: Vec<i64>,
+    /// Index into the checkpoint's files.
+    pub file: usize,
+    /// First byte in the file.
+    pub offset: u64,
+    /// Rows and columns of the weight to a scale; `None` where there is one for all.
+    block: Option<[usize; 2]>,
+}
+
+/// An error where `config` (of a model) asks for a quantisation that is not read.
+pub(crate) fn prove_readable(config: &Value) -> Result<()> {
+    let Some((place, found)) = quantisation(config) else { return Ok(()) };
+    if method(found) == Some(METHOD) {
+        return Ok(());
+    }
+    let what = match found.get("quant_method").and_then(Value::as_str) {
+        Some(method) => format!("a base quantised by {method:?} is not supported"),
+        None => "missing, so there is no telling how the base is quantised".to_string(),
+    };
+    let hint = format!("supported: {METHOD}, in F8_E4M3 or F8_E5M2; or name the model's unquantised version");
+    Err(Error::Model(Fault::new(format!("config.json: {place}.quant_method"), what).hint(hint)))
+}
+
+/// `quantization_config` of a model or of its text part, with where it is.
+fn quantisation(config: &Value) -> Option<(&'static str, &Value)> {
+    let own = config.get("quantization_config").map(|found| ("quantization_config", found));
+    let text = || Some(("text_config.quantization_config", config.get("text_config")?.get("quantization_config")?));
+    own.filter(|(_, found)| !found.is_null()).or_else(|| text().filter(|(_, found)| !found.is_null()))
+}
+
+fn method(quantisation: &Value) -> Option<&str> {
+    quantisation.get("quant_method").and_then(Value::as_str)
+}
+
+/// Puts fp8 weights and their scales together, where `config` says that there are such; other models are left as they are.
+///
+/// Scales without a weight stay tensors of their own, which no model accounts for.
+///
+/// Errors: a block size that is none; fp8 weights without scales, scales of another shape or beside a weight that is not fp8.
+pub(super) fn pair(
+    config: &Value,
+    files: &[PathBuf],
+    tensors: Vec<Stored>,
+    notices: &mut Vec<String>,
+) -> Result<Vec<Stored>> {
+    let Some((place, found)) = quantisation(config).filter(|(_, found)| method(found) == Some(METHOD)) else {
+        return Ok(tensors);
+    };
+    let scheme = Scheme::read(place, found)?;
+    let place_of = |tensor: &Stored| format!("{}: {}", files[tensor.file].display(), tensor.stored_name);
+    let fault = |tensor: &Stored, what: String, hint: &str| {
+        Error::Model(Fault::new(place_of(tensor), what).hint(hint.to_string()))
+    };
+    let fetch = "is the download complete? fetch the model again, or name its unquantised version";
+
+    let by_name: HashMap<&str, &Stored> = tensors.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect();
+    if by_name.len() < tensors.len() {
+        return Ok(tensors); // a tensor that is there twice: refused when the checkpoint is put together
+    }
+    let mut scales: HashMap<String, Scales> = HashMap::new();
+    let mut taken: HashSet<String> = HashSet::new();
+    for tensor in &tensors {
+        let Some(dtype) = fp8(tensor) else { continue };
+        let name = format!("{}{SCALE}", tensor.name);
+        let Some(scale) = by_name.get(name.as_str()) else {
+            if scheme.is_left(tensor.name.trim_end_matches(".weight")) {
+                continue;
+            }
+            let what = format!("is stored as {}, but its scales, {name}, are missing", dtype.name);
+            return Err(fault(tensor, what, fetch));
+        };
+        let expected = scheme.scales_of(&tensor.shape);
+        let fits = if expected.is_empty() { scale.shape.iter().all(|n| *n == 1) } else { scale.shape == expected };
+        if tensor.shape.len() != 2 || !fits {
+            let what = format!(
+                "is {:?} for a weight of {:?}; {expected:?} expected by {place}.weight_block_size",
+                scale.shape, tensor.shape
+            );
+            return Err(fault(scale, what, fetch));
+        }
+        let Form::Plain(dtype) = scale.form else { unreachable!("nothing is paired before") };
+        taken.insert(name.clone());
+        let (shape, file, offset) = (scale.shape.clone(), scale.file, scale.offset);
+        let stored = Scales { name, dtype, shape, file, offset, block: scheme.block };
+        scales.insert(tensor.name.clone(), stored);
+    }
+    for tensor in tensors.iter().filter(|tensor| !taken.contains(&tensor.name)) {
+        let weight = tensor.name.strip_suffix(SCALE).and_then(|weight| by_name.get(weight));
+        if let Some(weight) = weight {
+            let Form::Plain(dtype) = weight.form else { unreachable!("nothing is paired before") };
+            let what = format!("holds scales of {}, which is stored as {}, not in fp8", weight.name, dtype.name);
+            return Err(fault(tensor, what, "config.json and the weights do not belong together"));
+        }
+    }
+
+    let quantised = |module: &str| scales.contains_key(&format!("{module}.weight"));
+    let of_inputs: HashSet<String> = tensors
+        .iter()
+        .filter(|tensor| tensor.name.strip_suffix(ACTIVATION_SCALE).is_some_and(quantised))
+        .map(|tensor| tensor.name.clone())
+        .collect();
+    if !scales.is_empty() {
+        notices.push(format!(
+            "the base holds weights in fp8 ({}): they are read as plain numbers, and a merged model is written so",
+            scales.len()
+        ));
+    }
+    if !of_inputs.is_empty() {
+        notices.push(format!(
+            "the base holds scales of activations ({}): passed over, they are for servers that compute in fp8",
+            of_inputs.len()
+        ));
+    }
+    let paired =
+        tensors.into_iter().filter(|t| !taken.contains(&t.name) && !of_inputs.contains(&t.name)).map(|mut t| {
+            if let (Some(scales), Form::Plain(dtype)) = (scales.remove(&t.name), &t.form) {
+                t.form = Form::Scaled(dtype, scales);
+            }
+            t
+        });
+    Ok(paired.collect())
+}
+
+/// The type of a tensor stored in fp8.
+fn fp8(tensor: &Stored) -> Option<&'static Dtype> {
+    match tensor.form {
+        Form::Plain(dtype) => Some(dtype).filter(|d| matches!(d.kind, Some(Kind::Float8e4m3fn | Kind::Float8e5m2))),
+        _ => None,
+    }
+}
+
+/// What `quantization_config` says.
+struct Scheme {
+    block: Option<[usize; 2]>,
+    /// Modules that were not quantised: the text, and as a regular expression where it is one.
+    left: Vec<(String, Option<Regex>)>,
+}
+
+impl Scheme {
+    fn read(place: &str, found: &Value) -> Result<Self> {
+        let wrong = |name: &str, value: &Value, expected: &str| {
+            let what = format!("{value} found, {expected} expected");
+            Error::Model(Fault::new(format!("config.json: {place}.{name}"), what))
+        };
+        let block = match found.get("weight_block_size") {
+            None => Some([128, 128]),
+            Some(Value::Null) => None,
+            Some(value) => {
+                let sizes: Option<Vec<usize>> = value.as_array().and_then(|list| {
+                    list.iter().map(|n| n.as_u64().filter(|n| (1..=1 << 30).contains(n)).map(|n| n as usize)).collect()
+                });
+                let sizes = sizes.and_then(|sizes| <[usize; 2]>::try_from(sizes).ok());
+                Some(sizes.ok_or_else(|| wrong("weight_block_size", value, "two whole numbers from 1 to 2^30"))?)
+            }
+        };
+        let mut left = Vec::new();
+        for name in ["modules_to_not_convert", "ignored_layers"] {
+            let Some(value) = found.get(name).filter(|value| !value.is_null()) else { continue };
+            let names: Option<Vec<&str>> = value.as_array().and_then(|list| list.iter().map(Value::as_str).collect());
+            let names = names.ok_or_else(|| wrong(name, value, "a list of module names"))?;
+            left.extend(names.into_iter().map(|name| (name.to_string(), Regex::new(&format!("^(?:{name})")).ok())));
+        }
+        Ok(Self { block, left })
+    }
+
+    /// The shape of the scales of a weight; empty where there is one for all.
+    fn scales_of(&self, weight: &[i64]) -> Vec<i64> {
+        let Some(block) = self.block else { return Vec::new() };
+        weight.iter().zip(block).map(|(size, block)| (*size as usize).div_ceil(block) as i64).collect()
+    }
+
+    /// Whether a module was left as it is: named whole, by how its path begins or ends, or by a regular expression for its
+    /// beginning, as in `should_convert_module` of transformers 5.17.
+    fn is_left(&self, module: &str) -> bool {
+        self.left.iter().any(|(text, pattern)| {
+            let begins =
+                module.strip_prefix(text.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+            begins || module.ends_with(text.as_str()) || pattern.as_ref().is_some_and(|p| p.is_match(module))
+        })
+    }
+}
+
+impl Scales {
+    /// Reads a `weight` of `shape` stored as `dtype`, and its `scales`: `f32(q) * scale`, rounded once to `kind`.
+    pub(super) fn read(
+        &self,
+        weight: Source,
+        dtype: &Dtype,
+        shape: &[i64],
+        scales: Source,
+        kind: Kind,
+    ) -> Result<Tensor> {
+        let factors = storage::read_plain(scales, self.dtype, &self.shape, Kind::Float)?;
+        let factors: Vec<f32> =
+            storage::bytes(&factors).as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+        let [rows, columns] = [0, 1].map(|i| shape[i] as usize);
+        let [high, wide] = self.block.unwrap_or([rows.max(1), columns.max(1)]);
+        let across = columns.div_ceil(wide);
+        let table = numbers(dtype)?;
+
+        let written = if matches!(kind, Kind::BFloat16 | Kind::Half) { kind } else { Kind::Float };
+        let size = written.elt_size_in_bytes();
+        let mut tensor = storage::allocate(shape, written)?;
+        let damaged = AtomicUsize::new(0);
+        let together = (TASK / columns.max(1)).max(1);
+        let task = together * columns * size;
+        storage::bytes_mut(&mut tensor).par_chunks_mut(task.max(1)).enumerate().try_for_each_init(
+            || (Vec::new(), vec![0f32; PIECE]),
+            |(stored, numbers), (number, out)| {
+                stored.resize(out.len() / size, 0);
+                weight.read(stored, (number * together * columns) as u64)?;
+                let rows = stored.chunks(columns).zip(out.chunks_mut(columns * size)).enumerate();
+                for (row, (stored, out)) in rows {
+                    let factors = &factors[(number * together + row) / high * across..][..across];
+                    for (piece, (stored, out)) in stored.chunks(PIECE).zip(out.chunks_mut(PIECE * size)).enumerate() {
+                        let numbers = &mut numbers[..stored.len()];
+                        for (i, (number, byte)) in numbers.iter_mut().zip(stored).enumerate() {
+                            *number = table[usize::from(*byte)] * factors[(piece * PIECE + i) / wide];
+                        }
+                        storage::round(written, numbers, out);
+                    }
+                }
+                damaged.fetch_add(storage::non_finite(written, out), Ordering::Relaxed);
+                Ok::<(), Error>(())
+            },
+        )?;
+        weight.finite(damaged.into_inner(), written)?;
+        storage::convert(weight, tensor, kind)
+    }
+}
+
+/// What each of the 256 bytes stands for.
+fn numbers(dtype: &Dtype) -> Result<Vec<f32>> {
+    let kind = dtype.kind.expect("a type that was recognised as fp8");
+    let mut bytes = storage::allocate(&[256], kind)?;
+    storage::bytes_mut(&mut bytes).iter_mut().zip(0..=u8::MAX).for_each(|(byte, value)| *byte = value);
+    let wide = bytes.to_kind(Kind::Float);
+    Ok(storage::bytes(&wide).as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
+}
+
+#[cfg(test)]
+mod tests;

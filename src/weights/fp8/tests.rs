@@ -1,0 +1,186 @@
+use std::path::Path;
+
+use serde_json::json;
+use tch::Device;
+
+use super::*;
+use crate::recipe::BaseSource;
+use crate::weights::Checkpoint;
+use crate::weights::writer::{self, TensorSpec};
+
+/// Weights, scales and what torch makes of them: `tests/python/fp8_scales.py` writes it.
+fn fixture() -> Checkpoint {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/fp8_scales.safetensors");
+    Checkpoint::open_file(&path).unwrap()
+}
+
+/// The fixture's weight and scales called `name`.
+fn pair_of(name: &str) -> Vec<(String, Tensor)> {
+    let fixture = fixture();
+    ["weight", "weight_scale_inv"]
+        .map(|part| {
+            let name = format!("{name}.{part}");
+            let kind = Dtype::named(fixture.stored_as(&name).unwrap()).unwrap().kind.unwrap();
+            let tensor = fixture.tensor(&name, kind, Device::Cpu).unwrap();
+            (name, tensor)
+        })
+        .into()
+}
+
+fn model(tensors: &[(String, Tensor)], quantisation: &Value) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let config = json!({"model_type": "llama", "quantization_config": quantisation});
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    let specs: Vec<_> = tensors.iter().map(|(name, tensor)| TensorSpec::of(name.as_str(), tensor)).collect();
+    // Shards of a tensor each: a weight and its scales need not lie together.
+    writer::write_model(folder.path(), &specs, 1, |index| Ok(tensors[index].1.shallow_clone())).unwrap();
+    folder
+}
+
+fn open(folder: &tempfile::TempDir) -> Result<Checkpoint> {
+    Checkpoint::open(&BaseSource::Folder(folder.path().to_path_buf()))
+}
+
+fn fault(tensors: &[(String, Tensor)], quantisation: &Value) -> String {
+    let error = open(&model(tensors, quantisation)).unwrap_err();
+    assert_eq!(error.exit_code(), 5);
+    error.to_string()
+}
+
+fn blocks() -> Value {
+    json!({"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]})
+}
+
+#[test]
+fn numbers_are_those_of_torch_bit_for_bit() {
+    let fixture = fixture();
+    let one = json!({"quant_method": "fp8", "weight_block_size": null, "activation_scheme": "static"});
+    for (name, quantisation) in [("odd", blocks()), ("narrow", blocks()), ("e5m2", blocks()), ("whole", one)] {
+        let folder = model(&pair_of(name), &quantisation);
+        let checkpoint = open(&folder).unwrap();
+        let weight = format!("{name}.weight");
+        assert_eq!(checkpoint.names(), [&weight]);
+        let wide = fixture.tensor(&format!("{name}.float32"), Kind::Float, Device::Cpu).unwrap();
+        let rounded = fixture.tensor(&format!("{name}.bfloat16"), Kind::BFloat16, Device::Cpu).unwrap();
+        for expected in [&wide, &rounded, &wide.to_kind(Kind::Half), &wide.to_kind(Kind::Double)] {
+            let found = checkpoint.tensor(&weight, expected.kind(), Device::Cpu).unwrap();
+            assert_eq!(found.size(), expected.size());
+            assert_eq!(storage::bytes(&found), storage::bytes(expected), "{name} as {:?}", expected.kind());
+        }
+    }
+}
+
+/// Rows are read many at a time, long ones in pieces.
+#[test]
+fn tasks_and_pieces_meet_at_the_right_scales() {
+    let columns = PIECE as i64 + 300;
+    let weight = Tensor::arange(100 * columns, (Kind::Float, Device::Cpu)).remainder(31.0).view([100, columns]);
+    let weight = weight.to_kind(Kind::Float8e4m3fn);
+    let across = (columns + 69) / 70;
+    let scales = Tensor::rand([34, across], (Kind::Float, Device::Cpu)) + 0.5;
+    let index =
+        |size: i64, block: i64| Tensor::arange(size, (Kind::Int64, Device::Cpu)).divide_scalar_mode(block, "floor");
+    let spread = scales.index_select(0, &index(100, 3)).index_select(1, &index(columns, 70));
+    let expected = weight.to_kind(Kind::Float) * spread;
+    let tensors = [("a.weight".to_string(), weight), ("a.weight_scale_inv".to_string(), scales)];
+    let folder = model(&tensors, &json!({"quant_method": "fp8", "weight_block_size": [3, 70]}));
+    let checkpoint = open(&folder).unwrap();
+    assert_eq!(checkpoint.tensor("a.weight", Kind::Float, Device::Cpu).unwrap(), expected);
+    assert_eq!(checkpoint.stored_as("a.weight"), Some("F8_E4M3"));
+    assert!(checkpoint.notices()[0].starts_with("the base holds weights in fp8 (1)"));
+}
+
+#[test]
+fn weights_and_scales_that_do_not_go_together_are_named() {
+    let [weight, scales] = <[_; 2]>::try_from(pair_of("odd")).unwrap();
+    let copy = |(name, tensor): &(String, Tensor)| (name.clone(), tensor.shallow_clone());
+
+    let found = fault(&[copy(&weight)], &blocks());
+    assert!(found.contains("odd.weight: is stored as F8_E4M3, but its scales, odd.weight_scale_inv, are missing"));
+
+    let short = (scales.0.clone(), scales.1.narrow(0, 0, 1).contiguous());
+    let found = fault(&[copy(&weight), short], &blocks());
+    assert!(found.contains("is [1, 2] for a weight of [140, 131]; [2, 2] expected"), "{found}");
+
+    let one = json!({"quant_method": "fp8", "weight_block_size": null});
+    let found = fault(&[copy(&weight), copy(&scales)], &one);
+    assert!(found.contains("is [2, 2] for a weight of [140, 131]; [] expected"), "{found}");
+
+    let plain = (weight.0.clone(), weight.1.to_kind(Kind::BFloat16));
+    let found = fault(&[plain, copy(&scales)], &blocks());
+    assert!(found.contains("holds scales of odd.weight, which is stored as BF16, not in fp8"), "{found}");
+
+    // Scales of nothing stay in sight, for whoever compares a model with its config.
+    let checkpoint = open(&model(&[copy(&scales)], &blocks())).unwrap();
+    assert_eq!(checkpoint.names(), ["odd.weight_scale_inv"]);
+
+    let damaged = weight.1.to_kind(Kind::Float);
+    let _ = damaged.get(139).get(130).fill_(f64::NAN);
+    let damaged = (weight.0.clone(), damaged.to_kind(Kind::Float8e4m3fn));
+    let folder = model(&[damaged, copy(&scales)], &blocks());
+    let error = open(&folder).unwrap().tensor("odd.weight", Kind::BFloat16, Device::Cpu).unwrap_err().to_string();
+    assert!(error.contains("odd.weight: 1 value is NaN or infinite as BF16"), "{error}");
+}
+
+#[test]
+fn what_was_not_quantised_needs_no_scales() {
+    let weight = pair_of("odd").remove(0).1;
+    for (field, pattern) in [
+        ("modules_to_not_convert", "model.layers.1.mlp.gate"),
+        ("modules_to_not_convert", "model.layers.1"),
+        ("modules_to_not_convert", "gate"),
+        ("ignored_layers", r"model\.layers\.\d+\.mlp\.gate$"),
+    ] {
+        let mut quantisation = blocks();
+        quantisation[field] = json!(["lm_head", pattern]);
+        let tensors = [("model.layers.1.mlp.gate.weight".to_string(), weight.shallow_clone())];
+        let folder = model(&tensors, &quantisation);
+        let checkpoint = open(&folder).unwrap_or_else(|error| panic!("{pattern}: {error}"));
+        let found = checkpoint.tensor(&tensors[0].0, Kind::Float, Device::Cpu).unwrap();
+        assert_eq!(found, weight.to_kind(Kind::Float));
+        assert!(checkpoint.notices().is_empty());
+        quantisation[field] = json!(["lm_head", "mlp.up_proj", "model.layers.2"]);
+        assert!(fault(&tensors, &quantisation).contains("are missing"));
+    }
+}
+
+#[test]
+fn scales_of_activations_are_passed_over_and_said_to_be() {
+    let mut tensors = pair_of("whole");
+    tensors.push(("whole.activation_scale".into(), Tensor::from(0.5f32)));
+    tensors.push(("other.activation_scale".into(), Tensor::from(0.5f32)));
+    let folder =
+        model(&tensors, &json!({"quant_method": "fp8", "weight_block_size": null, "activation_scheme": "static"}));
+    let checkpoint = open(&folder).unwrap();
+    let mut names = checkpoint.names();
+    names.sort_unstable();
+    assert_eq!(names, ["other.activation_scale", "whole.weight"]);
+    assert!(
+        checkpoint.notices()[1].starts_with("the base holds scales of activations (1)"),
+        "{:?}",
+        checkpoint.notices()
+    );
+}
+
+#[test]
+fn other_quantisations_and_bad_block_sizes_are_refused_with_what_is_supported() {
+    for (quantisation, parts) in [
+        (
+            json!({"quant_method": "awq", "bits": 4}),
+            ["quantization_config.quant_method: ", "\"awq\"", "supported: fp8"],
+        ),
+        (json!({"load_in_4bit": true}), ["quant_method", "missing", "supported: fp8"]),
+    ] {
+        let error = prove_readable(&json!({"quantization_config": quantisation})).unwrap_err();
+        let text = error.to_string();
+        assert!(parts.iter().all(|part| text.contains(part)), "{text}");
+        let nested = json!({"text_config": {"quantization_config": quantisation}});
+        assert!(prove_readable(&nested).unwrap_err().to_string().contains("text_config.quantization_config"));
+    }
+    assert!(prove_readable(&json!({"quantization_config": blocks()})).is_ok());
+    assert!(prove_readable(&json!({"quantization_config": null})).is_ok());
+    for size in [json!([128]), json!([0, 128]), json!([128, -1]), json!("128"), json!([1u64 << 40, 1])] {
+        let found = fault(&pair_of("odd"), &json!({"quant_method": "fp8", "weight_block_size": size}));
+        assert!(found.contains("weight_block_size") && found.contains("two whole numbers from 1 to 2^30"), "{found}");
+    }
+}
