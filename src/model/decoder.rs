@@ -2,9 +2,11 @@
 
 use tch::{Device, Kind, Tensor};
 
+use super::attention::HandedOn;
 use super::cache::Cache;
 use super::families;
 use super::layer::{Context, Layer};
+use super::layer_inputs::LayerInputs;
 use super::linear::{Linear, Weight};
 use super::load::Reader;
 use super::router::{Balance, Router};
@@ -26,6 +28,7 @@ pub struct Decoder {
     /// (V, D).
     embedding: Tensor,
     embedding_norm: Option<Norm>,
+    layer_inputs: Option<LayerInputs>,
     layers: Vec<Layer>,
     /// The different rotary embeddings of the blocks, each made once per forward.
     ropes: Vec<Rope>,
@@ -63,8 +66,9 @@ impl Decoder {
 
         let embedding = reader.tensor(&spec.embedding.weight)?;
         let embedding_norm = reader.optional_norm(spec.embedding.norm.as_ref())?;
+        let layer_inputs = spec.layer_inputs.as_ref().map(|inputs| LayerInputs::load(inputs, &reader)).transpose()?;
         let mut ropes: Vec<Rope> = Vec::new();
-        let mut layers = Vec::with_capacity(spec.layers.len());
+        let mut layers: Vec<Layer> = Vec::with_capacity(spec.layers.len());
         for layer in &spec.layers {
             let rotation = match &layer.position {
                 Position::Rope(rope) => Some(ropes.iter().position(|known| known == rope).unwrap_or_else(|| {
@@ -73,7 +77,7 @@ impl Decoder {
                 })),
                 Position::Alibi { .. } | Position::None => None,
             };
-            layers.push(Layer::load(layer, rotation, &reader)?);
+            layers.push(Layer::load(layer, rotation, &layers, &reader)?);
         }
         let final_norm = reader.norm(&spec.final_norm)?;
         let head = if spec.head.tied {
@@ -84,19 +88,19 @@ impl Decoder {
         let bias = if spec.head.bias { Some(reader.tensor(&format!("{}.bias", spec.head.name))?) } else { None };
         let head =
             Linear { name: spec.names.module(&spec.head.name), weight: Weight::Dense(head), bias, adapter: None };
-        Ok(Self { spec, kind, device, embedding, embedding_norm, layers, ropes, final_norm, head })
+        Ok(Self { spec, kind, device, embedding, embedding_norm, layer_inputs, layers, ropes, final_norm, head })
     }
 
     /// The final hidden states (T, D) of documents laid end to end in `ids` (T), i64; `positions` (T), i64, restart at each.
     pub fn hidden(&self, ids: &Tensor, positions: &Tensor, documents: &Documents, forward: Forward<'_>) -> Tensor {
-        let mut h = self.embed(ids, documents, forward);
-        let rotations = self.rotations(positions, documents);
+        let (mut h, given) = self.given(ids, positions, documents, forward);
+        let mut handed_on = HandedOn::default();
         for (i, layer) in self.layers.iter().enumerate() {
-            let context = self.context(layer, documents, positions, &rotations, forward);
+            let context = given.context(i, layer);
             h = if i < forward.recomputed_layers {
-                layer.forward_recomputed(&h, &context)
+                layer.forward_recomputed(&h, &context, &mut handed_on)
             } else {
-                layer.forward(&h, &context, None)
+                layer.forward(&h, &context, &mut handed_on, None)
             };
         }
         forward.balance.inspect(|balance| balance.complete());
@@ -106,7 +110,7 @@ impl Decoder {
     /// An empty cache for `sequences` sequences.
     pub fn cache(&self, sequences: usize) -> Cache {
         let options = (self.kind, self.device);
-        Cache::new(sequences, self.layers.iter().map(|layer| layer.cache(sequences as i64, options)).collect())
+        Cache::new(sequences, self.layers.iter().filter_map(|layer| layer.cache(sequences as i64, options)).collect())
     }
 
     /// [`Decoder::hidden`] of new tokens of cached sequences: document i of `documents` continues sequence i. No graph.
@@ -118,11 +122,11 @@ impl Decoder {
                 *seen += new;
             }
             let positions = Tensor::from_slice(&positions).to_device(self.device);
-            let rotations = self.rotations(&positions, documents);
-            let mut h = self.embed(ids, documents, Forward::default());
-            for (layer, cache) in self.layers.iter().zip(&mut cache.layers) {
-                let context = self.context(layer, documents, &positions, &rotations, Forward::default());
-                h = layer.forward(&h, &context, Some(cache));
+            let (mut h, given) = self.given(ids, &positions, documents, Forward::default());
+            let mut handed_on = HandedOn::default();
+            for (i, layer) in self.layers.iter().enumerate() {
+                let cache = &mut cache.layers[layer.cached_in];
+                h = layer.forward(&h, &given.context(i, layer), &mut handed_on, Some(cache));
             }
             self.final_norm.apply(&h)
         })
@@ -143,12 +147,14 @@ impl Decoder {
 
     /// Every linear of the model in checkpoint order, the head last.
     pub fn linears(&self) -> Vec<&Linear> {
-        self.layers.iter().flat_map(Layer::linears).chain([&self.head]).collect()
+        let inputs = self.layer_inputs.iter().map(|inputs| &inputs.projection);
+        self.layers.iter().flat_map(Layer::linears).chain(inputs).chain([&self.head]).collect()
     }
 
     /// Every linear of the model in checkpoint order, the head last.
     pub fn linears_mut(&mut self) -> Vec<&mut Linear> {
-        self.layers.iter_mut().flat_map(Layer::linears_mut).chain([&mut self.head]).collect()
+        let inputs = self.layer_inputs.iter_mut().map(|inputs| &mut inputs.projection);
+        self.layers.iter_mut().flat_map(Layer::linears_mut).chain(inputs).chain([&mut self.head]).collect()
     }
 
     /// Whether any router takes part in the loss that balances experts.
@@ -182,26 +188,52 @@ impl Decoder {
         h + noise.to_kind(self.kind)
     }
 
-    fn context<'a>(
+    /// The embedded tokens (T, D), and what is made once for all blocks.
+    fn given<'a>(
         &self,
-        layer: &Layer,
-        documents: &'a Documents,
+        ids: &Tensor,
         positions: &'a Tensor,
-        rotations: &'a [Rotation],
+        documents: &'a Documents,
         forward: Forward<'a>,
-    ) -> Context<'a> {
-        let rotation = layer.rotation.map(|which| &rotations[which]);
-        Context {
+    ) -> (Tensor, Given<'a>) {
+        let h = self.embed(ids, documents, forward);
+        let inputs = self.layer_inputs.as_ref().map(|inputs| inputs.of(ids, &h, forward.seed));
+        let given = Given {
             documents,
             positions,
-            rotation,
+            rotations: self.ropes.iter().map(|rope| rope.rotation(positions, documents)).collect(),
+            inputs: inputs.unwrap_or_default(),
             kind: self.kind,
             dropout_seed: forward.seed,
             balance: forward.balance,
-        }
+        };
+        (h, given)
     }
+}
 
-    fn rotations(&self, positions: &Tensor, documents: &Documents) -> Vec<Rotation> {
-        self.ropes.iter().map(|rope| rope.rotation(positions, documents)).collect()
+/// What is made once per forward for all blocks.
+struct Given<'a> {
+    documents: &'a Documents,
+    positions: &'a Tensor,
+    rotations: Vec<Rotation>,
+    /// (T, P) for each block, where blocks have inputs of their own.
+    inputs: Vec<Tensor>,
+    kind: Kind,
+    dropout_seed: Option<u64>,
+    balance: Option<&'a Balance>,
+}
+
+impl Given<'_> {
+    /// What block i reads.
+    fn context(&self, i: usize, layer: &Layer) -> Context<'_> {
+        Context {
+            documents: self.documents,
+            positions: self.positions,
+            rotation: layer.rotation.map(|which| &self.rotations[which]),
+            input: self.inputs.get(i),
+            kind: self.kind,
+            dropout_seed: self.dropout_seed,
+            balance: self.balance,
+        }
     }
 }

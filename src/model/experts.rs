@@ -75,7 +75,7 @@ impl Experts {
     ) -> Tensor {
         // Router, experts and the shared one read the same rows: normed once and kept once.
         let x = norm.map_or_else(|| h.shallow_clone(), |norm| norm.apply(h)); // (T, D)
-        let (chosen, weights) = self.router.forward(&x, context);
+        let (chosen, weights) = self.router.forward(h, &x, context);
         let shared = self.shared.as_ref().map(|shared| shared.forward(&x, residual, context));
         let seed = context.dropout_seed;
         let input = match &self.input {

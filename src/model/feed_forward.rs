@@ -3,7 +3,7 @@
 use tch::Tensor;
 
 use super::experts::Experts;
-use super::layer::Context;
+use super::layer::{Around, Context};
 use super::linear::Linear;
 use super::load::Reader;
 use super::router::Router;
@@ -16,6 +16,14 @@ use crate::ops::{self, Activation, Norm};
 pub(super) enum FeedForward {
     Dense(Box<Dense>),
     Experts(Box<Experts>),
+    Sum(Vec<Branch>),
+}
+
+/// One of several that read the same stream.
+#[derive(Debug, Clone)]
+pub(super) struct Branch {
+    norms: Around,
+    feed_forward: FeedForward,
 }
 
 impl FeedForward {
@@ -33,6 +41,13 @@ impl FeedForward {
                 Self::Dense(Box::new(Dense { activation: *activation, input, down: read.linear(down)? }))
             }
             spec::FeedForward::Experts(experts) => Self::Experts(Box::new(Experts::load(experts, read)?)),
+            spec::FeedForward::Sum(branches) => {
+                let branch = |branch: &spec::Branch| -> Result<Branch> {
+                    let norms = Around::load(&branch.norms, read)?;
+                    Ok(Branch { norms, feed_forward: Self::load(&branch.feed_forward, read)? })
+                };
+                Self::Sum(branches.iter().map(branch).collect::<Result<_>>()?)
+            }
         })
     }
 
@@ -47,6 +62,14 @@ impl FeedForward {
         match self {
             Self::Dense(dense) => dense.forward(h, norm, residual, context),
             Self::Experts(experts) => experts.forward(h, norm, residual, context),
+            Self::Sum(branches) => {
+                let h = norm.map_or_else(|| h.shallow_clone(), |norm| norm.apply(h));
+                let given = |Branch { norms, feed_forward }: &Branch| {
+                    norms.around(|norm| feed_forward.forward(&h, norm, None, context))
+                };
+                let residual = residual.map(Tensor::shallow_clone).into_iter();
+                residual.chain(branches.iter().map(given)).reduce(|sum, given| sum + given).expect("a branch")
+            }
         }
     }
 
@@ -55,6 +78,7 @@ impl FeedForward {
         match self {
             Self::Dense(_) => None,
             Self::Experts(experts) => Some(experts.router()),
+            Self::Sum(branches) => branches.iter().find_map(|branch| branch.feed_forward.router()),
         }
     }
 
@@ -63,6 +87,7 @@ impl FeedForward {
         match self {
             Self::Dense(_) => None,
             Self::Experts(experts) => Some(experts.router_mut()),
+            Self::Sum(branches) => branches.iter_mut().find_map(|branch| branch.feed_forward.router_mut()),
         }
     }
 
@@ -71,6 +96,7 @@ impl FeedForward {
         match self {
             Self::Dense(dense) => dense.linears(),
             Self::Experts(experts) => experts.linears(),
+            Self::Sum(branches) => branches.iter().flat_map(|branch| branch.feed_forward.linears()).collect(),
         }
     }
 
@@ -79,6 +105,7 @@ impl FeedForward {
         match self {
             Self::Dense(dense) => dense.linears_mut(),
             Self::Experts(experts) => experts.linears_mut(),
+            Self::Sum(branches) => branches.iter_mut().flat_map(|branch| branch.feed_forward.linears_mut()).collect(),
         }
     }
 }

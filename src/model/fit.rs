@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use super::sites::{Role, Site, expert};
 use super::spec::{
-    Attention, DeltaNet, ExpertGateUp, ExpertLinear, Experts, FeedForward, GateUp, GroupedAttention, LatentAttention,
-    LatentQuery, LinearSpec, ModelSpec, NormSpec, Projection, QueryKeyNorm, Residual, Routing, Stored,
+    Attention, Branch, DeltaNet, ExpertGateUp, ExpertLinear, Experts, FeedForward, GateUp, GroupedAttention,
+    LatentAttention, LatentQuery, LayerInput, LayerInputs, LinearSpec, ModelSpec, NormSpec, Projection, QueryKeyNorm,
+    Residual, Routing, Stored,
 };
 use crate::weights::Checkpoint;
 use crate::{Error, Fault, Result};
@@ -47,6 +48,16 @@ impl ModelSpec {
                     [Some(norm), feed_forward_norm.as_ref()].into_iter().flatten().for_each(|norm| all.norm(norm));
                 }
             }
+            if let Some(LayerInput { gate, projection, norm, .. }) = &layer.ending.input {
+                [gate, projection].into_iter().for_each(|linear| all.linear(linear));
+                all.norm(norm);
+            }
+            layer.ending.scale.iter().for_each(|name| all.add(name.clone(), &[1]));
+        }
+        if let Some(LayerInputs { table, rows, projection, norm, .. }) = &self.layer_inputs {
+            all.add(table.clone(), &[*rows, projection.output]);
+            all.linear(projection);
+            all.norm(norm);
         }
         all.norm(&self.final_norm);
         if !self.head.tied {
@@ -87,7 +98,7 @@ impl ModelSpec {
             // A checkpoint may store a tied head a second time.
             .filter(|name| !(self.head.tied && *name == head))
             .filter(|name| !self.names.is_other_part(name))
-            .filter(|name| !self.ignored_suffixes.iter().any(|suffix| name.ends_with(suffix)))
+            .filter(|name| !self.ignored_suffixes.iter().any(|suffix| name.ends_with(suffix.as_str())))
             .filter(|name| !self.ignored_prefixes.iter().any(|prefix| name.starts_with(prefix)))
             .map(ToString::to_string)
             .collect();
@@ -139,13 +150,21 @@ impl Inventory {
                 self.linear(down);
             }
             FeedForward::Experts(experts) => self.experts(experts),
+            FeedForward::Sum(branches) => {
+                for Branch { norms, feed_forward } in branches {
+                    [&norms.before, &norms.after].into_iter().flatten().for_each(|norm| self.norm(norm));
+                    self.feed_forward(feed_forward);
+                }
+            }
         }
     }
 
     fn experts(&mut self, Experts { router, projection, down, shared, .. }: &Experts) {
         self.linear_as(&router.linear, Role::Router);
-        if let Routing::Largest { correction: Some(name), .. } = &router.routing {
-            self.add(name.clone(), &[router.linear.output]);
+        router.norm.iter().for_each(|own| self.norm(&own.norm));
+        if let Routing::Largest { correction, expert_scale, .. } = &router.routing {
+            let of_experts = [correction, expert_scale].into_iter().flatten();
+            of_experts.for_each(|name| self.add(name.clone(), &[router.linear.output]));
         }
         match projection {
             ExpertGateUp::Separate { gate, up } => [gate, up].into_iter().for_each(|linear| self.expert_linear(linear)),
@@ -216,12 +235,18 @@ impl Inventory {
             Projection::Separate { query, key, value } | Projection::Gated { query_gate: query, key, value } => {
                 [query, key, value].into_iter().for_each(|linear| self.linear(linear));
             }
-            Projection::Fused(linear) | Projection::PerHead(linear) => self.linear(linear),
+            Projection::ValuesAreKeys { query, key } => {
+                [query, key].into_iter().for_each(|linear| self.linear(linear));
+            }
+            Projection::QueryOnly { query: linear, .. } | Projection::Fused(linear) | Projection::PerHead(linear) => {
+                self.linear(linear);
+            }
         }
         self.linear(&spec.output);
         if let Some(QueryKeyNorm { query, key, .. }) = &spec.query_key_norm {
-            [query, key].into_iter().for_each(|norm| self.norm(norm));
+            [Some(query), key.as_ref()].into_iter().flatten().for_each(|norm| self.norm(norm));
         }
+        spec.value_norm.iter().for_each(|norm| self.norm(norm));
         spec.sinks.iter().for_each(|sinks| self.add(sinks.clone(), &[spec.heads]));
     }
 
@@ -244,7 +269,7 @@ impl Inventory {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::collections::BTreeMap;
     use std::path::Path;
 
@@ -272,7 +297,7 @@ mod tests {
         let spec = families::from_config(config).unwrap();
         let mut tensors = spec.tensors();
         change(&mut tensors);
-        write(folder.path(), &tensors);
+        write(folder.path(), config, &tensors);
         let checkpoint = Checkpoint::open(&BaseSource::Folder(folder.path().to_path_buf())).unwrap();
         match spec.prove(&checkpoint) {
             Ok(()) => "fits".into(),
@@ -280,7 +305,8 @@ mod tests {
         }
     }
 
-    fn write(folder: &Path, tensors: &BTreeMap<String, Vec<i64>>) {
+    /// Makes `folder` a base of zeros.
+    pub(in crate::model) fn write(folder: &Path, config: &serde_json::Value, tensors: &BTreeMap<String, Vec<i64>>) {
         let specs: Vec<TensorSpec> = tensors
             .iter()
             .map(|(name, shape)| TensorSpec { name: name.clone(), kind: Kind::Float, shape: shape.clone() })
@@ -288,7 +314,7 @@ mod tests {
         let zeros =
             |index: usize| Ok(tch::Tensor::zeros(specs[index].shape.as_slice(), (Kind::Float, tch::Device::Cpu)));
         writer::write(&folder.join("model.safetensors"), &specs, &BTreeMap::new(), zeros).unwrap();
-        std::fs::write(folder.join("config.json"), config().to_string()).unwrap();
+        std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
     }
 
     #[test]

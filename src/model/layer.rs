@@ -2,9 +2,10 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::attention::Attention;
+use super::attention::{Attention, HandedOn};
 use super::cache::LayerCache;
 use super::feed_forward::FeedForward;
+use super::layer_inputs::LayerInput;
 use super::linear::Linear;
 use super::load::Reader;
 use super::router::{Balance, Router};
@@ -18,8 +19,14 @@ pub(super) struct Layer {
     attention: Attention,
     feed_forward: FeedForward,
     residual: Residual,
+    /// The block's own input is let in.
+    input: Option<LayerInput>,
+    /// The stream is multiplied by this at last.
+    scale: Option<f64>,
     /// Which of the decoder's rotations this block uses, if any.
     pub(super) rotation: Option<usize>,
+    /// Which of the decoder's caches this block uses: its own, or that of the block whose keys and values it reads.
+    pub(super) cached_in: usize,
 }
 
 /// How the two halves are added to the stream.
@@ -31,7 +38,7 @@ enum Residual {
 
 /// Norms before and after a half.
 #[derive(Debug, Clone)]
-struct Around {
+pub(super) struct Around {
     before: Option<Norm>,
     after: Option<Norm>,
 }
@@ -42,6 +49,8 @@ pub(super) struct Context<'a> {
     /// (T), i64, from each document's start.
     pub(super) positions: &'a Tensor,
     pub(super) rotation: Option<&'a Rotation>,
+    /// The block's own input (T, P), where blocks have some.
+    pub(super) input: Option<&'a Tensor>,
     /// Number type of the stream.
     pub(super) kind: Kind,
     /// Makes the dropout masks; `None` is evaluation.
@@ -51,17 +60,12 @@ pub(super) struct Context<'a> {
 }
 
 impl Layer {
-    pub(super) fn load(spec: &LayerSpec, rotation: Option<usize>, read: &Reader<'_>) -> Result<Self> {
-        let around = |around: &spec::Around| -> Result<Around> {
-            Ok(Around {
-                before: read.optional_norm(around.before.as_ref())?,
-                after: read.optional_norm(around.after.as_ref())?,
-            })
-        };
+    /// Reads the weights; `before` are those before, among which it finds what it shares with them.
+    pub(super) fn load(spec: &LayerSpec, rotation: Option<usize>, before: &[Self], read: &Reader<'_>) -> Result<Self> {
         let residual = match &spec.residual {
             spec::Residual::Sequential { attention, feed_forward, multiplier } => Residual::Sequential {
-                attention: around(attention)?,
-                feed_forward: around(feed_forward)?,
+                attention: Around::load(attention, read)?,
+                feed_forward: Around::load(feed_forward, read)?,
                 multiplier: *multiplier,
             },
             spec::Residual::Parallel { norm, feed_forward_norm } => Residual::Parallel {
@@ -70,46 +74,95 @@ impl Layer {
             },
         };
         let attention = Attention::load(spec, read)?;
-        Ok(Self { attention, feed_forward: FeedForward::load(&spec.feed_forward, read)?, residual, rotation })
+        let shared = attention.reads().and_then(|slot| before.iter().find(|b| b.attention.fills() == Some(slot)));
+        let own = || before.iter().filter(|block| block.attention.reads().is_none()).count();
+        Ok(Self {
+            cached_in: shared.map_or_else(own, |block| block.cached_in),
+            attention,
+            feed_forward: FeedForward::load(&spec.feed_forward, read)?,
+            residual,
+            input: spec.ending.input.as_ref().map(|input| LayerInput::load(input, read)).transpose()?,
+            scale: spec.ending.scale.as_ref().map(|name| read.number(name)).transpose()?,
+            rotation,
+        })
     }
 
     /// The stream (T, D) after this block.
-    pub(super) fn forward(&self, h: &Tensor, context: &Context<'_>, cache: Option<&mut LayerCache>) -> Tensor {
+    pub(super) fn forward(
+        &self,
+        h: &Tensor,
+        context: &Context<'_>,
+        handed_on: &mut HandedOn,
+        cache: Option<&mut LayerCache>,
+    ) -> Tensor {
+        let h = self.both_halves(h, context, handed_on, cache);
+        let h = match &self.input {
+            Some(input) => input.add(&h, context),
+            None => h,
+        };
+        match self.scale {
+            Some(scale) => h * scale,
+            None => h,
+        }
+    }
+
+    fn both_halves(
+        &self,
+        h: &Tensor,
+        context: &Context<'_>,
+        handed_on: &mut HandedOn,
+        cache: Option<&mut LayerCache>,
+    ) -> Tensor {
         match &self.residual {
             Residual::Sequential { attention, feed_forward, multiplier } => {
                 let attend = |norm: Option<&Norm>, residual: Option<&Tensor>| {
-                    self.attention.forward(h, norm, residual, context, cache)
+                    self.attention.forward(h, norm, residual, context, handed_on, cache)
                 };
                 let h = attention.add(h, *multiplier, attend);
                 feed_forward
                     .add(&h, *multiplier, |norm, residual| self.feed_forward.forward(&h, norm, residual, context))
             }
             Residual::Parallel { norm, feed_forward_norm } => {
-                let attended = self.attention.forward(h, Some(norm), Some(h), context, cache);
+                let attended = self.attention.forward(h, Some(norm), Some(h), context, handed_on, cache);
                 let norm = feed_forward_norm.as_ref().unwrap_or(norm);
                 self.feed_forward.forward(h, Some(norm), Some(&attended), context)
             }
         }
     }
 
-    /// [`Layer::forward`], keeping only `h` and running again in backward.
-    pub(super) fn forward_recomputed(&self, h: &Tensor, context: &Context<'_>) -> Tensor {
+    /// [`Layer::forward`], keeping only what it reads and running again in backward.
+    pub(super) fn forward_recomputed(&self, h: &Tensor, context: &Context<'_>, handed_on: &mut HandedOn) -> Tensor {
         let trained: Vec<&Tensor> = self.linears().into_iter().flat_map(Linear::trained).collect();
         let layer = self.clone();
         let (documents, positions) = (context.documents.clone(), context.positions.shallow_clone());
         let rotation = context.rotation.map(Rotation::shallow_clone);
         let (kind, dropout_seed, balance) = (context.kind, context.dropout_seed, context.balance.cloned());
-        ops::recompute(h, &trained, move |h| {
+        let (reads, fills) = (self.attention.reads(), self.attention.fills());
+        let read = reads.map(|slot| handed_on.of(slot));
+        let inputs: Vec<&Tensor> = [h].into_iter().chain(read.iter().flatten()).chain(context.input).collect();
+        let outputs = ops::recompute(&inputs, &trained, move |inputs| {
+            let (h, mut rest) = inputs.split_first().expect("the stream");
+            let mut handed_on = HandedOn::default();
+            if let (Some(slot), [keys, values, others @ ..]) = (reads, rest) {
+                handed_on.put(slot, [keys, values]);
+                rest = others;
+            }
             let context = Context {
                 documents: &documents,
                 positions: &positions,
                 rotation: rotation.as_ref(),
+                input: rest.first(),
                 kind,
                 dropout_seed,
                 balance: balance.as_ref(),
             };
-            layer.forward(h, &context, None)
-        })
+            let h = layer.forward(h, &context, &mut handed_on, None);
+            [h].into_iter().chain(fills.into_iter().flat_map(|slot| handed_on.of(slot))).collect()
+        });
+        if let (Some(slot), [_, keys, values]) = (fills, &outputs[..]) {
+            handed_on.put(slot, [keys, values]);
+        }
+        outputs.into_iter().next().expect("the stream")
     }
 
     /// What chooses among its experts, if it has any.
@@ -124,30 +177,44 @@ impl Layer {
 
     /// Linears in checkpoint order.
     pub(super) fn linears(&self) -> Vec<&Linear> {
-        [self.attention.linears(), self.feed_forward.linears()].concat()
+        let ending = self.input.iter().flat_map(LayerInput::linears).collect();
+        [self.attention.linears(), self.feed_forward.linears(), ending].concat()
     }
 
     /// Linears in checkpoint order.
     pub(super) fn linears_mut(&mut self) -> Vec<&mut Linear> {
         let mut all = self.attention.linears_mut();
         all.extend(self.feed_forward.linears_mut());
+        all.extend(self.input.iter_mut().flat_map(LayerInput::linears_mut));
         all
     }
 
-    /// An empty cache for `sequences` sequences.
-    pub(super) fn cache(&self, sequences: i64, options: (Kind, Device)) -> LayerCache {
-        self.attention.cache(sequences, options)
+    /// An empty cache for `sequences` sequences, unless this block reads that of another.
+    pub(super) fn cache(&self, sequences: i64, options: (Kind, Device)) -> Option<LayerCache> {
+        self.attention.reads().is_none().then(|| self.attention.cache(sequences, options))
     }
 }
 
 impl Around {
+    pub(super) fn load(spec: &spec::Around, read: &Reader<'_>) -> Result<Self> {
+        Ok(Self { before: read.optional_norm(spec.before.as_ref())?, after: read.optional_norm(spec.after.as_ref())? })
+    }
+
+    /// What `half` gives, both norms around it.
+    pub(super) fn around(&self, half: impl FnOnce(Option<&Norm>) -> Tensor) -> Tensor {
+        let y = half(self.before.as_ref());
+        match &self.after {
+            Some(norm) => norm.apply(&y),
+            None => y,
+        }
+    }
+
     /// The stream `h` (T, D) with what `half` gives added: in one go where nothing comes between.
     fn add(&self, h: &Tensor, multiplier: f64, half: impl FnOnce(Option<&Norm>, Option<&Tensor>) -> Tensor) -> Tensor {
         if self.after.is_none() && multiplier == 1.0 {
             return half(self.before.as_ref(), Some(h));
         }
-        let y = half(self.before.as_ref(), None);
-        let y = self.after.as_ref().map_or_else(|| y.shallow_clone(), |norm| norm.apply(&y));
+        let y = self.around(|norm| half(norm, None));
         if multiplier == 1.0 { h + y } else { h + y * multiplier }
     }
 }

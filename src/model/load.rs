@@ -88,6 +88,11 @@ impl Reader<'_> {
         })
     }
 
+    /// The one number of a tensor (1), rounded to the model's number type.
+    pub(super) fn number(&self, name: &str) -> Result<f64> {
+        Ok(self.tensor(name)?.double_value(&[0]))
+    }
+
     pub(super) fn optional_norm(&self, spec: Option<&NormSpec>) -> Result<Option<Norm>> {
         spec.map(|spec| self.norm(spec)).transpose()
     }

@@ -19,6 +19,7 @@ mod feed_forward;
 mod fit;
 mod generate;
 mod layer;
+mod layer_inputs;
 mod linear;
 mod load;
 mod mask;

@@ -48,6 +48,7 @@ impl Rope {
             RopeScaling::None
             | RopeScaling::Linear { .. }
             | RopeScaling::Dynamic { .. }
+            | RopeScaling::Proportional { .. }
             | RopeScaling::Llama3 { .. } => 1.0,
         }
     }
@@ -64,6 +65,11 @@ impl Rope {
             }
             RopeScaling::None => plain(self.theta),
             RopeScaling::Linear { factor } => plain(self.theta) / factor,
+            RopeScaling::Proportional { turning, factor } => {
+                let frequencies = plain(self.theta) / factor;
+                let _ = frequencies.slice(0, turning, None::<i64>, 1).zero_();
+                frequencies
+            }
             RopeScaling::Dynamic { factor, original } => {
                 let stretch = factor * length as f64 / original as f64 - (factor - 1.0);
                 plain(self.theta * stretch.powf(dims / (dims - 2.0)))

@@ -9,17 +9,21 @@ use super::linear::Linear;
 use super::load::Reader;
 use super::spec::{self, Groups, Routing, Scores};
 use crate::Result;
-use crate::ops::{self, Documents};
+use crate::ops::{self, Documents, Norm};
 use crate::torch_ext::custom;
 
 /// A router with its weights.
 #[derive(Debug)]
 pub(super) struct Router {
+    /// Where it does not read what the experts read.
+    norm: Option<Norm>,
     linear: Linear,
     wide: bool,
     routing: Routing,
     /// Added to the scores (E), fp32, for the choice alone.
     correction: Option<Tensor>,
+    /// The weights of each expert are multiplied by it (E), fp32.
+    expert_scale: Option<Tensor>,
     balance: f64,
 }
 
@@ -27,9 +31,11 @@ impl Clone for Router {
     /// Another handle to the same tensors.
     fn clone(&self) -> Self {
         Self {
+            norm: self.norm.clone(),
             linear: self.linear.clone(),
             routing: self.routing.clone(),
             correction: self.correction.as_ref().map(Tensor::shallow_clone),
+            expert_scale: self.expert_scale.as_ref().map(Tensor::shallow_clone),
             ..*self
         }
     }
@@ -38,15 +44,22 @@ impl Clone for Router {
 impl Router {
     pub(super) fn load(spec: &spec::Router, read: &Reader<'_>) -> Result<Self> {
         let kind = if spec.wide { Kind::Float } else { read.kind };
-        let correction = match &spec.routing {
-            Routing::Largest { correction: Some(name), .. } => Some(read.tensor_as(name, Kind::Float)?),
-            Routing::Largest { .. } | Routing::SparseMixer { .. } => None,
+        let (correction, expert_scale) = match &spec.routing {
+            Routing::Largest { correction, expert_scale, .. } => (correction.as_ref(), expert_scale.as_ref()),
+            Routing::SparseMixer { .. } => (None, None),
         };
+        let of_experts = |name: Option<&String>| name.map(|name| read.tensor_as(name, Kind::Float)).transpose();
+        let norm = spec.norm.as_ref().map(|own| {
+            let norm = read.norm(&own.norm)?;
+            Ok(Norm { weight: &norm.weight * own.scale, ..norm })
+        });
         Ok(Self {
+            norm: norm.transpose()?,
             linear: read.linear_as(&spec.linear, kind)?,
             wide: spec.wide,
             routing: spec.routing.clone(),
-            correction,
+            correction: of_experts(correction)?,
+            expert_scale: of_experts(expert_scale)?,
             balance: spec.balance,
         })
     }
@@ -69,8 +82,9 @@ impl Router {
         &mut self.linear
     }
 
-    /// The experts of each row of x (T, D): (T, C), i64, and their weights (T, C), fp32.
-    pub(super) fn forward(&self, x: &Tensor, context: &Context<'_>) -> (Tensor, Tensor) {
+    /// The experts of each row of x (T, D), which is h (T, D) normed for them: (T, C), i64, and their weights (T, C), fp32.
+    pub(super) fn forward(&self, h: &Tensor, x: &Tensor, context: &Context<'_>) -> (Tensor, Tensor) {
+        let x = self.norm.as_ref().map_or_else(|| x.shallow_clone(), |norm| norm.apply(h));
         let x = if self.wide { x.to_kind(Kind::Float) } else { x.shallow_clone() };
         let products = ops::projection(&x, None, &[self.linear.operand(context.dropout_seed)], None).remove(0);
         let logits = products.to_kind(Kind::Float); // (T, E)
@@ -90,7 +104,12 @@ impl Router {
                     Some(eps) => &weights / (weights.sum_dim_intlist([1i64].as_slice(), true, Kind::Float) + *eps),
                     None => weights,
                 };
-                (index, if *scale == 1.0 { weights } else { weights * *scale })
+                let weights = if *scale == 1.0 { weights } else { weights * *scale };
+                let weights = match &self.expert_scale {
+                    Some(scale) => weights * scale.take(&index), // (T, C)
+                    None => weights,
+                };
+                (index, weights)
             }
             Routing::SparseMixer { jitter } => sparse_mixer(&logits, *jitter),
         };

@@ -6,6 +6,8 @@
 //! Residual::Parallel:     h ──┬─ norm ─ attention ──────(+)──>
 //!                             ├─ norm ─ feed-forward ────┤
 //!                             └──────────────────────────┘
+//! Ending:                 h ──┬─ gate ─ activation ─ x own input ─ projection ─ norm ──(+)── x scale ──>
+//!                             └─────────────────────────────────────────────────────────┘
 //! ```
 
 use super::names::Names;
@@ -24,6 +26,8 @@ pub struct ModelSpec {
     pub max_position_embeddings: i64,
     /// From token ids to the stream.
     pub embedding: EmbeddingSpec,
+    /// From token ids to what each block is told of them besides the stream.
+    pub layer_inputs: Option<LayerInputs>,
     /// The blocks, in order.
     pub layers: Vec<LayerSpec>,
     /// After the last block.
@@ -31,7 +35,7 @@ pub struct ModelSpec {
     /// From hidden states to logits.
     pub head: HeadSpec,
     /// Tensors a checkpoint may hold that mean nothing here (old buffers), by the end of their name.
-    pub ignored_suffixes: Vec<&'static str>,
+    pub ignored_suffixes: Vec<String>,
     /// The same, by how their name begins: layers that only predict further ahead.
     pub ignored_prefixes: Vec<String>,
     /// What its modules are called in files and in transformers.
@@ -49,6 +53,26 @@ pub struct EmbeddingSpec {
     pub norm: Option<NormSpec>,
 }
 
+/// P numbers for each token and each of the blocks: of a table of their own, and of the token's embedding e:
+/// `scale * (norm(projection(e)) + table_scale * table[id])`, where block i takes the i-th P of them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerInputs {
+    /// P.
+    pub width: i64,
+    /// Tensor name of the table (rows, blocks P).
+    pub table: String,
+    /// Rows of the table: at least V.
+    pub rows: i64,
+    /// What the table gives is multiplied by this, rounded to its number type first.
+    pub table_scale: f64,
+    /// (blocks P, D).
+    pub projection: LinearSpec,
+    /// Over the P of each block.
+    pub norm: NormSpec,
+    /// The sum is multiplied by this.
+    pub scale: f64,
+}
+
 /// One block.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LayerSpec {
@@ -62,6 +86,30 @@ pub struct LayerSpec {
     pub feed_forward: FeedForward,
     /// How the two are added to the stream.
     pub residual: Residual,
+    /// What happens to the stream after them.
+    pub ending: Ending,
+}
+
+/// What happens to the stream after both halves of a block.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Ending {
+    /// The block's own input is let in.
+    pub input: Option<LayerInput>,
+    /// Tensor name of the number (1) that the stream is multiplied by.
+    pub scale: Option<String>,
+}
+
+/// How a block's own input x (P) is let into the stream h: `h + norm(projection(act(gate(h)) * x))`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerInput {
+    /// Of the gate.
+    pub activation: Activation,
+    /// (P, D).
+    pub gate: LinearSpec,
+    /// (D, P).
+    pub projection: LinearSpec,
+    /// Of what is added.
+    pub norm: NormSpec,
 }
 
 /// How tokens look at each other.
@@ -94,6 +142,10 @@ pub struct GroupedAttention {
     pub output: LinearSpec,
     /// Norms of queries and keys.
     pub query_key_norm: Option<QueryKeyNorm>,
+    /// Of values.
+    pub value_norm: Option<NormSpec>,
+    /// The slot in which later blocks find this block's keys and values ([`Projection::QueryOnly`]).
+    pub hands_on: Option<usize>,
     /// Tensor name of a logit of each head (N) that takes part in the softmax and gives nothing (arXiv:2309.17453).
     pub sinks: Option<String>,
     /// Queries grow with their position.
@@ -165,6 +217,20 @@ pub enum Projection {
         key: LinearSpec,
         /// (K H, D).
         value: LinearSpec,
+    },
+    /// Values are what keys are before their norm and their rotation.
+    ValuesAreKeys {
+        /// (N H, D).
+        query: LinearSpec,
+        /// (K H, D).
+        key: LinearSpec,
+    },
+    /// Keys and values are those of an earlier block ([`GroupedAttention::hands_on`]).
+    QueryOnly {
+        /// (N H, D).
+        query: LinearSpec,
+        /// The slot in which they are found.
+        slot: usize,
     },
     /// One weight ((N + 2 K) H, D): all queries, then all keys, then all values.
     Fused(LinearSpec),
@@ -238,8 +304,8 @@ impl DeltaProjection {
 pub struct QueryKeyNorm {
     /// Of queries.
     pub query: NormSpec,
-    /// Of keys.
-    pub key: NormSpec,
+    /// Of keys, unless they are another block's.
+    pub key: Option<NormSpec>,
     /// Whether they come after the rotation.
     pub after_rotation: bool,
 }
@@ -329,6 +395,13 @@ pub enum RopeScaling {
         /// Cosines and sines are multiplied by the first, in longer documents by the second.
         attention_factors: [f64; 2],
     },
+    /// Only the first `turning` of all pairs of the head turn, in the wavelengths they would have if all did.
+    Proportional {
+        /// Pairs that turn.
+        turning: i64,
+        /// Positions are divided by it.
+        factor: f64,
+    },
     /// Llama 3.1's: long wavelengths divided, short ones kept, a ramp between.
     Llama3 {
         /// The factor.
@@ -382,6 +455,17 @@ pub enum FeedForward {
     },
     /// The few that a router chooses for each token, of many (arXiv:1701.06538).
     Experts(Box<Experts>),
+    /// What several give for the same stream, added up.
+    Sum(Vec<Branch>),
+}
+
+/// One of the feed-forwards of a [`FeedForward::Sum`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct Branch {
+    /// Around it.
+    pub norms: Around,
+    /// Itself.
+    pub feed_forward: FeedForward,
 }
 
 /// Experts, their router and what all tokens go through beside them.
@@ -404,6 +488,8 @@ pub struct Experts {
 /// Chooses experts for a token and weighs them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Router {
+    /// Where it does not read what the experts read: how it norms what they have before it is normed for them.
+    pub norm: Option<RouterNorm>,
     /// (E, D).
     pub linear: LinearSpec,
     /// Whether its products are made in fp32.
@@ -412,6 +498,15 @@ pub struct Router {
     pub routing: Routing,
     /// What the loss that balances the experts is multiplied with (arXiv:2101.03961); 0 is none.
     pub balance: f64,
+}
+
+/// A norm of a router's own.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RouterNorm {
+    /// The norm.
+    pub norm: NormSpec,
+    /// What it gives is multiplied by this.
+    pub scale: f64,
 }
 
 /// From a router's products to the experts of a token and their weights.
@@ -431,6 +526,8 @@ pub enum Routing {
         normalised: Option<f64>,
         /// Weights are then multiplied by this.
         scale: f64,
+        /// Tensor name of what each expert's weight is multiplied by at last (E).
+        expert_scale: Option<String>,
     },
     /// Two, by the inference form of SparseMixer (arXiv:2409.12136): each weighed among the scores that are near its own.
     SparseMixer {

@@ -33,27 +33,26 @@ impl Rotation {
     }
 }
 
-/// Rotates the first elements of the heads of q (T, N, H) and k (T, K, H).
-pub fn rope(q: &Tensor, k: &Tensor, rotation: &Rotation) -> (Tensor, Tensor) {
-    rotate_from(q, k, rotation, |_| 0)
+/// Rotates the first elements of the heads of every x (T, heads, H): queries and keys, or queries alone.
+pub fn rope<const X: usize>(x: [&Tensor; X], rotation: &Rotation) -> [Tensor; X] {
+    rotate_from(x, rotation, |_| 0)
 }
 
-/// Rotates the last elements of the heads of q (T, N, H) and k (T, K, H'), whose sizes may differ.
-pub fn rope_last(q: &Tensor, k: &Tensor, rotation: &Rotation) -> (Tensor, Tensor) {
+/// Rotates the last elements of the heads of every x (T, heads, H), whose sizes may differ.
+pub fn rope_last<const X: usize>(x: [&Tensor; X], rotation: &Rotation) -> [Tensor; X] {
     let rotated = 2 * rotation.cos.size()[1];
-    rotate_from(q, k, rotation, |head| head - rotated)
+    rotate_from(x, rotation, |head| head - rotated)
 }
 
 /// Rotates from the element on that `first` gives for a head's size.
-fn rotate_from(q: &Tensor, k: &Tensor, rotation: &Rotation, first: impl Fn(i64) -> i64) -> (Tensor, Tensor) {
-    let first = [first(q.size()[2]), first(k.size()[2])];
-    let outputs = tch::no_grad(|| vec![rotate(q, rotation, first[0], 1.0), rotate(k, rotation, first[1], 1.0)]);
+fn rotate_from<const X: usize>(x: [&Tensor; X], rotation: &Rotation, first: impl Fn(i64) -> i64) -> [Tensor; X] {
+    let first = x.map(|x| first(x.size()[2]));
+    let outputs = tch::no_grad(|| x.iter().zip(first).map(|(x, first)| rotate(x, rotation, first, 1.0)).collect());
     let rotation = rotation.shallow_clone();
-    let mut outputs = custom(c"engraft::rope", &[q, k], outputs, move |grads| {
+    let outputs = custom(c"engraft::rope", &x, outputs, move |grads| {
         grads.iter().zip(first).map(|(grad, first)| Some(rotate(grad, &rotation, first, -1.0))).collect()
     });
-    let k = outputs.pop().expect("two outputs");
-    (outputs.pop().expect("two outputs"), k)
+    outputs.try_into().expect("an output for every x")
 }
 
 fn rotate(x: &Tensor, rotation: &Rotation, first: i64, direction: f64) -> Tensor {
@@ -114,10 +113,7 @@ mod tests {
             let rotation = Rotation { layout, cos: angle.cos(), sin: angle.sin() };
             check(
                 &[randn(&[9, 4, 12], 1), randn(&[9, 2, 12], 2)],
-                |_, x| {
-                    let (q, k) = rope(&x[0], &x[1], &rotation);
-                    vec![q, k]
-                },
+                |_, x| rope([&x[0], &x[1]], &rotation).into(),
                 |_, x| vec![twin(&x[0], &rotation), twin(&x[1], &rotation)],
             );
         }
@@ -134,10 +130,7 @@ mod tests {
             };
             check(
                 &[randn(&[9, 4, 13], 1), randn(&[9, 1, 6], 2)],
-                |_, x| {
-                    let (q, k) = rope_last(&x[0], &x[1], &rotation);
-                    vec![q, k]
-                },
+                |_, x| rope_last([&x[0], &x[1]], &rotation).into(),
                 |_, x| vec![last(&x[0]), last(&x[1])],
             );
         }

@@ -2,15 +2,17 @@
 //!
 //! What a block keeps per token, in elements of the activations' type, is what the operations of [`crate::ops`] keep: the
 //! stream twice (before each norm), q, k, v, the attention's output, gate and up; and in fp32 one logsumexp per head and two
-//! norm statistics. A delta-net keeps q, k, v before their convolution and after it, the output's gate, what its heads read and
-//! that normed; and in fp32 two gates of each head, norm statistics, and its state every [`DELTA_RUN`] tokens. Recomputed, it keeps the stream once. The most that is alive beside that is one block's worth of
+//! norm statistics. A block that reads another's k and v keeps none of its own; one with an input of its own keeps the stream,
+//! what the gate gives and what is added once more. A delta-net keeps q, k, v before their convolution and after it, the output's
+//! gate, what its heads read and that normed; and in fp32 two gates of each head, norm statistics, and its state every
+//! [`DELTA_RUN`] tokens. Recomputed, it keeps the stream once. The most that is alive beside that is one block's worth of
 //! gradients and the head's chunk of logits.
 
 use tch::{Device, Kind};
 
 use crate::model::ModelSpec;
 use crate::model::spec::{
-    Attention, DeltaNet, ExpertGateUp, Experts, FeedForward, GateUp, GroupedAttention, LatentQuery, Routing,
+    Attention, DeltaNet, ExpertGateUp, Experts, FeedForward, GateUp, GroupedAttention, LatentQuery, Projection, Routing,
 };
 use crate::ops::delta_net::TOKENS_OF_A_RUN as DELTA_RUN;
 use crate::recipe::Recompute;
@@ -51,8 +53,9 @@ fn kept_bytes(layer: &crate::model::spec::LayerSpec, hidden: u64, element: u64) 
     let wide = feed_forward_width(&layer.feed_forward);
     // Numbers per token, in the activations' type and in fp32.
     let (attention, statistics) = match &layer.attention {
-        Attention::Grouped(GroupedAttention { heads, kv_heads, head_size, .. }) => {
-            ((2 * heads + 2 * kv_heads) * head_size, *heads)
+        Attention::Grouped(GroupedAttention { heads, kv_heads, head_size, projection, .. }) => {
+            let own = if matches!(projection, Projection::QueryOnly { .. }) { 0 } else { 2 * kv_heads };
+            ((2 * heads + own) * head_size, *heads)
         }
         Attention::Latent(latent) => {
             // Query, key, value and output as wide as the key, the output cut to its size, and both latents.
@@ -68,7 +71,8 @@ fn kept_bytes(layer: &crate::model::spec::LayerSpec, hidden: u64, element: u64) 
             (2 * (2 * key_heads * key_size + values) + 3 * values, 5 * value_heads + values * key_size / DELTA_RUN)
         }
     };
-    (2 * hidden + attention as u64 + wide as u64) * element + (statistics as u64 + 4) * 4
+    let input = layer.ending.input.as_ref().map_or(0, |input| 2 * (input.gate.input + input.gate.output));
+    (2 * hidden + (attention + wide + input) as u64) * element + (statistics as u64 + 4) * 4
 }
 
 /// Elements a token keeps of gate and up; of the experts it goes through, also their shared input.
@@ -90,6 +94,7 @@ fn feed_forward_width(feed_forward: &FeedForward) -> i64 {
             let shared = shared.as_ref().map_or(0, |shared| feed_forward_width(&shared.feed_forward));
             chosen * width + shared + down.output
         }
+        FeedForward::Sum(branches) => branches.iter().map(|branch| feed_forward_width(&branch.feed_forward)).sum(),
     }
 }
 

@@ -456,6 +456,40 @@ VARIANTS = {
             },
         },
     ),
+    # As published: a model that sees, the language model a part of it.
+    "gemma4": Variant(
+        "gemma4_text",
+        {
+            "num_hidden_layers": 4,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "global_head_dim": 14,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            "hidden_size_per_layer_input": 5,
+            "vocab_size_per_layer_input": 61,
+            "num_kv_shared_layers": 1,
+            "final_logit_softcapping": 9.0,
+            "pad_token_id": 0,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 1000000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+        wrapper="gemma4",
+        parts={
+            "vision_config": {
+                "model_type": "gemma4_vision",
+                "hidden_size": 12,
+                "intermediate_size": 14,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+                "patch_size": 4,
+                "position_embedding_size": 16,
+            },
+        },
+    ),
     # As the large ones: experts beside the MLP, values that are the keys, and other heads where attention is full.
     "gemma4_text-experts": Variant(
         "gemma4_text",

@@ -2,6 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
+use super::HandedOn;
 use crate::Result;
 use crate::model::cache::KeysValues;
 use crate::model::layer::Context;
@@ -20,10 +21,13 @@ pub(in crate::model) struct GroupedAttention {
     mask: Mask,
     input: Input,
     output: Linear,
-    /// Of queries and of keys.
-    norms: Option<[HeadNorm; 2]>,
+    query_norm: Option<HeadNorm>,
+    key_norm: Option<HeadNorm>,
+    value_norm: Option<HeadNorm>,
     norms_after_rotation: bool,
     temperature: Option<Temperature>,
+    /// The slot in which later blocks find the keys and values.
+    pub(super) hands_on: Option<usize>,
 }
 
 /// From the stream to queries, keys and values.
@@ -33,11 +37,24 @@ enum Input {
     Separate(Box<[Linear; 3]>),
     /// Query and gate of each head, key, value.
     Gated(Box<[Linear; 3]>),
+    /// Query, key.
+    ValuesAreKeys(Box<[Linear; 2]>),
+    /// Query, and the slot of the rest.
+    QueryOnly(Box<Linear>, usize),
     Fused(Box<Linear>),
     PerHead(Box<Linear>),
 }
 
-/// A norm of queries or keys.
+/// What a block projects besides queries.
+enum Own {
+    KeysValues([Tensor; 2]),
+    /// They are those of an earlier block.
+    Nothing {
+        slot: usize,
+    },
+}
+
+/// A norm of queries, keys or values.
 #[derive(Debug, Clone)]
 struct HeadNorm {
     norm: Norm,
@@ -68,17 +85,18 @@ impl GroupedAttention {
             Projection::Gated { query_gate, key, value } => {
                 Input::Gated(Box::new([read.linear(query_gate)?, read.linear(key)?, read.linear(value)?]))
             }
+            Projection::ValuesAreKeys { query, key } => {
+                Input::ValuesAreKeys(Box::new([read.linear(query)?, read.linear(key)?]))
+            }
+            Projection::QueryOnly { query, slot } => Input::QueryOnly(Box::new(read.linear(query)?), *slot),
             Projection::Fused(linear) => Input::Fused(Box::new(read.linear(linear)?)),
             Projection::PerHead(linear) => Input::PerHead(Box::new(read.linear(linear)?)),
         };
-        let norm = |spec: &spec::NormSpec| -> Result<HeadNorm> {
-            let whole = spec.shape.last().is_some_and(|width| *width != head_size);
-            Ok(HeadNorm { norm: read.norm(spec)?, whole })
+        let norm = |spec: Option<&spec::NormSpec>| -> Result<Option<HeadNorm>> {
+            let whole = |spec: &spec::NormSpec| spec.shape.last().is_some_and(|width| *width != head_size);
+            spec.map(|spec| Ok(HeadNorm { norm: read.norm(spec)?, whole: whole(spec) })).transpose()
         };
-        let norms = match &attention.query_key_norm {
-            Some(norms) => Some([norm(&norms.query)?, norm(&norms.key)?]),
-            None => None,
-        };
+        let norms = attention.query_key_norm.as_ref();
         Ok(Self {
             heads,
             kv_heads,
@@ -87,9 +105,12 @@ impl GroupedAttention {
             mask: spec.mask,
             input,
             output: read.linear(&attention.output)?,
-            norms,
-            norms_after_rotation: attention.query_key_norm.as_ref().is_some_and(|norms| norms.after_rotation),
+            query_norm: norm(norms.map(|norms| &norms.query))?,
+            key_norm: norm(norms.and_then(|norms| norms.key.as_ref()))?,
+            value_norm: norm(attention.value_norm.as_ref())?,
+            norms_after_rotation: norms.is_some_and(|norms| norms.after_rotation),
             temperature: attention.temperature,
+            hands_on: attention.hands_on,
         })
     }
 
@@ -100,19 +121,31 @@ impl GroupedAttention {
         norm: Option<&Norm>,
         residual: Option<&Tensor>,
         context: &Context<'_>,
-        cache: Option<&mut KeysValues>,
+        handed_on: &mut HandedOn,
+        mut cache: Option<&mut KeysValues>,
     ) -> Tensor {
         let tokens = h.size()[0];
-        let ([q, k, v], gate) = self.queries_keys_values(h, norm, context);
+        let (q, own, gate) = self.projected(h, norm, context);
         let q = q.view([tokens, self.heads, self.head_size]); // (T, N, H)
-        let k = k.view([tokens, self.kv_heads, self.head_size]); // (T, K, H)
-        let v = v.view([tokens, self.kv_heads, self.head_size]); // (T, K, H)
-        let (q, k) = if self.norms_after_rotation { (q, k) } else { self.normed(q, k) };
-        let (q, k) = match context.rotation {
-            Some(rotation) => ops::rope(&q, &k, rotation),
-            None => (q, k),
+        let (q, k, v) = match own {
+            Own::KeysValues(keys_values) => {
+                let [k, v] = keys_values.map(|x| x.view([tokens, self.kv_heads, self.head_size])); // (T, K, H)
+                let v = normed(v, self.value_norm.as_ref());
+                let [q, k] = self.placed([(q, &self.query_norm), (k, &self.key_norm)], context);
+                if let Some(slot) = self.hands_on {
+                    handed_on.put(slot, [&k, &v]);
+                }
+                if let Some(cache) = &mut cache {
+                    cache.append(&k, Some(&v), context.documents);
+                }
+                (q, k, v)
+            }
+            Own::Nothing { slot } => {
+                let [q] = self.placed([(q, &self.query_norm)], context);
+                let [k, v] = handed_on.of(slot);
+                (q, k, v)
+            }
         };
-        let (q, k) = if self.norms_after_rotation { self.normed(q, k) } else { (q, k) };
         let q = match self.temperature {
             Some(temperature) => q * temperature.of(context.positions).to_kind(context.kind),
             None => q,
@@ -129,49 +162,70 @@ impl GroupedAttention {
         }
     }
 
-    fn normed(&self, q: Tensor, k: Tensor) -> (Tensor, Tensor) {
-        match &self.norms {
-            Some([of_query, of_key]) => (of_query.apply(&q), of_key.apply(&k)),
-            None => (q, k),
+    /// Queries, or queries and keys (T, heads, H), normed and rotated.
+    fn placed<const X: usize>(&self, x: [(Tensor, &Option<HeadNorm>); X], context: &Context<'_>) -> [Tensor; X] {
+        let rotated = |x: [Tensor; X]| match context.rotation {
+            Some(rotation) => ops::rope(x.each_ref(), rotation),
+            None => x,
+        };
+        if !self.norms_after_rotation {
+            return rotated(x.map(|(x, norm)| normed(x, norm.as_ref())));
         }
+        let norms = x.each_ref().map(|(_, norm)| norm.as_ref());
+        let mut norms = norms.into_iter();
+        rotated(x.map(|(x, _)| x)).map(|x| normed(x, norms.next().flatten()))
     }
 
-    /// q (T, N H), k and v (T, K H), and the gate of the output (T, N H) where there is one.
-    fn queries_keys_values(
-        &self,
-        h: &Tensor,
-        norm: Option<&Norm>,
-        context: &Context<'_>,
-    ) -> ([Tensor; 3], Option<Tensor>) {
+    /// Queries (T, N H), this block's own keys and values (T, K H) if it has them, and the gate of the output (T, N H) where there is
+    /// one.
+    fn projected(&self, h: &Tensor, norm: Option<&Norm>, context: &Context<'_>) -> (Tensor, Own, Option<Tensor>) {
         let seed = context.dropout_seed;
-        let fused = |linear: &Linear| ops::projection(h, norm, &[linear.operand(seed)], None).remove(0);
+        let one = |linear: &Linear| ops::projection(h, norm, &[linear.operand(seed)], None).remove(0);
         let (query, key) = (self.heads * self.head_size, self.kv_heads * self.head_size);
         let separate = |linears: &[Linear; 3]| -> [Tensor; 3] {
             let parts = ops::projection(h, norm, &linears.each_ref().map(|l| l.operand(seed)), None);
             parts.try_into().expect("one of each")
         };
         let parts = match &self.input {
-            Input::Separate(linears) => return (separate(linears), None),
+            Input::Separate(linears) => separate(linears).into(),
             Input::Gated(linears) => {
                 let [both, k, v] = separate(linears);
                 let mut parts = ops::split(&both, self.heads, &[self.head_size, self.head_size]);
                 let gate = parts.pop();
-                return ([parts.remove(0), k, v], gate);
+                return (parts.remove(0), Own::KeysValues([k, v]), gate);
             }
-            Input::Fused(linear) => ops::split(&fused(linear), 1, &[query, key, key]),
+            Input::ValuesAreKeys(linears) => {
+                let mut parts = ops::projection(h, norm, &linears.each_ref().map(|l| l.operand(seed)), None);
+                parts.push(parts[1].shallow_clone());
+                parts
+            }
+            Input::QueryOnly(linear, slot) => return (one(linear), Own::Nothing { slot: *slot }, None),
+            Input::Fused(linear) => ops::split(&one(linear), 1, &[query, key, key]),
             Input::PerHead(linear) => {
                 let widths = [query / self.kv_heads, self.head_size, self.head_size];
-                ops::split(&fused(linear), self.kv_heads, &widths)
+                ops::split(&one(linear), self.kv_heads, &widths)
             }
         };
-        (parts.try_into().expect("queries, keys and values"), None)
+        let [q, k, v] = parts.try_into().expect("queries, keys and values");
+        (q, Own::KeysValues([k, v]), None)
+    }
+
+    /// The slot that is read instead of having keys and values.
+    pub(super) fn reads(&self) -> Option<usize> {
+        match &self.input {
+            Input::QueryOnly(_, slot) => Some(*slot),
+            Input::Separate(_) | Input::Gated(_) | Input::ValuesAreKeys(_) | Input::Fused(_) | Input::PerHead(_) => {
+                None
+            }
+        }
     }
 
     /// Linears in checkpoint order.
     pub(super) fn linears(&self) -> Vec<&Linear> {
         let mut all: Vec<&Linear> = match &self.input {
             Input::Separate(linears) | Input::Gated(linears) => linears.iter().collect(),
-            Input::Fused(linear) | Input::PerHead(linear) => vec![&**linear],
+            Input::ValuesAreKeys(linears) => linears.iter().collect(),
+            Input::QueryOnly(linear, _) | Input::Fused(linear) | Input::PerHead(linear) => vec![&**linear],
         };
         all.push(&self.output);
         all
@@ -181,7 +235,8 @@ impl GroupedAttention {
     pub(super) fn linears_mut(&mut self) -> Vec<&mut Linear> {
         let mut all: Vec<&mut Linear> = match &mut self.input {
             Input::Separate(linears) | Input::Gated(linears) => linears.iter_mut().collect(),
-            Input::Fused(linear) | Input::PerHead(linear) => vec![&mut **linear],
+            Input::ValuesAreKeys(linears) => linears.iter_mut().collect(),
+            Input::QueryOnly(linear, _) | Input::Fused(linear) | Input::PerHead(linear) => vec![&mut **linear],
         };
         all.push(&mut self.output);
         all
@@ -190,6 +245,14 @@ impl GroupedAttention {
     /// An empty cache for `sequences` sequences.
     pub(super) fn cache(&self, sequences: i64, options: (Kind, Device)) -> KeysValues {
         KeysValues::new(sequences, self.kv_heads, self.head_size, options)
+    }
+}
+
+/// x (T, heads, H), normed if there is a norm.
+fn normed(x: Tensor, norm: Option<&HeadNorm>) -> Tensor {
+    match norm {
+        Some(norm) => norm.apply(&x),
+        None => x,
     }
 }
 

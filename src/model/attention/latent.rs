@@ -101,9 +101,9 @@ impl LatentAttention {
         let key = parts.pop().expect("two parts").view([tokens, 1, self.rotated]); // (T, 1, P)
         let latent = parts.pop().expect("two parts"); // (T, Z)
         let q = q.view([tokens, self.heads, self.unrotated + self.rotated]); // (T, N, U + P)
-        let (q, key) = match context.rotation {
-            Some(rotation) => ops::rope_last(&q, &key, rotation),
-            None => (q, key),
+        let [q, key] = match context.rotation {
+            Some(rotation) => ops::rope_last([&q, &key], rotation),
+            None => [q, key],
         };
         let attended = match cache {
             None => self.attend(&q, &latent, &key, context),

@@ -17,6 +17,25 @@ use delta_net::DeltaNet;
 use grouped::GroupedAttention;
 use latent::LatentAttention;
 
+/// Keys and values that blocks hand on to later ones, by slot: (T, K, H) each, rotated, of the tokens of this forward.
+#[derive(Debug, Default)]
+pub(super) struct HandedOn(Vec<Option<[Tensor; 2]>>);
+
+impl HandedOn {
+    pub(super) fn put(&mut self, slot: usize, keys_values: [&Tensor; 2]) {
+        if self.0.len() <= slot {
+            self.0.resize_with(slot + 1, || None);
+        }
+        self.0[slot] = Some(keys_values.map(Tensor::shallow_clone));
+    }
+
+    /// Of a slot that an earlier block has filled: families see to it.
+    pub(super) fn of(&self, slot: usize) -> [Tensor; 2] {
+        let found = self.0.get(slot).and_then(Option::as_ref).expect("an earlier block fills the slot");
+        found.each_ref().map(Tensor::shallow_clone)
+    }
+}
+
 /// Attention with its weights.
 #[derive(Debug, Clone)]
 pub(super) enum Attention {
@@ -43,12 +62,31 @@ impl Attention {
         norm: Option<&Norm>,
         residual: Option<&Tensor>,
         context: &Context<'_>,
+        handed_on: &mut HandedOn,
         cache: Option<&mut LayerCache>,
     ) -> Tensor {
         match self {
-            Self::Grouped(grouped) => grouped.forward(h, norm, residual, context, cache.map(LayerCache::keys_values)),
+            Self::Grouped(grouped) => {
+                grouped.forward(h, norm, residual, context, handed_on, cache.map(LayerCache::keys_values))
+            }
             Self::Latent(latent) => latent.forward(h, norm, residual, context, cache.map(LayerCache::keys_values)),
             Self::DeltaNet(net) => net.forward(h, norm, residual, context, cache.map(LayerCache::recurrent)),
+        }
+    }
+
+    /// The slot that this block fills for later ones.
+    pub(super) fn fills(&self) -> Option<usize> {
+        match self {
+            Self::Grouped(grouped) => grouped.hands_on,
+            Self::Latent(_) | Self::DeltaNet(_) => None,
+        }
+    }
+
+    /// The slot that this block reads instead of having keys and values, and a cache, of its own.
+    pub(super) fn reads(&self) -> Option<usize> {
+        match self {
+            Self::Grouped(grouped) => grouped.reads(),
+            Self::Latent(_) | Self::DeltaNet(_) => None,
         }
     }
 

@@ -5,8 +5,7 @@ use super::config::Config;
 use super::llama::masks;
 use crate::Result;
 use crate::model::spec::{
-    Attention, EmbeddingSpec, FeedForward, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind, NormSpec, Position,
-    QueryKeyNorm, Residual, Rope,
+    Attention, Ending, LayerSpec, Mask, ModelSpec, NormKind, NormSpec, Position, QueryKeyNorm, Residual, Rope,
 };
 use crate::ops::{Activation, LogitMap, RopeLayout};
 
@@ -44,25 +43,22 @@ fn build(config: &Config<'_>, theta: f64, normed: bool, layers: &[(bool, Mask)])
             heads.attention(heads.separate(&at("self_attn"), bias), heads.output(at("self_attn.o_proj"), bias));
         attention.query_key_norm = normed.then(|| QueryKeyNorm {
             query: of_heads("self_attn.q_norm", heads.heads),
-            key: of_heads("self_attn.k_norm", heads.kv_heads),
+            key: Some(of_heads("self_attn.k_norm", heads.kv_heads)),
             after_rotation: false,
         });
         LayerSpec {
             attention: Attention::Grouped(attention),
             position: if *rotates { Position::Rope(rope.clone()) } else { Position::None },
             mask: *mask,
-            feed_forward: FeedForward::Gated {
-                activation: act,
-                projection: common::gate_up(&at("mlp"), hidden, width, false),
-                down: LinearSpec { name: at("mlp.down_proj"), input: width, output: hidden, bias: false },
-            },
+            feed_forward: common::gated(&at("mlp"), act, hidden, width, false),
             residual: Residual::Parallel {
                 norm: common::norm(at("input_layernorm"), hidden, eps, NormKind::Layer),
                 feed_forward_norm: None,
             },
+            ending: Ending::default(),
         }
     });
-    let embedding = EmbeddingSpec { weight: "model.embed_tokens.weight".into(), scale: 1.0, norm: None };
+    let embedding = common::embedding("model.embed_tokens.weight");
     let final_norm = common::norm("model.norm".into(), hidden, eps, NormKind::Layer);
     let map = LogitMap { scale: config.positive_or("logit_scale", 0.0625)?, soft_cap: None };
     common::model(config, embedding, layers.collect(), final_norm, ("lm_head", true), map)

@@ -3,8 +3,8 @@
 use super::config::{Config, wrong};
 use crate::model::names::Names;
 use crate::model::spec::{
-    Around, EmbeddingSpec, GateUp, GroupedAttention, HeadSpec, LayerSpec, LinearSpec, ModelSpec, NormKind, NormSpec,
-    Projection, Residual, Rope, RopeScaling,
+    Around, EmbeddingSpec, FeedForward, GateUp, GroupedAttention, HeadSpec, LayerSpec, LinearSpec, ModelSpec, NormKind,
+    NormSpec, Projection, Residual, Rope, RopeScaling,
 };
 use crate::ops::{Activation, LogitMap, RopeLayout};
 use crate::{Error, Fault, Result};
@@ -86,6 +86,8 @@ impl Heads {
             projection,
             output,
             query_key_norm: None,
+            value_norm: None,
+            hands_on: None,
             sinks: None,
             temperature: None,
         }
@@ -152,13 +154,19 @@ pub(super) fn model(
         vocab_size: config.size("vocab_size")?,
         max_position_embeddings: config.size_or("max_position_embeddings", 2048)?,
         embedding,
+        layer_inputs: None,
         layers,
         final_norm,
         head: HeadSpec { name: head.into(), tied: config.flag_or("tie_word_embeddings", tied)?, bias: false, map },
-        ignored_suffixes: vec!["rotary_emb.inv_freq"],
         names: Names::default(),
+        ignored_suffixes: vec!["rotary_emb.inv_freq".into()],
         ignored_prefixes: Vec::new(),
     })
+}
+
+/// The token embedding as it is stored in `weight`.
+pub(super) fn embedding(weight: &str) -> EmbeddingSpec {
+    EmbeddingSpec { weight: weight.into(), scale: 1.0, norm: None }
 }
 
 /// Both halves after a norm.
@@ -167,10 +175,14 @@ pub(super) fn pre_norm(attention: NormSpec, feed_forward: NormSpec) -> Residual 
     Residual::Sequential { attention: before(attention), feed_forward: before(feed_forward), multiplier: 1.0 }
 }
 
-/// `gate_proj` and `up_proj` below `at`.
-pub(super) fn gate_up(at: &str, hidden: i64, width: i64, bias: bool) -> GateUp {
-    let linear = |part: &str| LinearSpec { name: format!("{at}.{part}"), input: hidden, output: width, bias };
-    GateUp::Separate { gate: linear("gate_proj"), up: linear("up_proj") }
+/// A gated feed-forward of `gate_proj`, `up_proj` and `down_proj` below `at`.
+pub(super) fn gated(at: &str, activation: Activation, hidden: i64, width: i64, bias: bool) -> FeedForward {
+    let linear = |part: &str, input, output| LinearSpec { name: format!("{at}.{part}"), input, output, bias };
+    FeedForward::Gated {
+        activation,
+        projection: GateUp::Separate { gate: linear("gate_proj", hidden, width), up: linear("up_proj", hidden, width) },
+        down: linear("down_proj", width, hidden),
+    }
 }
 
 /// The activation named by `field`.

@@ -20,6 +20,7 @@ pub(super) struct Config<'a> {
 /// Fields that change what some family computes. One that is set in a config whose page never asks for it is an error, not
 /// something to pass over.
 const COMPUTES: &[(&str, &str)] = &[
+    ("attention_k_eq_v", "values that are the keys"),
     ("attention_bias", "biases of the attention's projections"),
     ("attention_multiplier", "a scale of the scores"),
     ("attn_logit_softcapping", "soft caps of the scores"),
@@ -28,9 +29,11 @@ const COMPUTES: &[(&str, &str)] = &[
     ("alibi", "linear biases"),
     ("clip_qkv", "clipped queries, keys and values"),
     ("embedding_multiplier", "scaled embeddings"),
+    ("enable_moe_block", "experts"),
     ("final_logit_softcapping", "soft caps of the logits"),
     ("full_attention_interval", "layers of different kinds"),
     ("global_head_dim", "heads of different sizes"),
+    ("hidden_size_per_layer_input", "inputs of each layer's own"),
     ("kv_lora_rank", "latent attention"),
     ("layer_sharing", "shared blocks"),
     ("layer_types", "layers of different kinds"),
@@ -42,10 +45,12 @@ const COMPUTES: &[(&str, &str)] = &[
     ("n_routed_experts", "experts"),
     ("no_rope_layers", "layers without positions"),
     ("num_experts", "experts"),
+    ("num_global_key_value_heads", "heads of different sizes"),
     ("num_kv_shared_layers", "shared keys and values"),
     ("num_local_experts", "experts"),
     ("num_nextn_predict_layers", "heads for several tokens"),
     ("partial_rotary_factor", "a part of each head rotating"),
+    ("per_layer_config", "layers of different sizes"),
     ("qk_layernorm", "norms of queries and keys"),
     ("qk_norm", "norms of queries and keys"),
     ("query_pre_attn_scalar", "a scale of the scores"),
@@ -55,6 +60,7 @@ const COMPUTES: &[(&str, &str)] = &[
     ("rotary_pct", "a part of each head rotating"),
     ("sliding_window", "a sliding window"),
     ("use_bidirectional_attention", "attention to later tokens"),
+    ("use_double_wide_mlp", "layers of different widths"),
     ("use_qk_norm", "norms of queries and keys"),
     ("shared_expert_intermediate_size", "a shared expert"),
     ("router_jitter_noise", "noise on the stream"),
@@ -179,6 +185,20 @@ impl<'a> Config<'a> {
             None => Ok(default),
             Some(value) => value.as_bool().ok_or_else(|| wrong(name, value, "true or false")),
         }
+    }
+
+    /// Whether the field is there and null.
+    pub(super) fn is_null(&self, name: &str) -> bool {
+        self.value.get(name).is_some_and(Value::is_null)
+    }
+
+    /// An error for the first field of this object, which the config calls `place`, that is none of `names`.
+    pub(super) fn only(&self, place: &str, names: &[&str]) -> Result<()> {
+        let mut fields = self.value.as_object().into_iter().flatten();
+        fields.find(|(name, _)| !names.contains(&name.as_str())).map_or(Ok(()), |(name, value)| {
+            let what = format!("{} is not understood here", short(value));
+            Err(Error::Model(Fault::new(format!("config.json: {place}.{name}"), what).hint("use a base without it")))
+        })
     }
 
     pub(super) fn object(&self, name: &str) -> Result<Option<Config<'a>>> {

@@ -2,12 +2,12 @@
 
 use serde_json::{Value, json};
 
-use super::common::{self, activation, pre_norm};
+use super::common::{self, activation, gated, pre_norm};
 use super::config::{Config, wrong};
-use super::experts::{self, Apart, gated, router};
+use super::experts::{self, Apart, router};
 use crate::model::spec::{
-    self, Attention, EmbeddingSpec, FeedForward, Groups, LatentAttention, LatentQuery, LayerSpec, LinearSpec, Mask,
-    ModelSpec, NormKind, Position, Rope, RopeScaling, Router, Routing, Scores, SharedExpert,
+    self, Attention, Ending, FeedForward, Groups, LatentAttention, LatentQuery, LayerSpec, LinearSpec, Mask, ModelSpec,
+    NormKind, Position, Rope, RopeScaling, Router, Routing, Scores, SharedExpert,
 };
 use crate::ops::{Activation, LogitMap, RopeLayout, Weighted};
 use crate::{Error, Fault, Result};
@@ -41,6 +41,7 @@ pub(super) fn v2(config: &Config<'_>) -> Result<ModelSpec> {
                 groups,
                 normalised: None,
                 scale: config.positive_or("routed_scaling_factor", 1.0)?,
+                expert_scale: None,
             },
         })
     })
@@ -67,6 +68,7 @@ pub(super) fn v3(config: &Config<'_>) -> Result<ModelSpec> {
                 groups,
                 normalised: config.flag_or("norm_topk_prob", true)?.then_some(1e-20),
                 scale: config.positive_or("routed_scaling_factor", 2.5)?,
+                expert_scale: None,
             },
         })
     })?;
@@ -259,9 +261,10 @@ fn build(
                 _ => gated(&at("mlp"), act, hidden, intermediate, mlp_bias),
             },
             residual: pre_norm(norm("input_layernorm"), norm("post_attention_layernorm")),
+            ending: Ending::default(),
         }
     });
-    let embedding = EmbeddingSpec { weight: "model.embed_tokens.weight".into(), scale: 1.0, norm: None };
+    let embedding = common::embedding("model.embed_tokens.weight");
     let final_norm = common::norm("model.norm".into(), hidden, eps, NormKind::Rms);
     common::model(config, embedding, layers.collect(), final_norm, ("lm_head", false), LogitMap::PLAIN)
 }

@@ -210,17 +210,8 @@ pub(super) fn qwen_experts(
 pub(super) fn gated_shared(at: &str, activation: Activation, hidden: i64, width: i64) -> SharedExpert {
     let gate = LinearSpec { name: format!("{at}.shared_expert_gate"), input: hidden, output: 1, bias: false };
     SharedExpert {
-        feed_forward: gated(&format!("{at}.shared_expert"), activation, hidden, width, false),
+        feed_forward: common::gated(&format!("{at}.shared_expert"), activation, hidden, width, false),
         gate: Some(gate),
-    }
-}
-
-/// A gated feed-forward below `at`.
-pub(super) fn gated(at: &str, activation: Activation, hidden: i64, width: i64, bias: bool) -> FeedForward {
-    FeedForward::Gated {
-        activation,
-        projection: common::gate_up(at, hidden, width, bias),
-        down: LinearSpec { name: format!("{at}.down_proj"), input: width, output: hidden, bias },
     }
 }
 
@@ -260,7 +251,13 @@ impl Apart {
 
 /// A router without a bias, in the model's number type.
 pub(super) fn router(name: String, hidden: i64, count: i64, routing: Routing, balance: f64) -> Router {
-    Router { linear: LinearSpec { name, input: hidden, output: count, bias: false }, wide: false, routing, balance }
+    Router {
+        norm: None,
+        linear: LinearSpec { name, input: hidden, output: count, bias: false },
+        wide: false,
+        routing,
+        balance,
+    }
 }
 
 /// The `field` largest of a softmax over `count` experts; `default` where the config does not say.
@@ -272,7 +269,15 @@ pub(super) fn softmax(
     normalised: Option<f64>,
 ) -> Result<Routing> {
     let chosen = chosen(config, field, default, count)?;
-    Ok(Routing::Largest { chosen, scores: Scores::Softmax, correction: None, groups: None, normalised, scale: 1.0 })
+    Ok(Routing::Largest {
+        chosen,
+        scores: Scores::Softmax,
+        correction: None,
+        groups: None,
+        normalised,
+        scale: 1.0,
+        expert_scale: None,
+    })
 }
 
 /// How many experts a token goes through: at most all of them.

@@ -4,7 +4,7 @@ use super::common::{self, Heads, activation};
 use super::config::Config;
 use crate::Result;
 use crate::model::spec::{
-    Around, Attention, EmbeddingSpec, FeedForward, GateUp, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind, Position,
+    Around, Attention, Ending, FeedForward, GateUp, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind, Position,
     Projection, Residual, Rope,
 };
 use crate::ops::{Activation, LogitMap, RopeLayout};
@@ -73,9 +73,10 @@ fn build(
             } else {
                 common::pre_norm(norm("input_layernorm"), norm("post_attention_layernorm"))
             },
+            ending: Ending::default(),
         }
     });
-    let embedding = EmbeddingSpec { weight: "model.embed_tokens.weight".into(), scale: 1.0, norm: None };
+    let embedding = common::embedding("model.embed_tokens.weight");
     let final_norm = common::norm("model.norm".into(), hidden, eps, NormKind::Rms);
     common::model(config, embedding, layers.collect(), final_norm, ("lm_head", false), LogitMap::PLAIN)
 }

@@ -5,8 +5,8 @@ use super::config::Config;
 use super::llama::masks;
 use crate::Result;
 use crate::model::spec::{
-    Around, Attention, EmbeddingSpec, FeedForward, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind, NormSpec,
-    Position, QueryKeyNorm, Residual, Rope, RopeScaling,
+    Around, Attention, EmbeddingSpec, Ending, LayerSpec, Mask, ModelSpec, NormKind, NormSpec, Position, QueryKeyNorm,
+    Residual, Rope, RopeScaling,
 };
 use crate::ops::{Activation, LogitMap, RopeLayout};
 
@@ -116,7 +116,7 @@ fn build(
         attention.soft_cap = kind.soft_cap;
         attention.query_key_norm = kind.query_key_norm.then(|| QueryKeyNorm {
             query: norm("self_attn.q_norm", heads.head_size),
-            key: norm("self_attn.k_norm", heads.head_size),
+            key: Some(norm("self_attn.k_norm", heads.head_size)),
             after_rotation: false,
         });
         let residual = if kind.sandwich {
@@ -136,16 +136,13 @@ fn build(
             attention: Attention::Grouped(attention),
             position: Position::Rope(rope),
             mask,
-            feed_forward: FeedForward::Gated {
-                activation: act,
-                projection: common::gate_up(&at("mlp"), hidden, intermediate, false),
-                down: LinearSpec { name: at("mlp.down_proj"), input: intermediate, output: hidden, bias: false },
-            },
+            feed_forward: common::gated(&at("mlp"), act, hidden, intermediate, false),
             residual,
+            ending: Ending::default(),
         }
     });
     let scale = (hidden as f64).sqrt();
-    let embedding = EmbeddingSpec { weight: "model.embed_tokens.weight".into(), scale, norm: None };
+    let embedding = EmbeddingSpec { scale, ..common::embedding("model.embed_tokens.weight") };
     let final_norm: NormSpec = common::norm("model.norm".into(), hidden, eps, NormKind::RmsOffset);
     let map = LogitMap { scale: 1.0, soft_cap };
     common::model(config, embedding, layers.collect(), final_norm, ("lm_head", true), map)

@@ -6,8 +6,8 @@ use super::experts::{balance, count, router, softmax};
 use super::llama::masks;
 use crate::Result;
 use crate::model::spec::{
-    Attention, EmbeddingSpec, ExpertGateUp, ExpertLinear, Experts, FeedForward, LayerSpec, LinearSpec, ModelSpec,
-    NormKind, Position, Rope, RopeScaling, Router, Stored,
+    Attention, Ending, ExpertGateUp, ExpertLinear, Experts, FeedForward, LayerSpec, LinearSpec, ModelSpec, NormKind,
+    Position, Rope, RopeScaling, Router, Stored,
 };
 use crate::ops::{Activation, LogitMap, RopeLayout, Weighted};
 
@@ -60,10 +60,11 @@ pub(super) fn gpt_oss(config: &Config<'_>) -> Result<ModelSpec> {
                 shared: None,
             })),
             residual: pre_norm(norm("input_layernorm"), norm("post_attention_layernorm")),
+            ending: Ending::default(),
         }
     });
     let layers = layers.collect();
-    let embedding = EmbeddingSpec { weight: "model.embed_tokens.weight".into(), scale: 1.0, norm: None };
+    let embedding = common::embedding("model.embed_tokens.weight");
     let final_norm = common::norm("model.norm".into(), hidden, eps, NormKind::Rms);
     common::model(config, embedding, layers, final_norm, ("lm_head", false), LogitMap::PLAIN)
 }

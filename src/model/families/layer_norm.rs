@@ -1,11 +1,11 @@
 //! Families with LayerNorm, most with a plain feed-forward: StarCoder 2, GPT-NeoX (Pythia), StableLM, Phi, Falcon, BLOOM.
 
-use super::common::{self, Heads, activation, layer_norm};
+use super::common::{self, Heads, activation, embedding, layer_norm};
 use super::config::{Config, wrong};
 use crate::model::names::Rename;
 use crate::model::spec::{
-    Attention, EmbeddingSpec, FeedForward, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind, NormSpec, Position,
-    Projection, QueryKeyNorm, Residual,
+    Attention, EmbeddingSpec, Ending, FeedForward, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind, NormSpec,
+    Position, Projection, QueryKeyNorm, Residual,
 };
 use crate::ops::{Activation, LogitMap};
 use crate::{Error, Fault, Result};
@@ -30,6 +30,7 @@ pub(super) fn starcoder2(config: &Config<'_>) -> Result<ModelSpec> {
             mask,
             feed_forward: plain(act, (at("mlp.c_fc"), at("mlp.c_proj")), hidden, width, bias),
             residual: common::pre_norm(norm("input_layernorm"), norm("post_attention_layernorm")),
+            ending: Ending::default(),
         }
     });
     let final_norm = layer_norm("model.norm".into(), hidden, eps);
@@ -61,6 +62,7 @@ pub(super) fn gpt_neox(config: &Config<'_>) -> Result<ModelSpec> {
                 true => Residual::Parallel { norm: first, feed_forward_norm: Some(second) },
                 false => common::pre_norm(first, second),
             },
+            ending: Ending::default(),
         }
     });
     let final_norm = layer_norm("gpt_neox.final_layer_norm".into(), hidden, eps);
@@ -68,7 +70,7 @@ pub(super) fn gpt_neox(config: &Config<'_>) -> Result<ModelSpec> {
     let mut spec = common::model(config, embedding, layers.collect(), final_norm, ("lm_head", false), LogitMap::PLAIN)?;
     // transformers 5 calls the head as other families do, and writes it as it always was.
     spec.names.layouts = vec![vec![Rename::Start("lm_head", "embed_out")]];
-    spec.ignored_suffixes.extend(["attention.bias", "attention.masked_bias"]);
+    spec.ignored_suffixes.extend(["attention.bias", "attention.masked_bias"].map(String::from));
     Ok(spec)
 }
 
@@ -94,22 +96,19 @@ pub(super) fn stablelm(config: &Config<'_>) -> Result<ModelSpec> {
             heads.attention(heads.separate(&at("self_attn"), bias), heads.output(at("self_attn.o_proj"), false));
         attention.query_key_norm = normed.then(|| QueryKeyNorm {
             query: of_heads("q_layernorm", heads.heads),
-            key: of_heads("k_layernorm", heads.kv_heads),
+            key: Some(of_heads("k_layernorm", heads.kv_heads)),
             after_rotation: false,
         });
         LayerSpec {
             attention: Attention::Grouped(attention),
             position: Position::Rope(rope.clone()),
             mask: Mask::Full,
-            feed_forward: FeedForward::Gated {
-                activation: act,
-                projection: common::gate_up(&at("mlp"), hidden, width, false),
-                down: LinearSpec { name: at("mlp.down_proj"), input: width, output: hidden, bias: false },
-            },
+            feed_forward: common::gated(&at("mlp"), act, hidden, width, false),
             residual: match parallel {
                 true => Residual::Parallel { norm: norm("input_layernorm"), feed_forward_norm: None },
                 false => common::pre_norm(norm("input_layernorm"), norm("post_attention_layernorm")),
             },
+            ending: Ending::default(),
         }
     });
     let final_norm = layer_norm("model.norm".into(), hidden, eps);
@@ -131,7 +130,7 @@ pub(super) fn phi(config: &Config<'_>) -> Result<ModelSpec> {
             heads.attention(heads.separate(&at("self_attn"), true), heads.output(at("self_attn.dense"), true));
         attention.query_key_norm = normed.then(|| QueryKeyNorm {
             query: layer_norm(at("self_attn.q_layernorm"), heads.head_size, eps),
-            key: layer_norm(at("self_attn.k_layernorm"), heads.head_size, eps),
+            key: Some(layer_norm(at("self_attn.k_layernorm"), heads.head_size, eps)),
             after_rotation: false,
         });
         LayerSpec {
@@ -143,6 +142,7 @@ pub(super) fn phi(config: &Config<'_>) -> Result<ModelSpec> {
                 norm: layer_norm(at("input_layernorm"), hidden, eps),
                 feed_forward_norm: None,
             },
+            ending: Ending::default(),
         }
     });
     let final_norm = layer_norm("model.final_layernorm".into(), hidden, eps);
@@ -203,6 +203,7 @@ pub(super) fn falcon(config: &Config<'_>) -> Result<ModelSpec> {
                 }
                 (false, false) => common::pre_norm(norm("input_layernorm"), norm("post_attention_layernorm")),
             },
+            ending: Ending::default(),
         }
     });
     let final_norm = layer_norm("transformer.ln_f".into(), hidden, eps);
@@ -244,6 +245,7 @@ pub(super) fn bloom(config: &Config<'_>) -> Result<ModelSpec> {
                 true,
             ),
             residual: common::pre_norm(norm("input_layernorm"), norm("post_attention_layernorm")),
+            ending: Ending::default(),
         }
     });
     let embedding = EmbeddingSpec {
@@ -257,10 +259,6 @@ pub(super) fn bloom(config: &Config<'_>) -> Result<ModelSpec> {
     // As published, and as transformers writes it.
     spec.names.layouts = vec![vec![Rename::Start("transformer", "")], Vec::new()];
     Ok(spec)
-}
-
-fn embedding(weight: &str) -> EmbeddingSpec {
-    EmbeddingSpec { weight: weight.into(), scale: 1.0, norm: None }
 }
 
 /// A feed-forward without a gate.

@@ -4,8 +4,7 @@
 use super::common::{self, Heads, activation, layer_types, pre_norm};
 use super::config::Config;
 use crate::model::spec::{
-    Attention, EmbeddingSpec, FeedForward, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind, Position, QueryKeyNorm,
-    Residual, Temperature,
+    Attention, Ending, LayerSpec, Mask, ModelSpec, NormKind, Position, QueryKeyNorm, Residual, Temperature,
 };
 use crate::ops::{Activation, LogitMap};
 use crate::{Error, Fault, Result};
@@ -180,7 +179,7 @@ pub(super) fn build(config: &Config<'_>, differences: Differences) -> Result<Mod
         let mut attention = heads.attention(projection, heads.output(at("self_attn.o_proj"), outward));
         attention.query_key_norm = differences.query_key_norm.then(|| QueryKeyNorm {
             query: norm("self_attn.q_norm", heads.head_size),
-            key: norm("self_attn.k_norm", heads.head_size),
+            key: Some(norm("self_attn.k_norm", heads.head_size)),
             after_rotation: false,
         });
         attention.temperature = differences.temperature;
@@ -188,15 +187,12 @@ pub(super) fn build(config: &Config<'_>, differences: Differences) -> Result<Mod
             attention: Attention::Grouped(attention),
             position: if *rotates { Position::Rope(rope.clone()) } else { Position::None },
             mask: *mask,
-            feed_forward: FeedForward::Gated {
-                activation: act,
-                projection: common::gate_up(&at("mlp"), hidden, intermediate, mlp_bias),
-                down: LinearSpec { name: at("mlp.down_proj"), input: intermediate, output: hidden, bias: mlp_bias },
-            },
+            feed_forward: common::gated(&at("mlp"), act, hidden, intermediate, mlp_bias),
             residual: pre_norm(norm("input_layernorm", hidden), norm("post_attention_layernorm", hidden)),
+            ending: Ending::default(),
         }
     });
-    let embedding = EmbeddingSpec { weight: "model.embed_tokens.weight".into(), scale: 1.0, norm: None };
+    let embedding = common::embedding("model.embed_tokens.weight");
     let final_norm = common::norm("model.norm".into(), hidden, eps, NormKind::Rms);
     common::model(config, embedding, layers.collect(), final_norm, ("lm_head", differences.tied), LogitMap::PLAIN)
 }

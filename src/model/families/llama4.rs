@@ -1,11 +1,11 @@
 //! Llama 4 (text): chunked layers that rotate and full ones that do not, weightless norms of queries and keys, experts beside a
 //! shared one in every few layers.
 
-use super::common::{self, Heads, activation, pre_norm};
+use super::common::{self, Heads, activation, gated, pre_norm};
 use super::config::{Config, wrong};
-use super::experts::{balance, chosen, count, gated, router};
+use super::experts::{balance, chosen, count, router};
 use crate::model::spec::{
-    Attention, EmbeddingSpec, ExpertGateUp, ExpertLinear, Experts, FeedForward, LayerSpec, Mask, ModelSpec, NormKind,
+    Attention, Ending, ExpertGateUp, ExpertLinear, Experts, FeedForward, LayerSpec, Mask, ModelSpec, NormKind,
     NormSpec, Position, QueryKeyNorm, Rope, Routing, Scores, SharedExpert, Stored, Temperature,
 };
 use crate::ops::{Activation, LogitMap, RopeLayout, Weighted};
@@ -45,7 +45,7 @@ pub(super) fn llama4(config: &Config<'_>) -> Result<ModelSpec> {
             let weightless =
                 || NormSpec { weights: Vec::new(), ..common::norm(String::new(), heads.head_size, eps, NormKind::Rms) };
             attention.query_key_norm =
-                normed.then(|| QueryKeyNorm { query: weightless(), key: weightless(), after_rotation: true });
+                normed.then(|| QueryKeyNorm { query: weightless(), key: Some(weightless()), after_rotation: true });
         } else {
             attention.temperature = temperature;
         }
@@ -59,10 +59,11 @@ pub(super) fn llama4(config: &Config<'_>) -> Result<ModelSpec> {
             mask: if chunks[i as usize] { Mask::Chunked { size } } else { Mask::Full },
             feed_forward,
             residual: pre_norm(norm("input_layernorm"), norm("post_attention_layernorm")),
+            ending: Ending::default(),
         })
     });
     let layers = layers.collect::<Result<Vec<_>>>()?;
-    let embedding = EmbeddingSpec { weight: "model.embed_tokens.weight".into(), scale: 1.0, norm: None };
+    let embedding = common::embedding("model.embed_tokens.weight");
     let final_norm = common::norm("model.norm".into(), hidden, eps, NormKind::Rms);
     common::model(config, embedding, layers, final_norm, ("lm_head", false), LogitMap::PLAIN)
 }
@@ -86,6 +87,7 @@ fn experts(config: &Config<'_>, at: &str, activation: Activation, hidden: i64) -
         groups: None,
         normalised: None,
         scale: 1.0,
+        expert_scale: None,
     };
     // The reference's language model adds no balancing loss; the fields are there all the same.
     let _ = balance(config)?;

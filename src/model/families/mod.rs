@@ -7,6 +7,7 @@ mod deepseek;
 mod experts;
 mod fused;
 mod gemma;
+mod gemma4;
 mod gpt_oss;
 mod layer_norm;
 mod llama;
@@ -64,6 +65,8 @@ const FAMILIES: &[Family] = &[
     Family { model_type: "gemma2", known_as: "Gemma 2", spec: gemma::gemma2 },
     Family { model_type: "gemma3_text", known_as: "Gemma 3 (text)", spec: gemma::gemma3 },
     Family { model_type: "gemma3", known_as: "Gemma 3 with pictures", spec: |c| wrapped(c, &wrapped::GEMMA3) },
+    Family { model_type: "gemma4_text", known_as: "Gemma 4 (text)", spec: gemma4::gemma4 },
+    Family { model_type: "gemma4", known_as: "Gemma 4 (E2B, E4B, 26B-A4B)", spec: |c| wrapped(c, &wrapped::GEMMA4) },
     Family { model_type: "phi3", known_as: "Phi-3, Phi-3.5, Phi-4", spec: fused::phi3 },
     Family { model_type: "phimoe", known_as: "Phi-3.5-MoE", spec: experts::phimoe },
     Family { model_type: "llama4_text", known_as: "Llama 4 (text)", spec: llama4::llama4 },

@@ -5,8 +5,8 @@ use super::config::Config;
 use super::llama::masks;
 use crate::Result;
 use crate::model::spec::{
-    Around, Attention, EmbeddingSpec, FeedForward, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind, Position,
-    QueryKeyNorm, Residual, Rope, RopeScaling,
+    Around, Attention, Ending, LayerSpec, Mask, ModelSpec, NormKind, Position, QueryKeyNorm, Residual, Rope,
+    RopeScaling,
 };
 use crate::ops::{Activation, LogitMap};
 
@@ -45,26 +45,23 @@ fn build(config: &Config<'_>, heads: Heads, layers: Vec<(Rope, Mask)>) -> Result
             heads.attention(heads.separate(&at("self_attn"), bias), heads.output(at("self_attn.o_proj"), bias));
         attention.query_key_norm = Some(QueryKeyNorm {
             query: norm("self_attn.q_norm", heads.heads * heads.head_size),
-            key: norm("self_attn.k_norm", heads.kv_heads * heads.head_size),
+            key: Some(norm("self_attn.k_norm", heads.kv_heads * heads.head_size)),
             after_rotation: false,
         });
         LayerSpec {
             attention: Attention::Grouped(attention),
             position: Position::Rope(rope),
             mask,
-            feed_forward: FeedForward::Gated {
-                activation: act,
-                projection: common::gate_up(&at("mlp"), hidden, width, false),
-                down: LinearSpec { name: at("mlp.down_proj"), input: width, output: hidden, bias: false },
-            },
+            feed_forward: common::gated(&at("mlp"), act, hidden, width, false),
             residual: Residual::Sequential {
                 attention: behind("post_attention_layernorm"),
                 feed_forward: behind("post_feedforward_layernorm"),
                 multiplier: 1.0,
             },
+            ending: Ending::default(),
         }
     });
-    let embedding = EmbeddingSpec { weight: "model.embed_tokens.weight".into(), scale: 1.0, norm: None };
+    let embedding = common::embedding("model.embed_tokens.weight");
     let final_norm = common::norm("model.norm".into(), hidden, eps, NormKind::Rms);
     common::model(config, embedding, layers.collect(), final_norm, ("lm_head", false), LogitMap::PLAIN)
 }

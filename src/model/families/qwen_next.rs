@@ -4,7 +4,7 @@ use super::common::{self, Heads, activation, pre_norm};
 use super::config::{Config, wrong};
 use super::experts::{self, Apart};
 use crate::model::spec::{
-    Attention, DeltaNet, DeltaProjection, EmbeddingSpec, ExpertGateUp, ExpertLinear, Experts, FeedForward, LayerSpec,
+    Attention, DeltaNet, DeltaProjection, Ending, ExpertGateUp, ExpertLinear, Experts, FeedForward, LayerSpec,
     LinearSpec, Mask, ModelSpec, NormKind, Position, Projection, QueryKeyNorm, Stored,
 };
 use crate::ops::{Activation, LogitMap, Weighted};
@@ -51,7 +51,7 @@ pub(super) fn qwen3_5_moe_apart(config: &Config<'_>) -> Result<ModelSpec> {
 fn dense(config: &Config<'_>) -> Result<impl Fn(&str) -> FeedForward> {
     let (hidden, width) = (config.size("hidden_size")?, config.size("intermediate_size")?);
     let activation = activation(config, "hidden_act", Activation::Silu)?;
-    Ok(move |at: &str| experts::gated(at, activation, hidden, width, false))
+    Ok(move |at: &str| common::gated(at, activation, hidden, width, false))
 }
 
 /// Of the experts of a layer, by where they are, how many, the stream's width and theirs: gate and up, down.
@@ -180,7 +180,7 @@ fn build(
                 heads.attention(gated(&heads, &at("self_attn"), bias), heads.output(at("self_attn.o_proj"), bias));
             attention.query_key_norm = Some(QueryKeyNorm {
                 query: norm("self_attn.q_norm", heads.head_size),
-                key: norm("self_attn.k_norm", heads.head_size),
+                key: Some(norm("self_attn.k_norm", heads.head_size)),
                 after_rotation: false,
             });
             (Attention::Grouped(attention), Position::Rope(rope.clone()))
@@ -194,9 +194,10 @@ fn build(
                 norm("input_layernorm", heads.hidden_size),
                 norm("post_attention_layernorm", heads.hidden_size),
             ),
+            ending: Ending::default(),
         }
     });
-    let embedding = EmbeddingSpec { weight: "model.embed_tokens.weight".into(), scale: 1.0, norm: None };
+    let embedding = common::embedding("model.embed_tokens.weight");
     let final_norm = common::norm("model.norm".into(), heads.hidden_size, eps, NormKind::RmsOffset);
     let mut spec = common::model(config, embedding, layers.collect(), final_norm, ("lm_head", false), LogitMap::PLAIN)?;
     // Heads for several tokens at once.

@@ -2,7 +2,7 @@
 //! stays in the checkpoint and is carried over when an adapter is merged.
 
 use super::config::Config;
-use super::{Page, gemma, llama, llama4, qwen_next};
+use super::{Page, gemma, gemma4, llama, llama4, qwen_next};
 use crate::model::ModelSpec;
 use crate::model::names::Names;
 use crate::model::names::Rename::{self, Start};
@@ -37,6 +37,15 @@ pub(super) const GEMMA3: Wrapper = Wrapper {
     layouts: &[APART, INSIDE],
     modules: INSIDE,
     other_parts: PICTURES,
+};
+
+/// `Gemma4Config`, also where it hears.
+pub(super) const GEMMA4: Wrapper = Wrapper {
+    text: &[("gemma4_text", gemma4::gemma4)],
+    tied: true,
+    layouts: &[INSIDE],
+    modules: INSIDE,
+    other_parts: &["model.vision_tower", "model.embed_vision", "model.audio_tower", "model.embed_audio"],
 };
 
 /// `Mistral3Config`: `AutoModelForImageTextToText` makes it.
