@@ -1,7 +1,10 @@
 //! Command R (cohere) and its successors: one LayerNorm without bias before both halves, pairs rotating, scaled logits.
 
-use super::common::{self, Heads, activation, layer_types};
+use super::assembly;
+use super::block::{self, activation};
 use super::config::Config;
+use super::heads::Heads;
+use super::layers::{self, layer_types};
 use super::llama::masks;
 use crate::Result;
 use crate::model::spec::{
@@ -11,14 +14,14 @@ use crate::ops::{Activation, LogitMap, RopeLayout};
 
 /// `CohereConfig`.
 pub(super) fn cohere(config: &Config<'_>) -> Result<ModelSpec> {
-    let count = common::layer_count(config, "num_hidden_layers")?;
+    let count = layers::count(config, "num_hidden_layers")?;
     let normed = config.flag_or("use_qk_norm", false)?;
     build(config, 500_000.0, normed, &vec![(true, Mask::Full); count as usize])
 }
 
 /// `Cohere2Config`: sliding layers rotate, full ones do not.
 pub(super) fn cohere2(config: &Config<'_>) -> Result<ModelSpec> {
-    let count = common::layer_count(config, "num_hidden_layers")?;
+    let count = layers::count(config, "num_hidden_layers")?;
     let pattern = config.size_or("sliding_window_pattern", 4)?;
     let slides = layer_types(config, count, |i| (i + 1) % pattern != 0)?;
     let masks = masks(&slides, config.window_or(4096)?);
@@ -37,7 +40,7 @@ fn build(config: &Config<'_>, theta: f64, normed: bool, layers: &[(bool, Mask)])
         let at = |part: &str| format!("model.layers.{i}.{part}");
         let of_heads = |part: &str, count| NormSpec {
             shape: vec![count, heads.head_size],
-            ..common::norm(at(part), heads.head_size, eps, NormKind::Layer)
+            ..block::norm(at(part), heads.head_size, eps, NormKind::Layer)
         };
         let mut attention =
             heads.attention(heads.separate(&at("self_attn"), bias), heads.output(at("self_attn.o_proj"), bias));
@@ -50,16 +53,16 @@ fn build(config: &Config<'_>, theta: f64, normed: bool, layers: &[(bool, Mask)])
             attention: Attention::Grouped(attention),
             position: if *rotates { Position::Rope(rope.clone()) } else { Position::None },
             mask: *mask,
-            feed_forward: common::gated(&at("mlp"), act, hidden, width, false),
+            feed_forward: block::gated(&at("mlp"), act, hidden, width, false),
             residual: Residual::Parallel {
-                norm: common::norm(at("input_layernorm"), hidden, eps, NormKind::Layer),
+                norm: block::norm(at("input_layernorm"), hidden, eps, NormKind::Layer),
                 feed_forward_norm: None,
             },
             ending: Ending::default(),
         }
     });
-    let embedding = common::embedding("model.embed_tokens.weight");
-    let final_norm = common::norm("model.norm".into(), hidden, eps, NormKind::Layer);
+    let embedding = assembly::embedding("model.embed_tokens.weight");
+    let final_norm = block::norm("model.norm".into(), hidden, eps, NormKind::Layer);
     let map = LogitMap { scale: config.positive_or("logit_scale", 0.0625)?, soft_cap: None };
-    common::model(config, embedding, layers.collect(), final_norm, ("lm_head", true), map)
+    assembly::model(config, embedding, layers.collect(), final_norm, ("lm_head", true), map)
 }

@@ -2,9 +2,10 @@
 
 use serde_json::{Value, json};
 
-use super::common::{self, activation, gated, pre_norm};
+use super::block::{self, activation, gated, pre_norm};
 use super::config::{Config, wrong};
 use super::experts::{self, Apart, router};
+use super::{assembly, layers, rope};
 use crate::model::spec::{
     self, Attention, Ending, FeedForward, Groups, LatentAttention, LatentQuery, LayerSpec, LinearSpec, Mask, ModelSpec,
     NormKind, Position, Rope, RopeScaling, Router, Routing, Scores, SharedExpert,
@@ -74,7 +75,7 @@ pub(super) fn v3(config: &Config<'_>) -> Result<ModelSpec> {
     })?;
     // Layers after the last one predict further tokens; the model is computed without them.
     let field = "num_nextn_predict_layers";
-    let ahead = common::credible(config.count_or(field, 1)?, field)?;
+    let ahead = layers::credible(config.count_or(field, 1)?, field)?;
     let first = spec.layers.len() as i64;
     spec.ignored_prefixes = (first..first + ahead).map(|i| format!("model.layers.{i}.")).collect();
     Ok(spec)
@@ -176,7 +177,7 @@ impl Sizes {
             let what = format!("{rotated} elements rotate; rotary embedding needs pairs");
             return Err(Error::Model(Fault::new("config.json: qk_rope_head_dim", what)));
         }
-        let rope = Rope { layout, ..common::rope(config, 10_000.0, rotated)? };
+        let rope = Rope { layout, ..rope::read(config, 10_000.0, rotated)? };
         Ok(Self {
             hidden: config.size("hidden_size")?,
             heads: config.size("num_attention_heads")?,
@@ -193,7 +194,7 @@ impl Sizes {
 
     fn attention(&self, at: &str) -> LatentAttention {
         let linear = |name: &str, input, output, bias| LinearSpec { name: format!("{at}.{name}"), input, output, bias };
-        let norm = |name: &str, width| common::norm(format!("{at}.{name}"), width, LATENT_EPS, NormKind::Rms);
+        let norm = |name: &str, width| block::norm(format!("{at}.{name}"), width, LATENT_EPS, NormKind::Rms);
         let queries = self.heads * (self.unrotated + self.rotated);
         LatentAttention {
             heads: self.heads,
@@ -226,7 +227,7 @@ fn magnitude(config: &Config<'_>, rope: &Rope) -> Result<f64> {
     };
     let Some(parameters) = parameters.filter(|_| rope.scaling != RopeScaling::None) else { return Ok(1.0) };
     match parameters.optional("mscale_all_dim")? {
-        Some(mscale) => Ok(common::yarn_scale(parameters.positive("factor")?, mscale)),
+        Some(mscale) => Ok(rope::yarn_scale(parameters.positive("factor")?, mscale)),
         None => Ok(1.0),
     }
 }
@@ -242,7 +243,7 @@ fn build(
     let eps = config.positive_or("rms_norm_eps", 1e-6)?;
     let intermediate = config.size("intermediate_size")?;
     let act = activation(config, "hidden_act", Activation::Silu)?;
-    let count = common::layer_count(config, "num_hidden_layers")?;
+    let count = layers::count(config, "num_hidden_layers")?;
     let dense = config.count_or("first_k_dense_replace", dense_layers)?;
     for field in ["n_routed_experts", "moe_intermediate_size"] {
         let _ = config.field(field);
@@ -251,7 +252,7 @@ fn build(
     only(config, "moe_layer_freq", json!(1))?;
     let layers = (0..count).map(|i| {
         let at = |part: &str| format!("model.layers.{i}.{part}");
-        let norm = |part: &str| common::norm(at(part), hidden, eps, NormKind::Rms);
+        let norm = |part: &str| block::norm(at(part), hidden, eps, NormKind::Rms);
         LayerSpec {
             attention: Attention::Latent(sizes.attention(&at("self_attn"))),
             position: Position::Rope(sizes.rope.clone()),
@@ -264,9 +265,9 @@ fn build(
             ending: Ending::default(),
         }
     });
-    let embedding = common::embedding("model.embed_tokens.weight");
-    let final_norm = common::norm("model.norm".into(), hidden, eps, NormKind::Rms);
-    common::model(config, embedding, layers.collect(), final_norm, ("lm_head", false), LogitMap::PLAIN)
+    let embedding = assembly::embedding("model.embed_tokens.weight");
+    let final_norm = block::norm("model.norm".into(), hidden, eps, NormKind::Rms);
+    assembly::model(config, embedding, layers.collect(), final_norm, ("lm_head", false), LogitMap::PLAIN)
 }
 
 #[cfg(test)]

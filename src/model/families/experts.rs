@@ -1,7 +1,8 @@
 //! Llama's layout with experts in the place of the feed-forward: Mixtral, Phi-3.5-MoE, Qwen 2 MoE and Qwen 3 MoE.
 
-use super::common::{self, activation};
+use super::block::{self, activation};
 use super::config::{Config, wrong};
+use super::layers;
 use super::llama::{self, Differences};
 use crate::model::names::Rename;
 use crate::model::spec::{
@@ -133,11 +134,11 @@ fn magnitudes(config: &Config<'_>) -> Result<Option<[f64; 2]>> {
 
 /// `Qwen2MoeConfig`: some layers have experts, with a shared one that a gate lets through.
 pub(super) fn qwen2_moe(config: &Config<'_>) -> Result<ModelSpec> {
-    let layers = common::layer_count(config, "num_hidden_layers")?;
+    let layers = layers::count(config, "num_hidden_layers")?;
     let used = config.flag_or("use_sliding_window", false)?;
     let window = llama::window(config, used)?;
     let first_full = config.count_or("max_window_layers", 28)?;
-    let slides = common::layer_types(config, layers, |i| used && window.is_some() && i % 2 == 0 && i < first_full)?;
+    let slides = layers::layer_types(config, layers, |i| used && window.is_some() && i % 2 == 0 && i < first_full)?;
     let bias = config.flag_or("qkv_bias", true)?;
     let differences = Differences {
         biases: (bias, false),
@@ -210,7 +211,7 @@ pub(super) fn qwen_experts(
 pub(super) fn gated_shared(at: &str, activation: Activation, hidden: i64, width: i64) -> SharedExpert {
     let gate = LinearSpec { name: format!("{at}.shared_expert_gate"), input: hidden, output: 1, bias: false };
     SharedExpert {
-        feed_forward: common::gated(&format!("{at}.shared_expert"), activation, hidden, width, false),
+        feed_forward: block::gated(&format!("{at}.shared_expert"), activation, hidden, width, false),
         gate: Some(gate),
     }
 }

@@ -1,7 +1,9 @@
 //! Phi-3, GLM and GLM-4: projections stored fused, a part of each head rotating.
 
-use super::common::{self, Heads, activation};
+use super::block::{self, activation};
 use super::config::Config;
+use super::heads::Heads;
+use super::{assembly, layers};
 use crate::Result;
 use crate::model::spec::{
     Around, Attention, Ending, FeedForward, GateUp, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind, Position,
@@ -48,9 +50,9 @@ fn build(
     let eps = config.positive_or("rms_norm_eps", eps)?;
     let width = config.size("intermediate_size")?;
     let act = activation(config, "hidden_act", Activation::Silu)?;
-    let layers = (0..common::layer_count(config, "num_hidden_layers")?).map(|i| {
+    let layers = (0..layers::count(config, "num_hidden_layers")?).map(|i| {
         let at = |part: &str| format!("model.layers.{i}.{part}");
-        let norm = |part: &str| common::norm(at(part), hidden, eps, NormKind::Rms);
+        let norm = |part: &str| block::norm(at(part), hidden, eps, NormKind::Rms);
         let around = |before: &str, after: &str| Around { before: Some(norm(before)), after: Some(norm(after)) };
         let linear = |part: &str, input, output| LinearSpec { name: at(part), input, output, bias: false };
         LayerSpec {
@@ -71,12 +73,12 @@ fn build(
                     multiplier: 1.0,
                 }
             } else {
-                common::pre_norm(norm("input_layernorm"), norm("post_attention_layernorm"))
+                block::pre_norm(norm("input_layernorm"), norm("post_attention_layernorm"))
             },
             ending: Ending::default(),
         }
     });
-    let embedding = common::embedding("model.embed_tokens.weight");
-    let final_norm = common::norm("model.norm".into(), hidden, eps, NormKind::Rms);
-    common::model(config, embedding, layers.collect(), final_norm, ("lm_head", false), LogitMap::PLAIN)
+    let embedding = assembly::embedding("model.embed_tokens.weight");
+    let final_norm = block::norm("model.norm".into(), hidden, eps, NormKind::Rms);
+    assembly::model(config, embedding, layers.collect(), final_norm, ("lm_head", false), LogitMap::PLAIN)
 }

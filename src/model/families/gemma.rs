@@ -1,8 +1,11 @@
 //! Gemma, Gemma 2 and the text of Gemma 3: norms of `1 + w`, scaled embeddings, GeGLU; then norms on both sides of each half.
 
-use super::common::{self, Heads, activation, layer_types};
+use super::block::{self, activation};
 use super::config::Config;
+use super::heads::Heads;
+use super::layers::{self, layer_types};
 use super::llama::masks;
+use super::{assembly, rope};
 use crate::Result;
 use crate::model::spec::{
     Around, Attention, EmbeddingSpec, Ending, LayerSpec, Mask, ModelSpec, NormKind, NormSpec, Position, QueryKeyNorm,
@@ -14,7 +17,7 @@ use crate::ops::{Activation, LogitMap, RopeLayout};
 pub(super) fn gemma(config: &Config<'_>) -> Result<ModelSpec> {
     let heads = Heads::read(config, Some(256))?;
     let rope = heads.rope(config, 10_000.0, heads.head_size)?;
-    let layers = common::layer_count(config, "num_hidden_layers")?;
+    let layers = layers::count(config, "num_hidden_layers")?;
     let kind = Kind { activation: "hidden_act", scale: None, soft_cap: None, sandwich: false, query_key_norm: false };
     build(config, heads, &kind, (0..layers).map(|_| (rope.clone(), Mask::Full)).collect(), None)
 }
@@ -23,7 +26,7 @@ pub(super) fn gemma(config: &Config<'_>) -> Result<ModelSpec> {
 pub(super) fn gemma2(config: &Config<'_>) -> Result<ModelSpec> {
     let heads = Heads::read(config, Some(256))?;
     let rope = heads.rope(config, 10_000.0, heads.head_size)?;
-    let count = common::layer_count(config, "num_hidden_layers")?;
+    let count = layers::count(config, "num_hidden_layers")?;
     let slides = layer_types(config, count, |i| i % 2 == 0)?;
     let masks = masks(&slides, config.window_or(4096)?);
     let kind = Kind {
@@ -47,7 +50,7 @@ pub(super) fn gemma3(config: &Config<'_>) -> Result<ModelSpec> {
         ("max_position_embeddings", 131_072),
     ]);
     let heads = Heads::read(config, Some(256))?;
-    let count = common::layer_count(config, "num_hidden_layers")?;
+    let count = layers::count(config, "num_hidden_layers")?;
     let pattern = config.size_or("sliding_window_pattern", 6)?;
     let slides = layer_types(config, count, |i| (i + 1) % pattern != 0)?;
     let masks = masks(&slides, config.window_or(4096)?);
@@ -73,12 +76,12 @@ fn ropes(config: &Config<'_>, rotated: i64) -> Result<[Rope; 2]> {
     let plain = |theta| Rope { theta, rotated, layout: RopeLayout::Halves, scaling: RopeScaling::None };
     let Some(by_kind) = by_kind else {
         let local = config.positive_or("rope_local_base_freq", 10_000.0)?;
-        return Ok([common::rope(config, 1_000_000.0, rotated)?, plain(local)]);
+        return Ok([rope::read(config, 1_000_000.0, rotated)?, plain(local)]);
     };
     let of = |kind: &str, theta: f64| -> Result<Rope> {
         let Some(p) = by_kind.object(kind)? else { return Ok(plain(theta)) };
         let theta = p.positive_or("rope_theta", theta)?;
-        Ok(Rope { scaling: common::scaling(config, "rope_parameters", &p, rotated)?, ..plain(theta) })
+        Ok(Rope { scaling: rope::scaling(config, "rope_parameters", &p, rotated)?, ..plain(theta) })
     };
     Ok([of("full_attention", 1_000_000.0)?, of("sliding_attention", 10_000.0)?])
 }
@@ -109,7 +112,7 @@ fn build(
     let act = activation(config, kind.activation, Activation::GeluTanh)?;
     let layers = layers.into_iter().enumerate().map(|(i, (rope, mask))| {
         let at = |part: &str| format!("model.layers.{i}.{part}");
-        let norm = |part: &str, width| common::norm(at(part), width, eps, NormKind::RmsOffset);
+        let norm = |part: &str, width| block::norm(at(part), width, eps, NormKind::RmsOffset);
         let mut attention =
             heads.attention(heads.separate(&at("self_attn"), bias), heads.output(at("self_attn.o_proj"), bias));
         attention.scale = kind.scale.map_or(attention.scale, |scale| scale.powf(-0.5));
@@ -130,20 +133,20 @@ fn build(
                 multiplier: 1.0,
             }
         } else {
-            common::pre_norm(norm("input_layernorm", hidden), norm("post_attention_layernorm", hidden))
+            block::pre_norm(norm("input_layernorm", hidden), norm("post_attention_layernorm", hidden))
         };
         LayerSpec {
             attention: Attention::Grouped(attention),
             position: Position::Rope(rope),
             mask,
-            feed_forward: common::gated(&at("mlp"), act, hidden, intermediate, false),
+            feed_forward: block::gated(&at("mlp"), act, hidden, intermediate, false),
             residual,
             ending: Ending::default(),
         }
     });
     let scale = (hidden as f64).sqrt();
-    let embedding = EmbeddingSpec { scale, ..common::embedding("model.embed_tokens.weight") };
-    let final_norm: NormSpec = common::norm("model.norm".into(), hidden, eps, NormKind::RmsOffset);
+    let embedding = EmbeddingSpec { scale, ..assembly::embedding("model.embed_tokens.weight") };
+    let final_norm: NormSpec = block::norm("model.norm".into(), hidden, eps, NormKind::RmsOffset);
     let map = LogitMap { scale: 1.0, soft_cap };
-    common::model(config, embedding, layers.collect(), final_norm, ("lm_head", true), map)
+    assembly::model(config, embedding, layers.collect(), final_norm, ("lm_head", true), map)
 }

@@ -1,10 +1,13 @@
 //! Gemma 4 (text): heads of their own sizes where attention is full, keys and values that the last blocks take from earlier
 //! ones, and inputs of each block's own.
 
-use super::common::{self, Heads, activation, layer_types};
+use super::block::{self, activation};
 use super::config::{Config, wrong};
 use super::experts;
+use super::heads::Heads;
+use super::layers::{self, layer_types};
 use super::llama::masks;
+use super::{assembly, rope};
 use crate::model::spec::{
     Around, Attention, Branch, EmbeddingSpec, Ending, ExpertGateUp, ExpertLinear, Experts, FeedForward, LayerInput,
     LayerInputs, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind, NormSpec, Position, Projection, QueryKeyNorm,
@@ -81,11 +84,11 @@ pub(super) fn gemma4(config: &Config<'_>) -> Result<ModelSpec> {
     let hidden = whole.heads.hidden_size;
     let soft_cap = config.optional("final_logit_softcapping")?;
     let scale = (hidden as f64).sqrt();
-    let embedding = EmbeddingSpec { scale, ..common::embedding("model.embed_tokens.weight") };
+    let embedding = EmbeddingSpec { scale, ..assembly::embedding("model.embed_tokens.weight") };
     let layers: Vec<LayerSpec> = blocks.iter().map(|block| layer(&whole, block)).collect();
-    let final_norm = common::norm("model.norm".into(), hidden, whole.eps, NormKind::Rms);
+    let final_norm = block::norm("model.norm".into(), hidden, whole.eps, NormKind::Rms);
     let map = LogitMap { scale: 1.0, soft_cap };
-    let mut spec = common::model(config, embedding, layers, final_norm, ("lm_head", true), map)?;
+    let mut spec = assembly::model(config, embedding, layers, final_norm, ("lm_head", true), map)?;
     // Published files carry projections of blocks that read another's keys and values; nothing is computed with them.
     let reads = |block: &&Block| matches!(block.keys_values, KeysValues::Found(_));
     spec.ignored_suffixes.extend(blocks.iter().filter(reads).flat_map(|block| {
@@ -127,13 +130,13 @@ fn layer_inputs(config: &Config<'_>, whole: &Whole, blocks: i64) -> Result<Layer
         rows,
         table_scale: (width as f64).sqrt(),
         projection: LinearSpec { name, input: hidden, output: blocks * width, bias: false },
-        norm: common::norm("model.per_layer_projection_norm".into(), width, eps, NormKind::Rms),
+        norm: block::norm("model.per_layer_projection_norm".into(), width, eps, NormKind::Rms),
         scale: 0.5f64.sqrt(),
     })
 }
 
 fn blocks(config: &Config<'_>, whole: &Whole) -> Result<Vec<Block>> {
-    let count = common::layer_count(config, "num_hidden_layers")?;
+    let count = layers::count(config, "num_hidden_layers")?;
     let mut slides = layer_types(config, count, |i| (i + 1) % 6 != 0)?;
     // The reference makes the last one full whatever the config says.
     slides[count as usize - 1] = false;
@@ -234,7 +237,7 @@ fn rope(config: &Config<'_>, slides: bool, head_size: i64) -> Result<Rope> {
     })?;
     let theta = p.positive_or("rope_theta", 10_000.0)?;
     if p.field("rope_type").and_then(|kind| kind.as_str()) != Some("proportional") {
-        return Ok(Rope { scaling: common::scaling(config, "rope_parameters", &p, head_size)?, ..plain(theta) });
+        return Ok(Rope { scaling: rope::scaling(config, "rope_parameters", &p, head_size)?, ..plain(theta) });
     }
     let part = p.positive_or("partial_rotary_factor", 1.0)?;
     if part > 1.0 {
@@ -250,7 +253,7 @@ fn rope(config: &Config<'_>, slides: bool, head_size: i64) -> Result<Rope> {
 fn layer(whole: &Whole, block: &Block) -> LayerSpec {
     let (heads, hidden, input) = (block.heads, whole.heads.hidden_size, whole.input);
     let at = |part: &str| format!("model.layers.{}.{part}", block.index);
-    let norm = |part: &str, width| common::norm(at(part), width, whole.eps, NormKind::Rms);
+    let norm = |part: &str, width| block::norm(at(part), width, whole.eps, NormKind::Rms);
     let around =
         |before: &str, after: &str| Around { before: Some(norm(before, hidden)), after: Some(norm(after, hidden)) };
     let linear = |part: &str, input, output| LinearSpec { name: at(part), input, output, bias: false };
@@ -276,7 +279,7 @@ fn layer(whole: &Whole, block: &Block) -> LayerSpec {
         KeysValues::HandedOn(slot) => Some(slot),
         KeysValues::Own | KeysValues::Found(_) => None,
     };
-    let dense = common::gated(&at("mlp"), whole.activation, hidden, block.width, false);
+    let dense = block::gated(&at("mlp"), whole.activation, hidden, block.width, false);
     let (feed_forward, around_both) = match whole.experts {
         None => (dense, around("pre_feedforward_layernorm", "post_feedforward_layernorm")),
         Some(sizes) => {
@@ -325,7 +328,7 @@ fn block_experts(whole: &Whole, sizes: ExpertSizes, index: usize) -> Experts {
         stored: Stored::Together,
         parameter: at(part),
     };
-    let norm = common::norm(String::new(), hidden, whole.eps, NormKind::Rms);
+    let norm = block::norm(String::new(), hidden, whole.eps, NormKind::Rms);
     let norm = NormSpec { weights: vec![at("router.scale")], ..norm };
     Experts {
         router: Router {

@@ -1,9 +1,12 @@
 //! gpt-oss: a sink in every head's softmax, sliding and full layers in turn, experts with biases and a clamped gate.
 
-use super::common::{self, Heads, layer_types, pre_norm};
+use super::block::{self, pre_norm};
 use super::config::Config;
 use super::experts::{balance, count, router, softmax};
+use super::heads::Heads;
+use super::layers::{self, layer_types};
 use super::llama::masks;
+use super::{assembly, rope};
 use crate::Result;
 use crate::model::spec::{
     Attention, Ending, ExpertGateUp, ExpertLinear, Experts, FeedForward, LayerSpec, LinearSpec, ModelSpec, NormKind,
@@ -18,7 +21,7 @@ const GATE: Activation = Activation::Clamped { limit: 7.0, slope: 1.702, offset:
 pub(super) fn gpt_oss(config: &Config<'_>) -> Result<ModelSpec> {
     let heads = Heads::read(config, Some(64))?;
     let (hidden, eps) = (heads.hidden_size, config.positive_or("rms_norm_eps", 1e-5)?);
-    let layers = common::layer_count(config, "num_hidden_layers")?;
+    let layers = layers::count(config, "num_hidden_layers")?;
     let slides = layer_types(config, layers, |i| i % 2 == 0)?;
     let masks = masks(&slides, config.window_or(128)?);
     let bias = config.flag_or("attention_bias", true)?;
@@ -30,7 +33,7 @@ pub(super) fn gpt_oss(config: &Config<'_>) -> Result<ModelSpec> {
     let balance = balance(config)?;
     let layers = masks.into_iter().enumerate().map(|(i, mask)| {
         let at = |part: &str| format!("model.layers.{i}.{part}");
-        let norm = |part: &str| common::norm(at(part), hidden, eps, NormKind::Rms);
+        let norm = |part: &str| block::norm(at(part), hidden, eps, NormKind::Rms);
         let projection = heads.separate(&at("self_attn"), bias);
         let mut attention = heads.attention(projection, heads.output(at("self_attn.o_proj"), bias));
         attention.sinks = Some(at("self_attn.sinks"));
@@ -64,9 +67,9 @@ pub(super) fn gpt_oss(config: &Config<'_>) -> Result<ModelSpec> {
         }
     });
     let layers = layers.collect();
-    let embedding = common::embedding("model.embed_tokens.weight");
-    let final_norm = common::norm("model.norm".into(), hidden, eps, NormKind::Rms);
-    common::model(config, embedding, layers, final_norm, ("lm_head", false), LogitMap::PLAIN)
+    let embedding = assembly::embedding("model.embed_tokens.weight");
+    let final_norm = block::norm("model.norm".into(), hidden, eps, NormKind::Rms);
+    assembly::model(config, embedding, layers, final_norm, ("lm_head", false), LogitMap::PLAIN)
 }
 
 /// As the config says; where it says nothing, what the published models were made with.
@@ -83,7 +86,7 @@ fn rope(config: &Config<'_>, heads: &Heads) -> Result<Rope> {
             original: 4096,
             beta_fast: 32.0,
             beta_slow: 1.0,
-            attention_factor: common::yarn_scale(32.0, 1.0),
+            attention_factor: rope::yarn_scale(32.0, 1.0),
             truncate: false,
         },
     })

@@ -1,7 +1,10 @@
 //! Families with LayerNorm, most with a plain feed-forward: StarCoder 2, GPT-NeoX (Pythia), StableLM, Phi, Falcon, BLOOM.
 
-use super::common::{self, Heads, activation, embedding, layer_norm};
+use super::assembly::{self, embedding};
+use super::block::{self, activation, layer_norm};
 use super::config::{Config, wrong};
+use super::heads::Heads;
+use super::layers;
 use crate::model::names::Rename;
 use crate::model::spec::{
     Attention, EmbeddingSpec, Ending, FeedForward, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind, NormSpec,
@@ -19,7 +22,7 @@ pub(super) fn starcoder2(config: &Config<'_>) -> Result<ModelSpec> {
     let act = activation(config, "hidden_act", Activation::GeluTanh)?;
     let rope = heads.rope(config, 10_000.0, heads.head_size)?;
     let mask = config.window_or(0)?.filter(|window| *window > 0).map_or(Mask::Full, |window| Mask::Sliding { window });
-    let layers = (0..common::layer_count(config, "num_hidden_layers")?).map(|i| {
+    let layers = (0..layers::count(config, "num_hidden_layers")?).map(|i| {
         let at = |part: &str| format!("model.layers.{i}.{part}");
         let norm = |part: &str| layer_norm(at(part), hidden, eps);
         LayerSpec {
@@ -29,13 +32,13 @@ pub(super) fn starcoder2(config: &Config<'_>) -> Result<ModelSpec> {
             position: Position::Rope(rope.clone()),
             mask,
             feed_forward: plain(act, (at("mlp.c_fc"), at("mlp.c_proj")), hidden, width, bias),
-            residual: common::pre_norm(norm("input_layernorm"), norm("post_attention_layernorm")),
+            residual: block::pre_norm(norm("input_layernorm"), norm("post_attention_layernorm")),
             ending: Ending::default(),
         }
     });
     let final_norm = layer_norm("model.norm".into(), hidden, eps);
     let embedding = embedding("model.embed_tokens.weight");
-    common::model(config, embedding, layers.collect(), final_norm, ("lm_head", true), LogitMap::PLAIN)
+    assembly::model(config, embedding, layers.collect(), final_norm, ("lm_head", true), LogitMap::PLAIN)
 }
 
 /// `GPTNeoXConfig`: query, key and value of each head together, both halves side by side.
@@ -48,7 +51,7 @@ pub(super) fn gpt_neox(config: &Config<'_>) -> Result<ModelSpec> {
     let rotated = (heads.head_size as f64 * config.positive_or("rotary_pct", 0.25)?) as i64;
     let rope = heads.rope(config, config.positive_or("rotary_emb_base", 10_000.0)?, rotated)?;
     let parallel = config.flag_or("use_parallel_residual", true)?;
-    let layers = (0..common::layer_count(config, "num_hidden_layers")?).map(|i| {
+    let layers = (0..layers::count(config, "num_hidden_layers")?).map(|i| {
         let at = |part: &str| format!("gpt_neox.layers.{i}.{part}");
         let first = layer_norm(at("input_layernorm"), hidden, eps);
         let second = layer_norm(at("post_attention_layernorm"), hidden, eps);
@@ -60,14 +63,15 @@ pub(super) fn gpt_neox(config: &Config<'_>) -> Result<ModelSpec> {
             feed_forward: plain(act, (at("mlp.dense_h_to_4h"), at("mlp.dense_4h_to_h")), hidden, width, true),
             residual: match parallel {
                 true => Residual::Parallel { norm: first, feed_forward_norm: Some(second) },
-                false => common::pre_norm(first, second),
+                false => block::pre_norm(first, second),
             },
             ending: Ending::default(),
         }
     });
     let final_norm = layer_norm("gpt_neox.final_layer_norm".into(), hidden, eps);
     let embedding = embedding("gpt_neox.embed_in.weight");
-    let mut spec = common::model(config, embedding, layers.collect(), final_norm, ("lm_head", false), LogitMap::PLAIN)?;
+    let mut spec =
+        assembly::model(config, embedding, layers.collect(), final_norm, ("lm_head", false), LogitMap::PLAIN)?;
     // transformers 5 calls the head as other families do, and writes it as it always was.
     spec.names.layouts = vec![vec![Rename::Start("lm_head", "embed_out")]];
     spec.ignored_suffixes.extend(["attention.bias", "attention.masked_bias"].map(String::from));
@@ -84,13 +88,13 @@ pub(super) fn stablelm(config: &Config<'_>) -> Result<ModelSpec> {
     let rope = heads.rope(config, 10_000.0, heads.partial(config, 0.25)?)?;
     let normed = config.flag_or("qk_layernorm", false)?;
     let parallel = config.flag_or("use_parallel_residual", false)?;
-    let layers = (0..common::layer_count(config, "num_hidden_layers")?).map(|i| {
+    let layers = (0..layers::count(config, "num_hidden_layers")?).map(|i| {
         let at = |part: &str| format!("model.layers.{i}.{part}");
         let norm = |part: &str| layer_norm(at(part), hidden, eps);
         // A weight of its own for every head.
         let of_heads = |part: &str, count| NormSpec {
             weights: (0..count).map(|head| at(&format!("self_attn.{part}.norms.{head}.weight"))).collect(),
-            ..common::norm(String::new(), heads.head_size, eps, NormKind::Layer)
+            ..block::norm(String::new(), heads.head_size, eps, NormKind::Layer)
         };
         let mut attention =
             heads.attention(heads.separate(&at("self_attn"), bias), heads.output(at("self_attn.o_proj"), false));
@@ -103,17 +107,17 @@ pub(super) fn stablelm(config: &Config<'_>) -> Result<ModelSpec> {
             attention: Attention::Grouped(attention),
             position: Position::Rope(rope.clone()),
             mask: Mask::Full,
-            feed_forward: common::gated(&at("mlp"), act, hidden, width, false),
+            feed_forward: block::gated(&at("mlp"), act, hidden, width, false),
             residual: match parallel {
                 true => Residual::Parallel { norm: norm("input_layernorm"), feed_forward_norm: None },
-                false => common::pre_norm(norm("input_layernorm"), norm("post_attention_layernorm")),
+                false => block::pre_norm(norm("input_layernorm"), norm("post_attention_layernorm")),
             },
             ending: Ending::default(),
         }
     });
     let final_norm = layer_norm("model.norm".into(), hidden, eps);
     let embedding = embedding("model.embed_tokens.weight");
-    common::model(config, embedding, layers.collect(), final_norm, ("lm_head", false), LogitMap::PLAIN)
+    assembly::model(config, embedding, layers.collect(), final_norm, ("lm_head", false), LogitMap::PLAIN)
 }
 
 /// `PhiConfig` (Phi-1, 1.5 and 2).
@@ -124,7 +128,7 @@ pub(super) fn phi(config: &Config<'_>) -> Result<ModelSpec> {
     let act = activation(config, "hidden_act", Activation::GeluTanh)?;
     let rope = heads.rope(config, 10_000.0, heads.partial(config, 0.5)?)?;
     let normed = config.flag_or("qk_layernorm", false)?;
-    let layers = (0..common::layer_count(config, "num_hidden_layers")?).map(|i| {
+    let layers = (0..layers::count(config, "num_hidden_layers")?).map(|i| {
         let at = |part: &str| format!("model.layers.{i}.{part}");
         let mut attention =
             heads.attention(heads.separate(&at("self_attn"), true), heads.output(at("self_attn.dense"), true));
@@ -147,7 +151,8 @@ pub(super) fn phi(config: &Config<'_>) -> Result<ModelSpec> {
     });
     let final_norm = layer_norm("model.final_layernorm".into(), hidden, eps);
     let embedding = embedding("model.embed_tokens.weight");
-    let mut spec = common::model(config, embedding, layers.collect(), final_norm, ("lm_head", false), LogitMap::PLAIN)?;
+    let mut spec =
+        assembly::model(config, embedding, layers.collect(), final_norm, ("lm_head", false), LogitMap::PLAIN)?;
     spec.head.bias = true;
     Ok(spec)
 }
@@ -183,7 +188,7 @@ pub(super) fn falcon(config: &Config<'_>) -> Result<ModelSpec> {
     } else {
         Position::Rope(heads.rope(config, 10_000.0, heads.head_size)?)
     };
-    let layers = (0..common::layer_count(config, "num_hidden_layers")?).map(|i| {
+    let layers = (0..layers::count(config, "num_hidden_layers")?).map(|i| {
         let at = |part: &str| format!("transformer.h.{i}.{part}");
         let norm = |part: &str| layer_norm(at(part), hidden, eps);
         let linear = heads.fused(at("self_attention.query_key_value"), bias);
@@ -201,14 +206,14 @@ pub(super) fn falcon(config: &Config<'_>) -> Result<ModelSpec> {
                 (true, _) | (false, true) => {
                     Residual::Parallel { norm: norm("input_layernorm"), feed_forward_norm: None }
                 }
-                (false, false) => common::pre_norm(norm("input_layernorm"), norm("post_attention_layernorm")),
+                (false, false) => block::pre_norm(norm("input_layernorm"), norm("post_attention_layernorm")),
             },
             ending: Ending::default(),
         }
     });
     let final_norm = layer_norm("transformer.ln_f".into(), hidden, eps);
     let embedding = embedding("transformer.word_embeddings.weight");
-    common::model(config, embedding, layers.collect(), final_norm, ("lm_head", true), LogitMap::PLAIN)
+    assembly::model(config, embedding, layers.collect(), final_norm, ("lm_head", true), LogitMap::PLAIN)
 }
 
 /// `BloomConfig`: linear biases, a norm on the embeddings, and the oldest names for its sizes.
@@ -229,7 +234,7 @@ pub(super) fn bloom(config: &Config<'_>) -> Result<ModelSpec> {
     }
     let eps = config.positive_or("layer_norm_epsilon", 1e-5)?;
     let position = Position::Alibi { slopes: slopes(heads.heads), rounded: false, scale: 1.0 };
-    let layers = (0..common::layer_count(config, count)?).map(|i| {
+    let layers = (0..layers::count(config, count)?).map(|i| {
         let at = |part: &str| format!("transformer.h.{i}.{part}");
         let norm = |part: &str| layer_norm(at(part), hidden, eps);
         let projection = Projection::PerHead(heads.fused(at("self_attention.query_key_value"), true));
@@ -244,7 +249,7 @@ pub(super) fn bloom(config: &Config<'_>) -> Result<ModelSpec> {
                 4 * hidden,
                 true,
             ),
-            residual: common::pre_norm(norm("input_layernorm"), norm("post_attention_layernorm")),
+            residual: block::pre_norm(norm("input_layernorm"), norm("post_attention_layernorm")),
             ending: Ending::default(),
         }
     });
@@ -255,7 +260,8 @@ pub(super) fn bloom(config: &Config<'_>) -> Result<ModelSpec> {
     let sizes = [("hidden_size", hidden)];
     let config = config.with_defaults(&sizes);
     let final_norm = layer_norm("transformer.ln_f".into(), hidden, eps);
-    let mut spec = common::model(&config, embedding, layers.collect(), final_norm, ("lm_head", true), LogitMap::PLAIN)?;
+    let mut spec =
+        assembly::model(&config, embedding, layers.collect(), final_norm, ("lm_head", true), LogitMap::PLAIN)?;
     // As published, and as transformers writes it.
     spec.names.layouts = vec![vec![Rename::Start("transformer", "")], Vec::new()];
     Ok(spec)

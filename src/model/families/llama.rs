@@ -1,8 +1,11 @@
 //! Llama 2 and 3 and what keeps their layout: Yi, SmolLM2, Falcon 3, TinyLlama, MobileLLM; and with a difference or two SmolLM3,
 //! Mistral, Ministral, Qwen 2 and 3, Granite.
 
-use super::common::{self, Heads, activation, layer_types, pre_norm};
+use super::assembly;
+use super::block::{self, activation, pre_norm};
 use super::config::Config;
+use super::heads::Heads;
+use super::layers::{self, layer_types};
 use crate::model::spec::{
     Attention, Ending, LayerSpec, Mask, ModelSpec, NormKind, Position, QueryKeyNorm, Residual, Temperature,
 };
@@ -35,7 +38,7 @@ pub(super) fn llama(config: &Config<'_>) -> Result<ModelSpec> {
 
 /// `SmolLM3Config`: some layers do not rotate.
 pub(super) fn smollm3(config: &Config<'_>) -> Result<ModelSpec> {
-    let count = common::layer_count(config, "num_hidden_layers")?;
+    let count = layers::count(config, "num_hidden_layers")?;
     let interval = config.size_or("no_rope_layer_interval", 4)?;
     let rotates: Vec<bool> = match config.field("no_rope_layers") {
         Some(_) => config.flags("no_rope_layers")?,
@@ -60,7 +63,7 @@ pub(super) fn mistral(config: &Config<'_>) -> Result<ModelSpec> {
 
 /// `MinistralConfig`: some layers slide.
 pub(super) fn ministral(config: &Config<'_>) -> Result<ModelSpec> {
-    let count = common::layer_count(config, "num_hidden_layers")?;
+    let count = layers::count(config, "num_hidden_layers")?;
     let window = config.window_or(4096)?;
     let slides = layer_types(config, count, |_| window.is_some())?;
     let layers = masks(&slides, window).into_iter().map(|mask| (true, mask)).collect();
@@ -139,7 +142,7 @@ pub(super) fn plain(config: &Config<'_>) -> Result<Differences> {
 }
 
 fn qwen_layers(config: &Config<'_>) -> Result<Vec<(bool, Mask)>> {
-    let count = common::layer_count(config, "num_hidden_layers")?;
+    let count = layers::count(config, "num_hidden_layers")?;
     let window = window(config, config.flag_or("use_sliding_window", false)?)?;
     let first = config.count_or("max_window_layers", 28)?;
     let slides = layer_types(config, count, |i| window.is_some() && i >= first)?;
@@ -154,7 +157,7 @@ pub(super) fn window(config: &Config<'_>, used: bool) -> Result<Option<i64>> {
 
 pub(super) fn every(config: &Config<'_>, window: Option<i64>) -> Result<Vec<(bool, Mask)>> {
     let mask = window.map_or(Mask::Full, |window| Mask::Sliding { window });
-    Ok((0..common::layer_count(config, "num_hidden_layers")?).map(|_| (true, mask)).collect())
+    Ok((0..layers::count(config, "num_hidden_layers")?).map(|_| (true, mask)).collect())
 }
 
 /// The mask of each layer by whether it slides; one without a window cannot.
@@ -173,7 +176,7 @@ pub(super) fn build(config: &Config<'_>, differences: Differences) -> Result<Mod
     let rope = heads.rope(config, differences.theta, heads.head_size)?;
     let layers = differences.layers.iter().enumerate().map(|(i, (rotates, mask))| {
         let at = |part: &str| format!("model.layers.{i}.{part}");
-        let norm = |part: &str, width| common::norm(at(part), width, eps, NormKind::Rms);
+        let norm = |part: &str, width| block::norm(at(part), width, eps, NormKind::Rms);
         let (inward, outward) = differences.biases;
         let projection = heads.separate(&at("self_attn"), inward);
         let mut attention = heads.attention(projection, heads.output(at("self_attn.o_proj"), outward));
@@ -187,12 +190,12 @@ pub(super) fn build(config: &Config<'_>, differences: Differences) -> Result<Mod
             attention: Attention::Grouped(attention),
             position: if *rotates { Position::Rope(rope.clone()) } else { Position::None },
             mask: *mask,
-            feed_forward: common::gated(&at("mlp"), act, hidden, intermediate, mlp_bias),
+            feed_forward: block::gated(&at("mlp"), act, hidden, intermediate, mlp_bias),
             residual: pre_norm(norm("input_layernorm", hidden), norm("post_attention_layernorm", hidden)),
             ending: Ending::default(),
         }
     });
-    let embedding = common::embedding("model.embed_tokens.weight");
-    let final_norm = common::norm("model.norm".into(), hidden, eps, NormKind::Rms);
-    common::model(config, embedding, layers.collect(), final_norm, ("lm_head", differences.tied), LogitMap::PLAIN)
+    let embedding = assembly::embedding("model.embed_tokens.weight");
+    let final_norm = block::norm("model.norm".into(), hidden, eps, NormKind::Rms);
+    assembly::model(config, embedding, layers.collect(), final_norm, ("lm_head", differences.tied), LogitMap::PLAIN)
 }

@@ -1,9 +1,11 @@
 //! Llama 4 (text): chunked layers that rotate and full ones that do not, weightless norms of queries and keys, experts beside a
 //! shared one in every few layers.
 
-use super::common::{self, Heads, activation, gated, pre_norm};
+use super::block::{self, activation, gated, pre_norm};
 use super::config::{Config, wrong};
 use super::experts::{balance, chosen, count, router};
+use super::heads::Heads;
+use super::{assembly, layers};
 use crate::model::spec::{
     Attention, Ending, ExpertGateUp, ExpertLinear, Experts, FeedForward, LayerSpec, Mask, ModelSpec, NormKind,
     NormSpec, Position, QueryKeyNorm, Rope, Routing, Scores, SharedExpert, Stored, Temperature,
@@ -15,7 +17,7 @@ use crate::{Error, Fault, Result};
 pub(super) fn llama4(config: &Config<'_>) -> Result<ModelSpec> {
     let heads = Heads::read(config, Some(128))?;
     let (hidden, eps) = (heads.hidden_size, config.positive_or("rms_norm_eps", 1e-5)?);
-    let layers = common::layer_count(config, "num_hidden_layers")?;
+    let layers = layers::count(config, "num_hidden_layers")?;
     let rotates = rotates(config, layers)?;
     let chunks = chunked(config, &rotates)?;
     let size = config.size_or("attention_chunk_size", 8192)?;
@@ -37,13 +39,13 @@ pub(super) fn llama4(config: &Config<'_>) -> Result<ModelSpec> {
     let _ = config.field("router_jitter_noise");
     let layers = (0..layers).map(|i| -> Result<LayerSpec> {
         let at = |part: &str| format!("model.layers.{i}.{part}");
-        let norm = |part: &str| common::norm(at(part), hidden, eps, NormKind::Rms);
+        let norm = |part: &str| block::norm(at(part), hidden, eps, NormKind::Rms);
         let rotates = rotates[i as usize];
         let projection = heads.separate(&at("self_attn"), bias);
         let mut attention = heads.attention(projection, heads.output(at("self_attn.o_proj"), bias));
         if rotates {
             let weightless =
-                || NormSpec { weights: Vec::new(), ..common::norm(String::new(), heads.head_size, eps, NormKind::Rms) };
+                || NormSpec { weights: Vec::new(), ..block::norm(String::new(), heads.head_size, eps, NormKind::Rms) };
             attention.query_key_norm =
                 normed.then(|| QueryKeyNorm { query: weightless(), key: Some(weightless()), after_rotation: true });
         } else {
@@ -63,9 +65,9 @@ pub(super) fn llama4(config: &Config<'_>) -> Result<ModelSpec> {
         })
     });
     let layers = layers.collect::<Result<Vec<_>>>()?;
-    let embedding = common::embedding("model.embed_tokens.weight");
-    let final_norm = common::norm("model.norm".into(), hidden, eps, NormKind::Rms);
-    common::model(config, embedding, layers, final_norm, ("lm_head", false), LogitMap::PLAIN)
+    let embedding = assembly::embedding("model.embed_tokens.weight");
+    let final_norm = block::norm("model.norm".into(), hidden, eps, NormKind::Rms);
+    assembly::model(config, embedding, layers, final_norm, ("lm_head", false), LogitMap::PLAIN)
 }
 
 /// Experts whose input is scaled, and the one that every token goes through, below `at`.

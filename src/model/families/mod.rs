@@ -1,7 +1,8 @@
 //! One page of data per family: `config.json` to [`ModelSpec`] and tensor names.
 
+mod assembly;
+mod block;
 mod cohere;
-mod common;
 mod config;
 mod deepseek;
 mod experts;
@@ -9,11 +10,14 @@ mod fused;
 mod gemma;
 mod gemma4;
 mod gpt_oss;
+mod heads;
 mod layer_norm;
+mod layers;
 mod llama;
 mod llama4;
 mod olmo;
 mod qwen_next;
+mod rope;
 mod wrapped;
 
 use std::cell::RefCell;

@@ -1,7 +1,10 @@
 //! OLMo 2 and 3: norms behind each half instead of before it, queries and keys normed over all heads at once.
 
-use super::common::{self, Heads, activation, layer_types};
+use super::assembly;
+use super::block::{self, activation};
 use super::config::Config;
+use super::heads::Heads;
+use super::layers::{self, layer_types};
 use super::llama::masks;
 use crate::Result;
 use crate::model::spec::{
@@ -14,7 +17,7 @@ use crate::ops::{Activation, LogitMap};
 pub(super) fn olmo2(config: &Config<'_>) -> Result<ModelSpec> {
     let heads = Heads::read(config, None)?;
     let rope = heads.rope(config, 10_000.0, heads.head_size)?;
-    let count = common::layer_count(config, "num_hidden_layers")?;
+    let count = layers::count(config, "num_hidden_layers")?;
     build(config, heads, (0..count).map(|_| (rope.clone(), Mask::Full)).collect())
 }
 
@@ -24,7 +27,7 @@ pub(super) fn olmo3(config: &Config<'_>) -> Result<ModelSpec> {
     let full = heads.rope(config, 500_000.0, heads.head_size)?;
     // The reference keeps this base for sliding layers whatever the config says.
     let sliding = Rope { theta: 500_000.0, scaling: RopeScaling::None, ..full.clone() };
-    let count = common::layer_count(config, "num_hidden_layers")?;
+    let count = layers::count(config, "num_hidden_layers")?;
     let slides = layer_types(config, count, |i| (i + 1) % 4 != 0)?;
     let masks = masks(&slides, config.window_or(4096)?);
     let layers = slides.iter().zip(masks).map(|(slides, mask)| (if *slides { &sliding } else { &full }.clone(), mask));
@@ -39,7 +42,7 @@ fn build(config: &Config<'_>, heads: Heads, layers: Vec<(Rope, Mask)>) -> Result
     let act = activation(config, "hidden_act", Activation::Silu)?;
     let layers = layers.into_iter().enumerate().map(|(i, (rope, mask))| {
         let at = |part: &str| format!("model.layers.{i}.{part}");
-        let norm = |part: &str, width| common::norm(at(part), width, eps, NormKind::Rms);
+        let norm = |part: &str, width| block::norm(at(part), width, eps, NormKind::Rms);
         let behind = |part: &str| Around { before: None, after: Some(norm(part, hidden)) };
         let mut attention =
             heads.attention(heads.separate(&at("self_attn"), bias), heads.output(at("self_attn.o_proj"), bias));
@@ -52,7 +55,7 @@ fn build(config: &Config<'_>, heads: Heads, layers: Vec<(Rope, Mask)>) -> Result
             attention: Attention::Grouped(attention),
             position: Position::Rope(rope),
             mask,
-            feed_forward: common::gated(&at("mlp"), act, hidden, width, false),
+            feed_forward: block::gated(&at("mlp"), act, hidden, width, false),
             residual: Residual::Sequential {
                 attention: behind("post_attention_layernorm"),
                 feed_forward: behind("post_feedforward_layernorm"),
@@ -61,7 +64,7 @@ fn build(config: &Config<'_>, heads: Heads, layers: Vec<(Rope, Mask)>) -> Result
             ending: Ending::default(),
         }
     });
-    let embedding = common::embedding("model.embed_tokens.weight");
-    let final_norm = common::norm("model.norm".into(), hidden, eps, NormKind::Rms);
-    common::model(config, embedding, layers.collect(), final_norm, ("lm_head", false), LogitMap::PLAIN)
+    let embedding = assembly::embedding("model.embed_tokens.weight");
+    let final_norm = block::norm("model.norm".into(), hidden, eps, NormKind::Rms);
+    assembly::model(config, embedding, layers.collect(), final_norm, ("lm_head", false), LogitMap::PLAIN)
 }

@@ -1,8 +1,10 @@
 //! Qwen3-Next and Qwen 3.5: gated delta-nets, and every few layers attention whose output is gated. Norms of `1 + w`.
 
-use super::common::{self, Heads, activation, pre_norm};
+use super::block::{self, activation, pre_norm};
 use super::config::{Config, wrong};
 use super::experts::{self, Apart};
+use super::heads::Heads;
+use super::{assembly, layers};
 use crate::model::spec::{
     Attention, DeltaNet, DeltaProjection, Ending, ExpertGateUp, ExpertLinear, Experts, FeedForward, LayerSpec,
     LinearSpec, Mask, ModelSpec, NormKind, Position, Projection, QueryKeyNorm, Stored,
@@ -51,7 +53,7 @@ pub(super) fn qwen3_5_moe_apart(config: &Config<'_>) -> Result<ModelSpec> {
 fn dense(config: &Config<'_>) -> Result<impl Fn(&str) -> FeedForward> {
     let (hidden, width) = (config.size("hidden_size")?, config.size("intermediate_size")?);
     let activation = activation(config, "hidden_act", Activation::Silu)?;
-    Ok(move |at: &str| common::gated(at, activation, hidden, width, false))
+    Ok(move |at: &str| block::gated(at, activation, hidden, width, false))
 }
 
 /// Of the experts of a layer, by where they are, how many, the stream's width and theirs: gate and up, down.
@@ -144,7 +146,7 @@ impl Net {
             convolution: format!("{at}.conv1d.weight"),
             pace: format!("{at}.A_log"),
             bias: format!("{at}.dt_bias"),
-            norm: common::norm(format!("{at}.norm"), self.value_size, self.eps, NormKind::Rms),
+            norm: block::norm(format!("{at}.norm"), self.value_size, self.eps, NormKind::Rms),
             output: LinearSpec { name: format!("{at}.out_proj"), input: values, output: self.hidden_size, bias: false },
         }
     }
@@ -164,14 +166,14 @@ fn build(
         return Err(Error::Model(Fault::new("config.json: attn_output_gate", what).hint("use a base with it")));
     }
     let rope = heads.rope(config, 10_000.0, heads.partial(config, 0.25)?)?;
-    let recurrent = recurrent(config, common::layer_count(config, "num_hidden_layers")?)?;
+    let recurrent = recurrent(config, layers::count(config, "num_hidden_layers")?)?;
     if recurrent.contains(&true) && activation(config, "hidden_act", Activation::Silu)? != Activation::Silu {
         let what = "only silu is supported where layers are of linear_attention: their convolution goes through it";
         return Err(Error::Model(Fault::new("config.json: hidden_act", what).hint("use a base with it")));
     }
     let layers = recurrent.iter().enumerate().map(|(i, recurrent)| {
         let at = |part: &str| format!("model.layers.{i}.{part}");
-        let norm = |part: &str, width| common::norm(at(part), width, eps, NormKind::RmsOffset);
+        let norm = |part: &str, width| block::norm(at(part), width, eps, NormKind::RmsOffset);
         let (attention, position) = if *recurrent {
             let at = at("linear_attn");
             (Attention::DeltaNet(net.spec(&at, projection(&net, &at))), Position::None)
@@ -197,9 +199,10 @@ fn build(
             ending: Ending::default(),
         }
     });
-    let embedding = common::embedding("model.embed_tokens.weight");
-    let final_norm = common::norm("model.norm".into(), heads.hidden_size, eps, NormKind::RmsOffset);
-    let mut spec = common::model(config, embedding, layers.collect(), final_norm, ("lm_head", false), LogitMap::PLAIN)?;
+    let embedding = assembly::embedding("model.embed_tokens.weight");
+    let final_norm = block::norm("model.norm".into(), heads.hidden_size, eps, NormKind::RmsOffset);
+    let mut spec =
+        assembly::model(config, embedding, layers.collect(), final_norm, ("lm_head", false), LogitMap::PLAIN)?;
     // Heads for several tokens at once.
     spec.names.other_parts = &["mtp"];
     Ok(spec)
