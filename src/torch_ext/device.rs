@@ -1,0 +1,81 @@
+//! What there is: libtorch, processor, devices and their memory.
+
+use std::ffi::{CStr, c_char, c_int};
+
+use tch::Device;
+
+use super::failure::checked;
+use crate::error::Result;
+
+unsafe extern "C" {
+    fn engraft_cuda_memory(
+        index: c_int,
+        allocated: *mut i64,
+        peak: *mut i64,
+        free: *mut i64,
+        total: *mut i64,
+    ) -> *mut c_char;
+    fn engraft_cpu_capability() -> *const c_char;
+    fn engraft_torch_version() -> *const c_char;
+}
+
+/// Memory of a CUDA device, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CudaMemory {
+    /// Allocated by tensors now.
+    pub allocated: i64,
+    /// The most that was allocated by tensors at once.
+    pub peak: i64,
+    /// Free on the device.
+    pub free: i64,
+    /// All there is on the device.
+    pub total: i64,
+}
+
+/// Memory of CUDA device `index`; an error where libtorch has no CUDA.
+pub fn cuda_memory(index: usize) -> Result<CudaMemory> {
+    let mut memory = CudaMemory { allocated: 0, peak: 0, free: 0, total: 0 };
+    // SAFETY: four distinct places to write to.
+    checked(unsafe {
+        engraft_cuda_memory(
+            index as c_int,
+            &mut memory.allocated,
+            &mut memory.peak,
+            &mut memory.free,
+            &mut memory.total,
+        )
+    })?;
+    Ok(memory)
+}
+
+/// Where a device is, as an index libtorch understands.
+pub fn cuda_index(device: Device) -> Option<usize> {
+    match device {
+        Device::Cuda(index) => Some(index),
+        _ => None,
+    }
+}
+
+/// Tells the C library's allocator to keep what is freed: a training step asks for the same blocks over and over, and handing
+/// them back to the kernel costs a page fault for every 4 KiB, every time. A no-op where there is no glibc.
+pub fn keep_freed_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: sets numbers of the allocator; unknown or refused ones change nothing.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_MAX, 0);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, c_int::MAX);
+        libc::mallopt(libc::M_TOP_PAD, 256 << 20);
+    }
+}
+
+/// The instruction set libtorch chose for its CPU kernels, as in `AVX512`.
+pub fn cpu_capability() -> &'static str {
+    // SAFETY: a NUL-terminated string that lives as long as the program.
+    unsafe { CStr::from_ptr(engraft_cpu_capability()) }.to_str().unwrap_or("unknown")
+}
+
+/// libtorch's version, as in `2.11.0`.
+pub fn torch_version() -> &'static str {
+    // SAFETY: a NUL-terminated string literal of the C++ file.
+    unsafe { CStr::from_ptr(engraft_torch_version()) }.to_str().unwrap_or("unknown")
+}
