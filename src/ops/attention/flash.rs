@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::{Scoring, grouped};
+use super::{Scoring, Taken, grouped};
 use crate::ops::Documents;
 use crate::torch_ext::{self, custom};
 
@@ -61,13 +61,7 @@ impl Span {
 }
 
 /// On the CPU: the output (T, N, H) and every document's logsumexp of the scores.
-pub(super) fn forward(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    documents: &Documents,
-    scoring: &Scoring,
-) -> (Tensor, Vec<Tensor>) {
+pub(super) fn forward([q, k, v]: [&Tensor; 3], documents: &Documents, scoring: &Scoring) -> (Tensor, Vec<Tensor>) {
     let output = q.empty_like();
     let attend = |span: (i64, i64)| {
         let (part, logsumexp) = Span::new(q, k, v, span, scoring.window).forward(scoring.scale);
@@ -79,13 +73,8 @@ pub(super) fn forward(
 }
 
 /// On the CPU: dq (T, N, H), dk and dv (T, K, H).
-pub(super) fn backward(
-    grad: &Tensor,
-    [q, k, v, output]: [&Tensor; 4],
-    kept: &[Tensor],
-    documents: &Documents,
-    scoring: &Scoring,
-) -> [Tensor; 3] {
+pub(super) fn backward(grad: &Tensor, taken: &Taken) -> [Tensor; 3] {
+    let Taken { tensors: [q, k, v, output], kept, documents, scoring } = taken;
     let heads = k.size()[1];
     let [dq, dk, dv] = [q, k, v].map(Tensor::empty_like);
     for (span, logsumexp) in documents.spans().zip(kept) {

@@ -128,20 +128,8 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, documents: &Documents, scor
             let (output, logsumexp) = tch::no_grad(|| blocks::forward(q, k, v, &shape));
             with_backward([q, k, v], output, move |grad, saved| blocks::backward(grad, saved, &logsumexp, &shape))
         }
-        Way::Flash => {
-            let (output, kept) = tch::no_grad(|| flash::forward(q, k, v, documents, scoring));
-            let (documents, scoring) = (documents.clone(), scoring.clone());
-            with_backward([q, k, v], output, move |grad, saved| {
-                flash::backward(grad, saved, &kept, &documents, &scoring)
-            })
-        }
-        Way::Plain => {
-            let (output, kept) = tch::no_grad(|| plain::forward(q, k, v, documents, scoring));
-            let (documents, scoring) = (documents.clone(), scoring.clone());
-            with_backward([q, k, v], output, move |grad, saved| {
-                plain::backward(grad, saved, &kept, &documents, &scoring)
-            })
-        }
+        Way::Flash => in_parts([q, k, v], documents, scoring, flash::forward, flash::backward),
+        Way::Plain => in_parts([q, k, v], documents, scoring, plain::forward, plain::backward),
     }
 }
 
@@ -173,6 +161,31 @@ impl Way {
             _ => Self::Plain,
         }
     }
+}
+
+/// What the backward of attention that was computed part by part reads.
+struct Taken {
+    /// q, k, v and the output.
+    tensors: [Tensor; 4],
+    /// What forward kept of each part.
+    kept: Vec<Tensor>,
+    documents: Documents,
+    scoring: Scoring,
+}
+
+/// Attention part by part: `forward` gives the output and what is kept of each part, `backward` the gradients of q, k and v.
+fn in_parts(
+    inputs: [&Tensor; 3],
+    documents: &Documents,
+    scoring: &Scoring,
+    forward: impl FnOnce([&Tensor; 3], &Documents, &Scoring) -> (Tensor, Vec<Tensor>),
+    backward: impl FnOnce(&Tensor, &Taken) -> [Tensor; 3] + Send + 'static,
+) -> Tensor {
+    let (output, kept) = tch::no_grad(|| forward(inputs, documents, scoring));
+    let (documents, scoring) = (documents.clone(), scoring.clone());
+    with_backward(inputs, output, move |grad, saved| {
+        backward(grad, &Taken { tensors: saved.map(Tensor::shallow_clone), kept, documents, scoring })
+    })
 }
 
 /// Hands autograd the backward: of the output's gradient and `[q, k, v, output]` it makes those of q, k and v.

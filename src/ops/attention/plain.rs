@@ -3,7 +3,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::{Scoring, grouped};
+use super::{Scoring, Taken, grouped};
 use crate::ops::Documents;
 
 /// Bytes of fp32 scores that may exist at once.
@@ -105,13 +105,7 @@ fn side_by_side(x: &Tensor, span: (i64, i64), kv_heads: i64) -> Tensor {
 }
 
 /// The output (T, N, Hv) and every block's logsumexp of the scores, (K, G, L, 1).
-pub(super) fn forward(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    documents: &Documents,
-    scoring: &Scoring,
-) -> (Tensor, Vec<Tensor>) {
+pub(super) fn forward([q, k, v]: [&Tensor; 3], documents: &Documents, scoring: &Scoring) -> (Tensor, Vec<Tensor>) {
     let (tokens, heads, _) = q.size3().expect("(T, N, H)");
     let kv_heads = k.size()[1];
     let output = Tensor::empty([tokens, heads, v.size()[2]], (q.kind(), q.device()));
@@ -129,13 +123,8 @@ pub(super) fn forward(
 }
 
 /// dq (T, N, H), dk (T, K, H) and dv (T, K, Hv).
-pub(super) fn backward(
-    grad: &Tensor,
-    [q, k, v, output]: [&Tensor; 4],
-    kept: &[Tensor],
-    documents: &Documents,
-    scoring: &Scoring,
-) -> [Tensor; 3] {
+pub(super) fn backward(grad: &Tensor, taken: &Taken) -> [Tensor; 3] {
+    let Taken { tensors: [q, k, v, output], kept, documents, scoring } = taken;
     let kv_heads = k.size()[1];
     let dq = q.empty_like();
     let [dk, dv] = [k, v].map(|x| Tensor::zeros(x.size(), (Kind::Float, x.device())));
