@@ -29,26 +29,7 @@ pub(super) fn mixtral(config: &Config<'_>) -> Result<ModelSpec> {
     let mut spec = llama::build(config, differences)?;
     let count = count(config, "num_local_experts", 8)?;
     let routing = softmax(config, "num_experts_per_tok", 2, count, Some(0.0))?;
-    let balance = balance(config)?;
-    let (hidden, width) = (spec.hidden_size, config.size("intermediate_size")?);
-    let act = activation(config, "hidden_act", Activation::Silu)?;
-    for (i, layer) in spec.layers.iter_mut().enumerate() {
-        let at = format!("model.layers.{i}.block_sparse_moe");
-        let names = Apart {
-            experts: format!("{at}.experts"),
-            parts: ["w1", "w3", "w2"],
-            module: format!("model.layers.{i}.mlp.experts"),
-        };
-        let (projection, down) = names.linears(count, hidden, width);
-        layer.feed_forward = FeedForward::Experts(Box::new(Experts {
-            router: router(format!("{at}.gate"), hidden, count, routing.clone(), balance),
-            activation: act,
-            projection,
-            down,
-            weighted: Weighted::Output,
-            shared: None,
-        }));
-    }
+    every_block(config, &mut spec, count, &routing)?;
     spec.names.modules.push(Rename::Part("block_sparse_moe.gate", "mlp.gate"));
     Ok(spec)
 }
@@ -77,10 +58,29 @@ pub(super) fn phimoe(config: &Config<'_>) -> Result<ModelSpec> {
     // Always two, whatever this says.
     let _ = config.field("num_experts_per_tok");
     let routing = Routing::SparseMixer { jitter: config.number_or("router_jitter_noise", 0.01)? };
+    every_block(config, &mut spec, count, &routing)?;
+    let magnitudes = magnitudes(config)?;
+    for layer in &mut spec.layers {
+        if let Residual::Sequential { attention, feed_forward, .. } = &mut layer.residual {
+            [attention, feed_forward].into_iter().filter_map(|around| around.before.as_mut()).for_each(centre);
+        }
+        if let (Position::Rope(rope), Some(magnitudes)) = (&mut layer.position, magnitudes)
+            && let RopeScaling::LongRope { attention_factors, .. } = &mut rope.scaling
+        {
+            *attention_factors = magnitudes;
+        }
+    }
+    centre(&mut spec.final_norm);
+    spec.head.bias = config.flag_or("lm_head_bias", false)?;
+    spec.names.modules.push(Rename::Part("block_sparse_moe.gate", "mlp.router"));
+    Ok(spec)
+}
+
+/// Mixtral's experts, none of them shared, in every block; their tensors are Mixtral's.
+fn every_block(config: &Config<'_>, spec: &mut ModelSpec, count: i64, routing: &Routing) -> Result<()> {
     let balance = balance(config)?;
     let (hidden, width) = (spec.hidden_size, config.size("intermediate_size")?);
     let act = activation(config, "hidden_act", Activation::Silu)?;
-    let magnitudes = magnitudes(config)?;
     for (i, layer) in spec.layers.iter_mut().enumerate() {
         let at = format!("model.layers.{i}.block_sparse_moe");
         let names = Apart {
@@ -97,19 +97,8 @@ pub(super) fn phimoe(config: &Config<'_>) -> Result<ModelSpec> {
             weighted: Weighted::Output,
             shared: None,
         }));
-        if let Residual::Sequential { attention, feed_forward, .. } = &mut layer.residual {
-            [attention, feed_forward].into_iter().filter_map(|around| around.before.as_mut()).for_each(centre);
-        }
-        if let (Position::Rope(rope), Some(magnitudes)) = (&mut layer.position, magnitudes)
-            && let RopeScaling::LongRope { attention_factors, .. } = &mut rope.scaling
-        {
-            *attention_factors = magnitudes;
-        }
     }
-    centre(&mut spec.final_norm);
-    spec.head.bias = config.flag_or("lm_head_bias", false)?;
-    spec.names.modules.push(Rename::Part("block_sparse_moe.gate", "mlp.router"));
-    Ok(spec)
+    Ok(())
 }
 
 /// A norm of the same name that is a LayerNorm.
