@@ -3,13 +3,13 @@
 use tch::{Kind, Tensor};
 
 use super::feed_forward::FeedForward;
-use super::layer::Context;
+use super::layer::{Context, Stream};
 use super::linear::Linear;
 use super::load::Reader;
 use super::router::Router;
 use super::spec::{self, ExpertGateUp};
 use crate::Result;
-use crate::ops::{self, Activation, ExpertInput, Norm, Weighted};
+use crate::ops::{self, Activation, ExpertInput, Weighted};
 
 /// Experts with their weights.
 #[derive(Debug, Clone)]
@@ -65,14 +65,9 @@ impl Experts {
         })
     }
 
-    /// What they give for the stream `h` (T, D), normed first where `norm` is there; added to `residual` (T, D) if given.
-    pub(super) fn forward(
-        &self,
-        h: &Tensor,
-        norm: Option<&Norm>,
-        residual: Option<&Tensor>,
-        context: &Context<'_>,
-    ) -> Tensor {
+    /// What they give for the stream.
+    pub(super) fn forward(&self, stream: Stream<'_>, context: &Context<'_>) -> Tensor {
+        let Stream { h, norm, residual } = stream;
         // Router, experts and the shared one read the same rows: normed once and kept once.
         let x = norm.map_or_else(|| h.shallow_clone(), |norm| norm.apply(h)); // (T, D)
         let (chosen, weights) = self.router.forward(h, &x, context);
@@ -131,8 +126,10 @@ impl Experts {
 impl Shared {
     /// What it gives for rows x (T, D), added to `residual` (T, D) if given.
     fn forward(&self, x: &Tensor, residual: Option<&Tensor>, context: &Context<'_>) -> Tensor {
-        let Some(gate) = &self.gate else { return self.feed_forward.forward(x, None, residual, context) };
-        let given = self.feed_forward.forward(x, None, None, context);
+        let Some(gate) = &self.gate else {
+            return self.feed_forward.forward(Stream { h: x, norm: None, residual }, context);
+        };
+        let given = self.feed_forward.forward(Stream { h: x, norm: None, residual: None }, context);
         let gate = ops::projection(x, None, &[gate.operand(context.dropout_seed)], None).remove(0); // (T, 1)
         let given = given * gate.to_kind(Kind::Float).sigmoid().to_kind(context.kind);
         residual.map_or_else(|| given.shallow_clone(), |residual| residual + &given)

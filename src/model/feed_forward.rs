@@ -3,13 +3,13 @@
 use tch::Tensor;
 
 use super::experts::Experts;
-use super::layer::{Around, Context};
+use super::layer::{Around, Context, Stream};
 use super::linear::Linear;
 use super::load::Reader;
 use super::router::Router;
 use super::spec::{self, GateUp};
 use crate::Result;
-use crate::ops::{self, Activation, Norm};
+use crate::ops::{self, Activation};
 
 /// A feed-forward with its weights.
 #[derive(Debug, Clone)]
@@ -51,21 +51,16 @@ impl FeedForward {
         })
     }
 
-    /// What it gives for the stream `h` (T, D), normed first where `norm` is there; added to `residual` (T, D) if given.
-    pub(super) fn forward(
-        &self,
-        h: &Tensor,
-        norm: Option<&Norm>,
-        residual: Option<&Tensor>,
-        context: &Context<'_>,
-    ) -> Tensor {
+    /// What it gives for the stream.
+    pub(super) fn forward(&self, stream: Stream<'_>, context: &Context<'_>) -> Tensor {
         match self {
-            Self::Dense(dense) => dense.forward(h, norm, residual, context),
-            Self::Experts(experts) => experts.forward(h, norm, residual, context),
+            Self::Dense(dense) => dense.forward(stream, context),
+            Self::Experts(experts) => experts.forward(stream, context),
             Self::Sum(branches) => {
+                let Stream { h, norm, residual } = stream;
                 let h = norm.map_or_else(|| h.shallow_clone(), |norm| norm.apply(h));
                 let given = |Branch { norms, feed_forward }: &Branch| {
-                    norms.around(|norm| feed_forward.forward(&h, norm, None, context))
+                    norms.around(&h, |stream| feed_forward.forward(stream, context))
                 };
                 let residual = residual.map(Tensor::shallow_clone).into_iter();
                 residual.chain(branches.iter().map(given)).reduce(|sum, given| sum + given).expect("a branch")
@@ -128,8 +123,9 @@ enum Input {
 }
 
 impl Dense {
-    /// What it gives for the stream `h` (T, D), normed first where `norm` is there; added to `residual` (T, D) if given.
-    fn forward(&self, h: &Tensor, norm: Option<&Norm>, residual: Option<&Tensor>, context: &Context<'_>) -> Tensor {
+    /// What it gives for the stream.
+    fn forward(&self, stream: Stream<'_>, context: &Context<'_>) -> Tensor {
+        let Stream { h, norm, residual } = stream;
         let seed = context.dropout_seed;
         let one = |linear: &Linear| ops::projection(h, norm, &[linear.operand(seed)], None).remove(0);
         let (gate, up) = match &self.input {

@@ -43,6 +43,17 @@ pub(super) struct Around {
     after: Option<Norm>,
 }
 
+/// What a half of a block works on.
+#[derive(Clone, Copy)]
+pub(super) struct Stream<'a> {
+    /// What it reads (T, D).
+    pub(super) h: &'a Tensor,
+    /// What it reads is normed by this first.
+    pub(super) norm: Option<&'a Norm>,
+    /// What it gives is added to this (T, D).
+    pub(super) residual: Option<&'a Tensor>,
+}
+
 /// What every block of a forward shares.
 pub(super) struct Context<'a> {
     pub(super) documents: &'a Documents,
@@ -115,17 +126,19 @@ impl Layer {
     ) -> Tensor {
         match &self.residual {
             Residual::Sequential { attention, feed_forward, multiplier } => {
-                let attend = |norm: Option<&Norm>, residual: Option<&Tensor>| {
-                    self.attention.forward(h, norm, residual, context, handed_on, cache)
-                };
+                let attend = |stream: Stream<'_>| self.attention.forward(stream, context, handed_on, cache);
                 let h = attention.add(h, *multiplier, attend);
-                feed_forward
-                    .add(&h, *multiplier, |norm, residual| self.feed_forward.forward(&h, norm, residual, context))
+                feed_forward.add(&h, *multiplier, |stream| self.feed_forward.forward(stream, context))
             }
             Residual::Parallel { norm, feed_forward_norm } => {
-                let attended = self.attention.forward(h, Some(norm), Some(h), context, handed_on, cache);
+                let attended = self.attention.forward(
+                    Stream { h, norm: Some(norm), residual: Some(h) },
+                    context,
+                    handed_on,
+                    cache,
+                );
                 let norm = feed_forward_norm.as_ref().unwrap_or(norm);
-                self.feed_forward.forward(h, Some(norm), Some(&attended), context)
+                self.feed_forward.forward(Stream { h, norm: Some(norm), residual: Some(&attended) }, context)
             }
         }
     }
@@ -200,9 +213,9 @@ impl Around {
         Ok(Self { before: read.optional_norm(spec.before.as_ref())?, after: read.optional_norm(spec.after.as_ref())? })
     }
 
-    /// What `half` gives, both norms around it.
-    pub(super) fn around(&self, half: impl FnOnce(Option<&Norm>) -> Tensor) -> Tensor {
-        let y = half(self.before.as_ref());
+    /// What `half` gives for `h` (T, D), both norms around it.
+    pub(super) fn around(&self, h: &Tensor, half: impl FnOnce(Stream<'_>) -> Tensor) -> Tensor {
+        let y = half(Stream { h, norm: self.before.as_ref(), residual: None });
         match &self.after {
             Some(norm) => norm.apply(&y),
             None => y,
@@ -210,11 +223,11 @@ impl Around {
     }
 
     /// The stream `h` (T, D) with what `half` gives added: in one go where nothing comes between.
-    fn add(&self, h: &Tensor, multiplier: f64, half: impl FnOnce(Option<&Norm>, Option<&Tensor>) -> Tensor) -> Tensor {
+    fn add(&self, h: &Tensor, multiplier: f64, half: impl FnOnce(Stream<'_>) -> Tensor) -> Tensor {
         if self.after.is_none() && multiplier == 1.0 {
-            return half(self.before.as_ref(), Some(h));
+            return half(Stream { h, norm: self.before.as_ref(), residual: Some(h) });
         }
-        let y = self.around(|norm| half(norm, None));
+        let y = self.around(h, half);
         if multiplier == 1.0 { h + y } else { h + y * multiplier }
     }
 }

@@ -3,7 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::Result;
-use crate::model::layer::Context;
+use crate::model::layer::{Context, Stream};
 use crate::model::linear::Linear;
 use crate::model::load::Reader;
 use crate::model::recurrent::Recurrent;
@@ -73,15 +73,9 @@ impl DeltaNet {
         })
     }
 
-    /// What the net gives for the stream `h` (T, D), normed first where `norm` is there; added to `residual` (T, D) if given.
-    pub(super) fn forward(
-        &self,
-        h: &Tensor,
-        norm: Option<&Norm>,
-        residual: Option<&Tensor>,
-        context: &Context<'_>,
-        cache: Option<&mut Recurrent>,
-    ) -> Tensor {
+    /// What the net gives for the stream.
+    pub(super) fn forward(&self, stream: Stream<'_>, context: &Context<'_>, cache: Option<&mut Recurrent>) -> Tensor {
+        let Stream { h, norm, residual } = stream;
         let Projected { streams, z, b, a } = self.project(h, norm, context);
         let (log_decay, beta) = self.gates.apply(&a, &b);
         let heads = |[q, k, v]: [Tensor; 3]| {

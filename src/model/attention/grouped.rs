@@ -5,7 +5,7 @@ use tch::{Device, Kind, Tensor};
 use super::HandedOn;
 use crate::Result;
 use crate::model::cache::KeysValues;
-use crate::model::layer::Context;
+use crate::model::layer::{Context, Stream};
 use crate::model::linear::Linear;
 use crate::model::load::Reader;
 use crate::model::spec::{self, LayerSpec, Mask, Position, Projection, Temperature};
@@ -114,16 +114,15 @@ impl GroupedAttention {
         })
     }
 
-    /// What attention gives for the stream `h` (T, D), normed first where `norm` is there; added to `residual` (T, D) if given.
+    /// What attention gives for the stream.
     pub(super) fn forward(
         &self,
-        h: &Tensor,
-        norm: Option<&Norm>,
-        residual: Option<&Tensor>,
+        stream: Stream<'_>,
         context: &Context<'_>,
         handed_on: &mut HandedOn,
         mut cache: Option<&mut KeysValues>,
     ) -> Tensor {
+        let Stream { h, norm, residual } = stream;
         let tokens = h.size()[0];
         let (q, own, gate) = self.projected(h, norm, context);
         let q = q.view([tokens, self.heads, self.head_size]); // (T, N, H)

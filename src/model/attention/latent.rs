@@ -15,7 +15,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::Result;
 use crate::model::cache::KeysValues;
-use crate::model::layer::Context;
+use crate::model::layer::{Context, Stream};
 use crate::model::linear::Linear;
 use crate::model::load::Reader;
 use crate::model::spec::{self, LatentQuery, LayerSpec, Mask};
@@ -76,15 +76,9 @@ impl LatentAttention {
         })
     }
 
-    /// What attention gives for the stream `h` (T, D), normed first where `norm` is there; added to `residual` (T, D) if given.
-    pub(super) fn forward(
-        &self,
-        h: &Tensor,
-        norm: Option<&Norm>,
-        residual: Option<&Tensor>,
-        context: &Context<'_>,
-        cache: Option<&mut KeysValues>,
-    ) -> Tensor {
+    /// What attention gives for the stream.
+    pub(super) fn forward(&self, stream: Stream<'_>, context: &Context<'_>, cache: Option<&mut KeysValues>) -> Tensor {
+        let Stream { h, norm, residual } = stream;
         let (tokens, seed) = (h.size()[0], context.dropout_seed);
         let first = match &self.query {
             Query::Direct(linear) => linear,

@@ -7,12 +7,11 @@ mod latent;
 use tch::{Device, Kind, Tensor};
 
 use super::cache::LayerCache;
-use super::layer::Context;
+use super::layer::{Context, Stream};
 use super::linear::Linear;
 use super::load::Reader;
 use super::spec::{self, LayerSpec};
 use crate::Result;
-use crate::ops::Norm;
 use delta_net::DeltaNet;
 use grouped::GroupedAttention;
 use latent::LatentAttention;
@@ -55,22 +54,18 @@ impl Attention {
         }
     }
 
-    /// What attention gives for the stream `h` (T, D), normed first where `norm` is there; added to `residual` (T, D) if given.
+    /// What attention gives for the stream.
     pub(super) fn forward(
         &self,
-        h: &Tensor,
-        norm: Option<&Norm>,
-        residual: Option<&Tensor>,
+        stream: Stream<'_>,
         context: &Context<'_>,
         handed_on: &mut HandedOn,
         cache: Option<&mut LayerCache>,
     ) -> Tensor {
         match self {
-            Self::Grouped(grouped) => {
-                grouped.forward(h, norm, residual, context, handed_on, cache.map(LayerCache::keys_values))
-            }
-            Self::Latent(latent) => latent.forward(h, norm, residual, context, cache.map(LayerCache::keys_values)),
-            Self::DeltaNet(net) => net.forward(h, norm, residual, context, cache.map(LayerCache::recurrent)),
+            Self::Grouped(grouped) => grouped.forward(stream, context, handed_on, cache.map(LayerCache::keys_values)),
+            Self::Latent(latent) => latent.forward(stream, context, cache.map(LayerCache::keys_values)),
+            Self::DeltaNet(net) => net.forward(stream, context, cache.map(LayerCache::recurrent)),
         }
     }
 
