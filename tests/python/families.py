@@ -149,6 +149,16 @@ MROPE = {
     "mrope_section": [1, 1, 1],
     "mrope_interleaved": True,
 }
+DELTA_NET_EXPERTS = {
+    **EXPERTS,
+    **DELTA_NET,
+    "intermediate_size": DROP,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_conv_kernel_dim": 4,
+    "shared_expert_intermediate_size": 22,
+    "rope_parameters": MROPE,
+}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4, "beta_slow": 0.1}
 WRAPPED = [(r"^model\.(?!language_model\.)", "model.language_model.")]
 APART = [(r"^lm_head\.", "language_model.lm_head."), (r"^model\.language_model\.", "language_model.model."), (r"^model\.", "")]
 MIXTRAL_NAMES = [(r"\.mlp(\.|$)", r".block_sparse_moe\1")]
@@ -350,29 +360,10 @@ VARIANTS = {
         wrapper="qwen3_5",
     ),
     # As transformers saves the text model alone.
-    "qwen3_5_moe_text": Variant(
-        "qwen3_5_moe_text",
-        {
-            **EXPERTS,
-            **DELTA_NET,
-            "intermediate_size": DROP,
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_conv_kernel_dim": 4,
-            "shared_expert_intermediate_size": 22,
-            "rope_parameters": MROPE,
-        },
-    ),
+    "qwen3_5_moe_text": Variant("qwen3_5_moe_text", DELTA_NET_EXPERTS),
     "qwen3_5_moe": Variant(
         "qwen3_5_moe_text",
-        {
-            **EXPERTS,
-            **DELTA_NET,
-            "intermediate_size": DROP,
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_conv_kernel_dim": 4,
-            "shared_expert_intermediate_size": 22,
-            "rope_parameters": MROPE,
-        },
+        DELTA_NET_EXPERTS,
         renamed=WRAPPED,
         fused=True,
         wrapper="qwen3_5_moe",
@@ -602,15 +593,7 @@ VARIANTS = {
             "first_k_dense_replace": 1,
             "attention_bias": True,
             "rope_theta": 10000.0,
-            "rope_scaling": {
-                "type": "yarn",
-                "factor": 4.0,
-                "original_max_position_embeddings": 16,
-                "beta_fast": 4,
-                "beta_slow": 0.1,
-                "mscale": 1.3,
-                "mscale_all_dim": 0.707,
-            },
+            "rope_scaling": {**YARN, "mscale": 1.3, "mscale_all_dim": 0.707},
         },
     ),
     "deepseek_v2-lite": Variant(
@@ -647,15 +630,7 @@ VARIANTS = {
             "first_k_dense_replace": 1,
             "rope_interleave": True,
             "rope_theta": 10000.0,
-            "rope_scaling": {
-                "type": "yarn",
-                "factor": 4.0,
-                "original_max_position_embeddings": 16,
-                "beta_fast": 4,
-                "beta_slow": 0.1,
-                "mscale": 1.0,
-                "mscale_all_dim": 1.0,
-            },
+            "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
         },
     ),
     "deepseek_v3-halves": Variant(
@@ -685,15 +660,7 @@ VARIANTS = {
             "v_head_dim": 23,
             "mlp_bias": True,
             "attention_bias": True,
-            "rope_scaling": {
-                "type": "yarn",
-                "factor": 4.0,
-                "original_max_position_embeddings": 16,
-                "beta_fast": 4,
-                "beta_slow": 0.1,
-                "mscale": 1.3,
-                "mscale_all_dim": 0.707,
-            },
+            "rope_scaling": {**YARN, "mscale": 1.3, "mscale_all_dim": 0.707},
         },
         unadapted=r"\.mlp\.",
     ),
@@ -704,15 +671,7 @@ VARIANTS = {
             "q_lora_rank": None,
             "attention_bias": True,
             "rope_interleave": True,
-            "rope_scaling": {
-                "type": "yarn",
-                "factor": 4.0,
-                "original_max_position_embeddings": 16,
-                "beta_fast": 4,
-                "beta_slow": 0.1,
-                "mscale": 1.0,
-                "mscale_all_dim": 0.9,
-            },
+            "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.9},
         },
         unadapted=r"\.mlp\.",
     ),
@@ -745,13 +704,7 @@ VARIANTS = {
             "hc_sinkhorn_iters": 4,
             "rope_theta": 10000.0,
             "compress_rope_theta": 5000.0,
-            "rope_scaling": {
-                "type": "yarn",
-                "factor": 4.0,
-                "original_max_position_embeddings": 16,
-                "beta_fast": 4,
-                "beta_slow": 0.1,
-            },
+            "rope_scaling": YARN,
         },
         renamed=[
             (r"^model\.", ""),
