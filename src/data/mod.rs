@@ -20,6 +20,7 @@ mod guard;
 mod layout;
 mod magic;
 mod pack;
+mod quiet;
 mod report;
 mod source;
 mod template;

@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 use super::cache::{self, Summary, Tokens, Writer};
 use super::example::text_bytes;
 use super::files::SourceFiles;
-use super::source::quietly;
+use super::quiet::quietly;
 use super::{BadRow, Encode, Encoded, Example, report::Tally};
 use crate::recipe::{DatasetRecipe, OnBadRow, Overlong};
 use crate::{Error, Fault, Result};

@@ -12,7 +12,7 @@ use serde_json::Value as Json;
 use sha2::{Digest, Sha256};
 use tokenizers::{AddedToken, ModelWrapper};
 
-use super::source::quietly;
+use super::quiet::quietly;
 use super::template::Rendered;
 use crate::{Error, Fault, Result};
 
