@@ -5,11 +5,17 @@
 //! the footer's schema tree and the header of every page that will be decoded. Format: parquet.thrift of
 //! apache/parquet-format in Thrift's compact protocol.
 
+mod page;
+mod thrift;
+
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 
 use parquet::basic::{Compression, Type};
+
+use page::{DICTIONARY_PAGE, PageHeader, page_header};
+use thrift::{Damage, I32, LIST, STRUCT, Thrift};
 
 /// Longest footer read; one row group of one column takes some 100 bytes of it.
 const FOOTER_LIMIT: u64 = 64 << 20;
@@ -23,8 +29,6 @@ const PAGE_RATIO: u64 = 200;
 /// run lengths can claim billions of values in a few bytes.
 const VALUES_LIMIT: u64 = 16 << 20;
 const VALUES_PER_BYTE: u64 = 4;
-/// Longest page header read; it is long where the writer put untruncated statistics into it.
-const HEADER_LIMIT: usize = 16 << 20;
 
 /// Reads the footer's schema and refuses what the decoder could not survive. `length` is the file's, its magic checked.
 pub(super) fn check_footer(file: &File, length: u64) -> Result<(), String> {
@@ -208,201 +212,9 @@ impl Read for Section<'_> {
     }
 }
 
-/// `PageType::DICTIONARY_PAGE` of parquet.thrift.
-const DICTIONARY_PAGE: i64 = 2;
-
-#[derive(Debug, Default, PartialEq)]
-struct PageHeader {
-    kind: i64,
-    unpacked: u64,
-    packed: u64,
-    values: u64,
-    /// Bytes at the front of a data page v2 that are never packed.
-    levels: u64,
-    /// Of the header itself.
-    length: u64,
-}
-
-fn page_header(file: &File, at: u64, end: u64) -> Result<PageHeader, String> {
-    let mut size = 1 << 10;
-    loop {
-        let available = usize::try_from(end - at).unwrap_or(usize::MAX).min(size);
-        let mut bytes = vec![0; available];
-        file.read_exact_at(&mut bytes, at).map_err(|error| error.to_string())?;
-        match parse_page_header(&bytes) {
-            Ok(header) => return Ok(header),
-            Err(Damage::Short) if available == size && size < HEADER_LIMIT => size *= 16,
-            Err(_) => return Err(format!("the page header at byte {at} is damaged")),
-        }
-    }
-}
-
-fn parse_page_header(bytes: &[u8]) -> Result<PageHeader, Damage> {
-    let mut cursor = Thrift { bytes, at: 0 };
-    let mut header = PageHeader::default();
-    let mut seen = 0;
-    cursor.fields(0, &mut |cursor, id, kind| {
-        match (id, kind) {
-            (1, I32) => header.kind = cursor.int()?,
-            (2, I32) => header.unpacked = cursor.unsigned()?,
-            (3, I32) => header.packed = cursor.unsigned()?,
-            // data_page_header, dictionary_page_header, data_page_header_v2: num_values is the first field of each.
-            (5 | 7 | 8, STRUCT) => cursor.fields(1, &mut |cursor, inner, kind| {
-                match (id, inner, kind) {
-                    (_, 1, I32) => header.values = cursor.unsigned()?,
-                    // data_page_header_v2: bytes of definition and of repetition levels.
-                    (8, 5 | 6, I32) => header.levels += cursor.unsigned()?,
-                    _ => return Ok(false),
-                }
-                Ok(true)
-            })?,
-            _ => return Ok(false),
-        }
-        seen |= 1 << id;
-        Ok(true)
-    })?;
-    if seen & 0b1110 != 0b1110 || header.levels > header.packed.min(header.unpacked) {
-        return Err(Damage::Wrong);
-    }
-    header.length = cursor.at as u64;
-    Ok(header)
-}
-
-const I32: u8 = 5;
-const LIST: u8 = 9;
-const STRUCT: u8 = 12;
-
-#[derive(Debug, PartialEq)]
-enum Damage {
-    /// The bytes end too early.
-    Short,
-    /// The bytes make no sense.
-    Wrong,
-}
-
-/// A reader of Thrift's compact protocol that allocates nothing.
-struct Thrift<'a> {
-    bytes: &'a [u8],
-    at: usize,
-}
-
-/// Given (reader, field id, type), reads the field and returns true, or leaves it alone and returns false.
-type Visit<'v> = dyn FnMut(&mut Thrift, i16, u8) -> Result<bool, Damage> + 'v;
-
-impl Thrift<'_> {
-    fn byte(&mut self) -> Result<u8, Damage> {
-        let byte = *self.bytes.get(self.at).ok_or(Damage::Short)?;
-        self.at += 1;
-        Ok(byte)
-    }
-
-    fn varint(&mut self) -> Result<u64, Damage> {
-        let mut value = 0;
-        for shift in (0..64).step_by(7) {
-            let byte = self.byte()?;
-            value |= u64::from(byte & 0x7f) << shift;
-            if byte & 0x80 == 0 {
-                return Ok(value);
-            }
-        }
-        Err(Damage::Wrong)
-    }
-
-    fn int(&mut self) -> Result<i64, Damage> {
-        let value = self.varint()?;
-        Ok((value >> 1) as i64 ^ -((value & 1) as i64))
-    }
-
-    fn unsigned(&mut self) -> Result<u64, Damage> {
-        let value = self.int()?;
-        if value > i64::from(i32::MAX) { Err(Damage::Wrong) } else { u64::try_from(value).map_err(|_| Damage::Wrong) }
-    }
-
-    /// Length and element type; a list of n elements takes at least n bytes.
-    fn list(&mut self) -> Result<(usize, u8), Damage> {
-        let head = self.byte()?;
-        let count = if head >> 4 == 15 { self.varint()? } else { u64::from(head >> 4) };
-        if count > (self.bytes.len() - self.at) as u64 {
-            return Err(Damage::Short);
-        }
-        Ok((count as usize, head & 15))
-    }
-
-    fn advance(&mut self, count: u64) -> Result<(), Damage> {
-        if count > (self.bytes.len() - self.at) as u64 {
-            return Err(Damage::Short);
-        }
-        self.at += count as usize;
-        Ok(())
-    }
-
-    fn fields(&mut self, depth: usize, visit: &mut Visit) -> Result<(), Damage> {
-        let mut id: i16 = 0;
-        loop {
-            let head = self.byte()?;
-            if head == 0 {
-                return Ok(());
-            }
-            id = match head >> 4 {
-                0 => i16::try_from(self.int()?).map_err(|_| Damage::Wrong)?,
-                step => id.checked_add(i16::from(step)).ok_or(Damage::Wrong)?,
-            };
-            if !visit(self, id, head & 15)? {
-                self.skip(head & 15, depth, false)?;
-            }
-        }
-    }
-
-    /// In a list a boolean takes a byte; as a field its value is its type.
-    fn skip(&mut self, kind: u8, depth: usize, in_list: bool) -> Result<(), Damage> {
-        if depth > 32 {
-            return Err(Damage::Wrong);
-        }
-        match kind {
-            1 | 2 => self.advance(u64::from(in_list)),
-            3 => self.advance(1),
-            4..=6 => self.varint().map(|_| ()),
-            7 => self.advance(8),
-            8 => {
-                let length = self.varint()?;
-                self.advance(length)
-            }
-            LIST | 10 => {
-                let (count, element) = self.list()?;
-                (0..count).try_for_each(|_| self.skip(element, depth + 1, true))
-            }
-            11 => {
-                let count = self.varint()?;
-                if count == 0 {
-                    return Ok(());
-                }
-                let kinds = self.byte()?;
-                (0..count).try_for_each(|_| {
-                    self.skip(kinds >> 4, depth + 1, true)?;
-                    self.skip(kinds & 15, depth + 1, true)
-                })
-            }
-            STRUCT => self.fields(depth + 1, &mut |_, _, _| Ok(false)),
-            13 => self.advance(16),
-            _ => Err(Damage::Wrong),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_page_header_is_read() {
-        // type 0, unpacked 300, packed 20, data_page_header { num_values 7, encoding 0, ... }, end.
-        let bytes = [0x15, 0x00, 0x15, 0xd8, 0x04, 0x15, 0x28, 0x2c, 0x15, 0x0e, 0x15, 0x00, 0x00, 0x00];
-        let header = parse_page_header(&bytes).unwrap();
-        assert_eq!(header, PageHeader { kind: 0, unpacked: 300, packed: 20, values: 7, levels: 0, length: 14 });
-        for cut in 0..bytes.len() {
-            assert_eq!(parse_page_header(&bytes[..cut]), Err(Damage::Short), "cut at {cut}");
-        }
-    }
 
     fn page(kind: i32, unpacked: i32, packed: usize, values: i32) -> Vec<u8> {
         let varint = |value: i64| {
@@ -501,30 +313,11 @@ mod tests {
     }
 
     #[test]
-    fn a_negative_page_size_is_damage() {
-        assert_eq!(parse_page_header(&[0x15, 0x00, 0x15, 0x01, 0x15, 0x28, 0x00]), Err(Damage::Wrong));
-    }
-
-    #[test]
     fn trees_are_checked() {
         assert_eq!(check_tree(&[2, 0, 1, 0]), Ok(()));
         assert!(check_tree(&[2, 0]).is_err());
         assert!(check_tree(&[1, 0, 0]).unwrap_err().contains("two roots"));
         assert!(check_tree(&[1, i64::from(i32::MAX), 0]).unwrap_err().contains("children"));
         assert!(check_tree(&[1; 1000]).unwrap_err().contains("deeper"));
-    }
-
-    #[test]
-    fn random_bytes_never_hang_or_panic() {
-        let mut state = 1u64;
-        for _ in 0..20_000 {
-            let bytes: Vec<u8> = (0..40)
-                .map(|_| {
-                    state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-                    (state >> 56) as u8
-                })
-                .collect();
-            let _ = parse_page_header(&bytes);
-        }
     }
 }
