@@ -7,11 +7,14 @@
 
 mod expression;
 mod literal;
+mod operand;
+mod statement;
+mod tokens;
 
 use std::fmt::Write;
 
-use self::expression::{Kind, OPERATORS, Parser, Token};
 use self::literal::{quote, unescape};
+use self::tokens::{Kind, OPERATORS, Parser, Token};
 
 /// Longest template, in bytes. The longest published ones have some 30 KB.
 const LONGEST_SOURCE: usize = 64 * 1024;
