@@ -1,5 +1,9 @@
 //! The training loop.
 
+mod due;
+mod saving;
+mod seed;
+
 use std::time::Instant;
 
 use tch::{Device, Tensor, no_grad};
@@ -7,13 +11,14 @@ use tch::{Device, Tensor, no_grad};
 use super::ledger::{Identity, Ledger};
 use super::metrics::{EvalRecord, Event, Events, Metrics, StepRecord, peak_memory_bytes};
 use super::optimizer::{AdamW, restore};
-use super::state::{Newest, State, States};
-use super::{BatchSource, Interrupts, Outcome, Progress, RunFolder, Schedule, Start, report};
+use super::state::States;
+use super::{BatchSource, Interrupts, Outcome, Progress, RunFolder, Schedule, report};
 use crate::data::{Batch, Cursor, RowId};
 use crate::objective::Learner;
 use crate::recipe::TrainingRecipe;
 use crate::torch_ext::catching;
 use crate::{Error, Fault, Result};
+use seed::dropout_seed;
 
 /// Everything about a run but what is trained and on what.
 pub struct Run {
@@ -332,90 +337,6 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// Writes a state, if there is none of this step yet.
-    fn save(&mut self, source: &dyn BatchSource, metrics: &mut Metrics) -> Result<()> {
-        self.settle(source)?;
-        self.write_state(metrics)?;
-        self.states.retain(self.run.training.save_total_limit, self.ledger.best.map(|best| best.step))
-    }
-
-    fn write_state(&mut self, metrics: &mut Metrics) -> Result<()> {
-        if self.saved_at == Some(self.ledger.step) {
-            return Ok(());
-        }
-        self.ledger.metrics_bytes = metrics.flush()?;
-        self.ledger.elapsed_seconds = self.elapsed();
-        let cloned =
-            |tensors: &[(String, Tensor)]| tensors.iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
-        let state = State {
-            ledger: self.ledger.clone(),
-            adapter: cloned(&self.parameters),
-            optimizer: self.optimizer.tensors(),
-        };
-        let path = self.states.save(&state)?;
-        self.saved_at = Some(self.ledger.step);
-        metrics.tell(&Event::State { step: self.ledger.step, path: &path })
-    }
-
-    /// On a resume takes up the newest state; then, as nothing is left that could refuse the run, takes the folder over and
-    /// opens the metrics.
-    fn begin(&mut self, schedule: &Schedule, total: u64) -> Result<Metrics> {
-        let mut notices = Vec::new();
-        if self.run.folder.start == Start::Resume {
-            self.resume(&mut notices)?;
-        }
-        self.run.folder.begin()?;
-        notices.extend(schedule.notice());
-        let progress = std::mem::take(&mut self.run.progress);
-        let (bytes, step) = (self.ledger.metrics_bytes, self.ledger.step);
-        let mut metrics =
-            Metrics::open(&self.run.folder.path, bytes, step, self.run.tensorboard, self.run.events, progress)?;
-        notices.iter().try_for_each(|notice| metrics.notice(notice))?;
-        let trained_parameters = self.parameters.iter().map(|(_, tensor)| tensor.numel() as u64).sum();
-        metrics.tell(&Event::Start {
-            step,
-            total_steps: total,
-            trained_tensors: self.parameters.len(),
-            trained_parameters,
-        })?;
-        Ok(metrics)
-    }
-
-    fn resume(&mut self, notices: &mut Vec<String>) -> Result<()> {
-        let Some(Newest { state, damaged }) = self.states.newest()? else {
-            notices.push(format!("nothing to resume in {}: the run begins at step 0", self.run.folder.path.display()));
-            return Ok(());
-        };
-        let path = self.states.path(state.ledger.step);
-        self.run.identity.check(&state.ledger.identity, &path)?;
-        restore(&self.parameters, &state.adapter, &path)?;
-        restore(&self.optimizer.tensors(), &state.optimizer, &path)?;
-        for (step, error) in damaged {
-            let aside = self.states.set_aside(step)?;
-            notices
-                .push(format!("the state of step {step} is damaged and was set aside as {}: {error}", aside.display()));
-        }
-        let (then, now) = (&state.ledger.identity.device, &self.run.identity.device);
-        if then != now {
-            notices.push(format!(
-                "the state was saved on {then}, this is {now}: the run continues from the same numbers, but its last bits may differ from an uninterrupted one"
-            ));
-        }
-        notices.push(format!("continuing from {}", path.display()));
-        self.saved_at = Some(state.ledger.step);
-        self.elapsed_before = state.ledger.elapsed_seconds;
-        self.ledger = Ledger { identity: self.run.identity.clone(), ..state.ledger };
-        Ok(())
-    }
-
-    /// Saves on a signal; the error to end with.
-    fn interrupted(&mut self, signal: &str, source: &dyn BatchSource, metrics: &mut Metrics) -> Result<Error> {
-        metrics.notice(&format!("{signal}: saving the state of step {}", self.ledger.step))?;
-        self.save(source, metrics)?;
-        let what = format!("{signal} stopped the run after step {}; its state is saved", self.ledger.step);
-        Ok(Error::Interrupted(Fault::at(&self.states.path(self.ledger.step), what).hint("continue with --resume")))
-    }
-
     /// Saves the last state, takes the best parameters if the recipe says so, and writes the report.
     fn finish(&mut self, source: &dyn BatchSource, metrics: &mut Metrics) -> Result<Outcome> {
         self.settle(source)?;
@@ -438,49 +359,6 @@ impl<'a> Trainer<'a> {
         Ok(outcome)
     }
 
-    /// Optimizer steps of the whole run: `max_steps`, or as many as the passes take (a part of a pass is rounded up).
-    fn total_steps(&self, source: &dyn BatchSource) -> Result<u64> {
-        let training = &self.run.training;
-        if let Some(steps) = training.max_steps {
-            return Ok(steps);
-        }
-        let steps_of = |epoch| {
-            Ok::<_, Error>(
-                source.micro_batches(epoch)?.div_ceil(u64::from(training.gradient_accumulation_steps.max(1))),
-            )
-        };
-        let whole = training.epochs.floor() as u64;
-        let part = training.epochs - training.epochs.floor();
-        let steps = (0..whole).map(steps_of).sum::<Result<u64>>()?;
-        Ok(if part > 0.0 { steps + (part * steps_of(whole)? as f64).ceil() as u64 } else { steps })
-    }
-
-    fn is_over(&self, total: u64) -> bool {
-        self.ledger.step >= total || self.ledger.stopped_early
-    }
-
-    fn is_logged(&self, total: u64) -> bool {
-        self.ledger.step.is_multiple_of(self.run.training.logging_steps.max(1)) || self.ledger.step == total
-    }
-
-    /// Every `eval_steps`, or at the end of a pass; and at the end of the run.
-    fn evaluation_is_due(&self, total: u64) -> bool {
-        let Ledger { step, cursor, evaluated_at, .. } = self.ledger;
-        let regular =
-            self.run.training.eval_steps.map_or(cursor.micro_batch == 0, |every| step.is_multiple_of(every.max(1)));
-        step > 0 && evaluated_at != Some(step) && (regular || step >= total)
-    }
-
-    fn save_is_due(&self) -> bool {
-        let step = self.ledger.step;
-        self.run.training.save_steps.is_some_and(|every| step > 0 && step.is_multiple_of(every.max(1)))
-    }
-
-    fn epoch(&self, source: &dyn BatchSource) -> Result<f64> {
-        let Cursor { epoch, micro_batch } = self.ledger.cursor;
-        Ok(epoch as f64 + micro_batch as f64 / source.micro_batches(epoch)?.max(1) as f64)
-    }
-
     fn elapsed(&self) -> f64 {
         self.elapsed_before + self.began.elapsed().as_secs_f64()
     }
@@ -493,18 +371,6 @@ impl<'a> Trainer<'a> {
 fn not_finite(step: u64, what: String) -> Error {
     let hint = "lower training.learning_rate, look at the rows with `engraft preview`, or use dtype bf16 or fp32";
     Error::Diverged(Fault::new(format_args!("step {step}"), what).hint(hint))
-}
-
-/// A seed of its own for every micro-batch of a run: a counter hashed (SplitMix64), so there is no generator whose state to save.
-fn dropout_seed(seed: u64, step: u64, micro_batch: u64) -> u64 {
-    [step, micro_batch].into_iter().fold(mix(seed), |hash, counter| mix(hash ^ counter))
-}
-
-fn mix(value: u64) -> u64 {
-    let value = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    value ^ (value >> 31)
 }
 
 /// Names a micro-batch by what its memory depends on.

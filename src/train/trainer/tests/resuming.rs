@@ -1,0 +1,182 @@
+//! A run that was stopped, however it was, ends as if it had not been.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use tch::Kind;
+
+use super::toy::{Toy, Toys, VOCABULARY, finishes_the_same, run_of, series, train, training, uninterrupted};
+use crate::train::Start;
+use crate::train::disk::faults;
+use crate::train::trainer::*;
+#[test]
+fn killed_at_any_micro_batch_a_resumed_run_equals_the_uninterrupted_one() {
+    let expected = uninterrupted();
+    for killed in 0..15 {
+        let folder = tempfile::tempdir().unwrap();
+        let toys = Toys { killed_before: Some(killed), ..Toys::new() };
+        train(folder.path(), Start::Fresh, &Toy::new(), &toys).unwrap_err();
+        finishes_the_same(folder.path(), &expected, &format!("killed before micro-batch {killed}"));
+    }
+}
+
+#[test]
+fn killed_at_any_write_a_resumed_run_equals_the_uninterrupted_one() {
+    // One pass of three steps, a state after each, one kept besides the best.
+    let training = TrainingRecipe { epochs: 1.0, save_steps: Some(1), save_total_limit: 1, ..training() };
+    let train = |folder: &Path, start, left: u64| {
+        let run = run_of(folder, start, &training);
+        let toy = Toy::new();
+        let mut left = left;
+        let killed = move |_: &str, _: &Path| {
+            left = left.checked_sub(1).ok_or_else(|| io::Error::other("killed"))?;
+            Ok(())
+        };
+        let result = faults::with(killed, || Trainer::new(run, &toy).run(&Toys::new()));
+        result.map(|_| (series(folder), toy.numbers()))
+    };
+    let never = u64::MAX;
+    let expected = train(tempfile::tempdir().unwrap().path(), Start::Fresh, never).unwrap();
+    for operations in 0.. {
+        let folder = tempfile::tempdir().unwrap();
+        if train(folder.path(), Start::Fresh, operations).is_ok() {
+            assert!(operations > 40, "only {operations} operations were tried");
+            break;
+        }
+        let resumed = train(folder.path(), Start::Resume, never).unwrap();
+        assert!(resumed == expected, "killed before operation {operations}");
+    }
+}
+
+#[test]
+fn a_signal_finishes_the_step_saves_and_a_resumed_run_equals_the_uninterrupted_one() {
+    let expected = uninterrupted();
+    for at in 0..15 {
+        let folder = tempfile::tempdir().unwrap();
+        let mut run = run_of(folder.path(), Start::Fresh, &training());
+        let toys = Toys { interrupts: Some((run.interrupts.share(), at)), ..Toys::new() };
+        run.interrupts = toys.interrupts.as_ref().unwrap().0.share();
+        let error = Trainer::new(run, &Toy::new()).run(&toys).unwrap_err();
+        assert!(matches!(&error, Error::Interrupted(fault) if fault.what.starts_with("SIGTERM")), "{error}");
+        assert_eq!(error.exit_code(), 75);
+        assert!(toys.read.get() <= at + 2, "no further step is begun");
+        finishes_the_same(folder.path(), &expected, &format!("interrupted at micro-batch {at}"));
+    }
+}
+
+#[test]
+fn a_signal_during_an_evaluation_leaves_it_to_the_resumed_run() {
+    let expected = uninterrupted();
+    let folder = tempfile::tempdir().unwrap();
+    let run = run_of(folder.path(), Start::Fresh, &training());
+    let toys = Toys { interrupts_evaluation: Some(run.interrupts.share()), ..Toys::new() };
+    let error = Trainer::new(run, &Toy::new()).run(&toys).unwrap_err();
+    assert!(error.to_string().contains("SIGINT stopped the run after step 3"), "{error}");
+    assert!(series(folder.path()).iter().all(|record| record.get("eval_loss").is_none()));
+    finishes_the_same(folder.path(), &expected, "interrupted in an evaluation");
+}
+
+#[test]
+fn a_damaged_newest_state_is_passed_over_and_said_so() {
+    let expected = uninterrupted();
+    let folder = tempfile::tempdir().unwrap();
+    let toys = Toys { killed_before: Some(8), ..Toys::new() };
+    train(folder.path(), Start::Fresh, &Toy::new(), &toys).unwrap_err();
+    let states = States::of(folder.path());
+    let newest = *states.steps().unwrap().last().unwrap();
+    let path = states.path(newest).join("optimizer.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&path, bytes).unwrap();
+
+    let toy = Toy::new();
+    let mut trainer = Trainer::new(run_of(folder.path(), Start::Resume, &training()), &toy);
+    let mut notices = Vec::new();
+    trainer.resume(&mut notices).unwrap();
+    assert!(trainer.ledger.step < newest);
+    assert!(notices[0].contains("damaged") && notices[0].contains("optimizer.safetensors"), "{notices:?}");
+    drop(trainer);
+    finishes_the_same(folder.path(), &expected, "fell back");
+}
+
+#[test]
+fn a_finished_run_resumes_to_its_end() {
+    let expected = uninterrupted();
+    let folder = tempfile::tempdir().unwrap();
+    train(folder.path(), Start::Fresh, &Toy::new(), &Toys::new()).unwrap();
+    finishes_the_same(folder.path(), &expected, "nothing left to do");
+}
+
+#[test]
+fn resuming_without_a_state_begins_and_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let toy = Toy::new();
+    let mut trainer = Trainer::new(run_of(folder.path(), Start::Resume, &training()), &toy);
+    let mut notices = Vec::new();
+    trainer.resume(&mut notices).unwrap();
+    assert!(notices[0].contains("nothing to resume"), "{notices:?}");
+}
+
+#[test]
+fn resuming_refuses_another_recipe_data_or_adapter_and_states_the_weaker_promise_on_another_device() {
+    let folder = tempfile::tempdir().unwrap();
+    train(folder.path(), Start::Fresh, &Toy::new(), &Toys::new()).unwrap();
+    let before = fs::read(folder.path().join("metrics.jsonl")).unwrap();
+    let resume = |change: &dyn Fn(&mut Run)| {
+        let toy = Toy::new();
+        let mut run = run_of(folder.path(), Start::Resume, &training());
+        change(&mut run);
+        let mut notices = Vec::new();
+        Trainer::new(run, &toy).resume(&mut notices).map(|()| notices)
+    };
+    type Change<'a> = &'a dyn Fn(&mut Run);
+    let changes: [(Change, &str); 4] = [
+        (&|run| run.identity.recipe["training"]["seed"] = 7.into(), "training.seed was 42, it is 7"),
+        (&|run| run.identity.data = "other".into(), "dataset has changed"),
+        (&|run| run.identity.eval = None, "eval set has changed: its fingerprint was held out, it is none"),
+        (&|run| run.identity.base = "other".into(), "base model has changed"),
+    ];
+    for (change, expected) in changes {
+        let error = resume(change).unwrap_err();
+        assert!(matches!(error, Error::State(_)));
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+    let notices = resume(&|run| run.identity.device = "cuda".into()).unwrap();
+    assert!(notices[0].contains("saved on cpu, this is cuda"), "{notices:?}");
+    let mut wider = Toy::new();
+    wider.b = Tensor::zeros([VOCABULARY, 4], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+    let error = Trainer::new(run_of(folder.path(), Start::Resume, &training()), &wider).run(&Toys::new()).unwrap_err();
+    assert!(error.to_string().contains("`toy.b` has shape [11, 3], expected [11, 4]"), "{error}");
+    assert_eq!(fs::read(folder.path().join("metrics.jsonl")).unwrap(), before, "a refusal touches nothing");
+}
+
+#[test]
+fn a_state_saved_between_two_logged_steps_resumes_to_the_same_metrics() {
+    let training = TrainingRecipe { logging_steps: 4, save_steps: Some(1), ..training() };
+    let run = |folder: &Path, start, toys: &Toys| {
+        let toy = Toy::new();
+        (Trainer::new(run_of(folder, start, &training), &toy).run(toys), toy.numbers())
+    };
+    let whole = tempfile::tempdir().unwrap();
+    let (_, expected) = run(whole.path(), Start::Fresh, &Toys::new());
+    for killed_before in 1..15 {
+        let folder = tempfile::tempdir().unwrap();
+        run(folder.path(), Start::Fresh, &Toys { killed_before: Some(killed_before), ..Toys::new() }).0.unwrap_err();
+        let (_, numbers) = run(folder.path(), Start::Resume, &Toys::new());
+        assert!(numbers == expected && series(folder.path()) == series(whole.path()), "killed before {killed_before}");
+    }
+}
+
+#[test]
+fn a_new_run_in_an_old_ones_folder_removes_it_only_when_nothing_can_refuse_it() {
+    let folder = tempfile::tempdir().unwrap();
+    train(folder.path(), Start::Fresh, &Toy::new(), &Toys::new()).unwrap();
+    let toy = Toy::new();
+    drop(Trainer::new(run_of(folder.path(), Start::Overwrite, &training()), &toy));
+    assert!(States::of(folder.path()).steps().unwrap().contains(&9), "a run that never began");
+    Trainer::new(run_of(folder.path(), Start::Overwrite, &training()), &toy)
+        .run(&Toys { killed_before: Some(0), ..Toys::new() })
+        .unwrap_err();
+    assert!(States::of(folder.path()).steps().unwrap().is_empty());
+}
