@@ -275,6 +275,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use crate::model::families::from_config;
+    use crate::model::families::tests::answer_of;
     use crate::model::spec::{Attention, LatentQuery};
 
     fn config(change: Value) -> Value {
@@ -316,5 +317,19 @@ mod tests {
         let few =
             json!({"first_k_dense_replace": 1, "n_routed_experts": 16, "topk_group": 1, "num_experts_per_tok": 3});
         assert!(fault(few).contains("3 experts for each token, but there are 2"));
+    }
+
+    /// Layers that predict further ahead lie after the last one; as many as the config tells of, and no more.
+    #[test]
+    fn layers_that_predict_further_tokens_are_passed_over_by_number() {
+        let config = json!({
+            "model_type": "deepseek_v3", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "vocab_size": 11, "first_k_dense_replace": 2, "num_nextn_predict_layers": 1,
+        });
+        let with = |name: &str| answer_of(&config, |tensors| drop(tensors.insert(name.into(), vec![8])));
+        assert_eq!(with("model.layers.2.eh_proj.weight"), "fits");
+        for other in ["model.layers.3.eh_proj.weight", "model.layers.1.eh_proj.weight", "model.layers.20.norm.weight"] {
+            assert!(with(other).contains(other), "{other}");
+        }
     }
 }

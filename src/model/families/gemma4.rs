@@ -360,8 +360,13 @@ fn block_experts(whole: &Whole, sizes: ExpertSizes, index: usize) -> Experts {
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
+    use tch::{Device, Kind, Tensor};
 
     use crate::model::families::from_config;
+    use crate::model::families::tests::write;
+    use crate::model::{Decoder, Documents};
+    use crate::recipe::BaseSource;
+    use crate::weights::Checkpoint;
 
     /// The fixture `name`, with fields changed; null takes one away.
     fn config(name: &str, changes: Value) -> Value {
@@ -423,5 +428,26 @@ mod tests {
             let found = answer(changes.clone());
             assert!(found.contains(named), "{changes}: {found}");
         }
+    }
+
+    #[test]
+    fn blocks_that_read_anothers_keys_keep_none_and_may_be_stored_with_projections_they_do_not_use() {
+        let config = json!({
+            "model_type": "gemma4_text", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 4,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "global_head_dim": 6, "vocab_size": 11,
+            "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        });
+        let mut tensors = from_config(&config).unwrap().tensors();
+        let unused = "model.layers.3.self_attn.k_proj.weight";
+        assert!(tensors.insert(unused.into(), vec![6, 8]).is_none());
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path(), &config, &tensors);
+        let checkpoint = Checkpoint::open(&BaseSource::Folder(folder.path().to_path_buf())).unwrap();
+        let model = Decoder::load(&checkpoint, Kind::Float, Device::Cpu, &|_, _| ()).unwrap();
+        let mut cache = model.cache(1);
+        let _ = model.hidden_cached(&Tensor::from_slice(&[1i64, 2, 3]), &Documents::one(3), &mut cache);
+        let heads = cache.layers.iter_mut().map(|cache| cache.keys_values().keys.size()[3]).collect::<Vec<_>>();
+        assert_eq!(heads, [4, 6]);
     }
 }

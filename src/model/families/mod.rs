@@ -125,3 +125,6 @@ pub fn from_config(config: &serde_json::Value) -> Result<ModelSpec> {
     config.prove_understood()?;
     Ok(ModelSpec { model_type: family.model_type.to_string(), ..spec })
 }
+
+#[cfg(test)]
+mod tests;
