@@ -6,8 +6,8 @@
 
 use serde_json::Value as Json;
 
-use super::chat::{Chat, PROBE};
-use super::mask::{content_text, is_assistant, uncertain};
+use super::chat::PROBE;
+use super::mask::{Told, content_text, is_assistant, uncertain};
 use super::{Begin, Encoder, Row};
 use crate::data::template::Rendered;
 
@@ -25,14 +25,8 @@ enum Side {
 
 impl Encoder {
     /// Where the turn of a message begins in the rendered conversation: where the prompt for it ends.
-    pub(super) fn begin(
-        &self,
-        chat: &Chat,
-        messages: &[Json],
-        tools: Option<&Json>,
-        at: usize,
-        rendered: &Rendered,
-    ) -> Row<Begin> {
+    pub(super) fn begin(&self, told: Told<'_>, at: usize) -> Row<Begin> {
+        let Told { chat, messages, tools, rendered } = told;
         let prompt_of = |prompted: bool| self.render(chat, &messages[..at], tools, prompted).ok();
         let prompt = (at > 0).then(|| prompt_of(is_assistant(&messages[at]))).flatten();
         if let Some(rest) = prompt.as_ref().and_then(|prompt| rendered.text.strip_prefix(&prompt.text)) {
@@ -41,11 +35,11 @@ impl Encoder {
             return Ok(rendered.text.len() - rest.len() + header.len());
         }
 
-        let shown = self.first_shown(chat, messages, tools, at, rendered).ok_or_else(|| uncertain(at))?;
+        let shown = self.first_shown(told, at).ok_or_else(|| uncertain(at))?;
         // The header is looked for behind what was said before.
         let moves = |role: &Json| role == "system" || role == "developer";
         let earlier = (0..at).rev().filter(|earlier| !moves(&messages[*earlier]["role"]));
-        let mut earlier = earlier.map(|earlier| self.first_shown(chat, messages, tools, earlier, rendered));
+        let mut earlier = earlier.map(|earlier| self.first_shown(told, earlier));
         let after = earlier.find_map(|shown| shown).unwrap_or(0);
         if after > shown {
             return Err(uncertain(at));
@@ -69,38 +63,24 @@ impl Encoder {
     }
 
     /// The first place where anything a message says is printed.
-    pub(super) fn first_shown(
-        &self,
-        chat: &Chat,
-        messages: &[Json],
-        tools: Option<&Json>,
-        at: usize,
-        rendered: &Rendered,
-    ) -> Option<usize> {
-        let traced = self.traced(chat, messages, tools, at, Side::First)?;
-        let text = &rendered.text;
+    pub(super) fn first_shown(&self, told: Told<'_>, at: usize) -> Option<usize> {
+        let traced = self.traced(told, at, Side::First)?;
+        let text = &told.rendered.text;
         let same = text.bytes().zip(traced.bytes()).take_while(|(a, b)| a == b).count();
         (traced != *text).then(|| (0..=same).rev().find(|place| text.is_char_boundary(*place)).unwrap_or(0))
     }
 
     /// The last place where anything a message says is printed.
-    pub(super) fn last_shown(
-        &self,
-        chat: &Chat,
-        messages: &[Json],
-        tools: Option<&Json>,
-        at: usize,
-        rendered: &Rendered,
-    ) -> Option<usize> {
-        let traced = self.traced(chat, messages, tools, at, Side::Last)?;
-        let text = &rendered.text;
+    pub(super) fn last_shown(&self, told: Told<'_>, at: usize) -> Option<usize> {
+        let traced = self.traced(told, at, Side::Last)?;
+        let text = &told.rendered.text;
         let same = text.bytes().rev().zip(traced.bytes().rev()).take_while(|(a, b)| a == b).count();
         (traced != *text).then_some(text.len() - same)
     }
 
     /// The conversation rendered with a character put into the texts of one message.
-    fn traced(&self, chat: &Chat, messages: &[Json], tools: Option<&Json>, at: usize, side: Side) -> Option<String> {
-        let mut messages = messages.to_vec();
+    fn traced(&self, told: Told<'_>, at: usize, side: Side) -> Option<String> {
+        let mut messages = told.messages.to_vec();
         for field in FIELDS {
             match messages[at].get_mut(field) {
                 Some(calls) if field.ends_with("calls") || field.ends_with("call") => trace_calls(calls, side),
@@ -108,7 +88,7 @@ impl Encoder {
                 None => {}
             }
         }
-        self.render(chat, &messages, tools, false).ok().map(|rendered| rendered.text)
+        self.render(told.chat, &messages, told.tools, false).ok().map(|rendered| rendered.text)
     }
 
     /// The place between `after` and `shown` before which the conversation reads as the prompt does at its end: for

@@ -11,6 +11,15 @@ use crate::data::tokenizer::Tokens;
 use crate::data::{BadRow, Document};
 use crate::recipe::TrainOn;
 
+/// A conversation and what its template makes of it.
+#[derive(Clone, Copy)]
+pub(super) struct Told<'a> {
+    pub(super) chat: &'a Chat,
+    pub(super) messages: &'a [Json],
+    pub(super) tools: Option<&'a Json>,
+    pub(super) rendered: &'a Rendered,
+}
+
 impl Encoder {
     pub(super) fn conversation(&self, messages: &[Json], tools: Option<&Json>, trained_from: usize) -> Row<Document> {
         let chat = self.chat(tools)?;
@@ -21,24 +30,25 @@ impl Encoder {
         let (selected, passed_over) = self.selected(&messages, trained_from)?;
 
         let mut rendered = self.render(chat, &messages, tools, false)?;
-        if let Some(end) = self.missing_end(chat, &messages, tools, &rendered) {
+        if let Some(end) = self.missing_end(Told { chat, messages: &messages, tools, rendered: &rendered }) {
             rendered.text.push_str(&end);
         }
+        let told = Told { chat, messages: &messages, tools, rendered: &rendered };
         let tokens = self.tokenizer.encode_rendered(&rendered).map_err(BadRow::Malformed)?;
         self.check_bos(&tokens.ids)?;
         let mut trained = vec![false; tokens.ids.len()];
         if self.recipe.train_on == TrainOn::All {
-            let from = if trained_from == 0 { 0 } else { self.begin(chat, &messages, tools, trained_from, &rendered)? };
+            let from = if trained_from == 0 { 0 } else { self.begin(told, trained_from)? };
             for (flag, span) in trained.iter_mut().zip(&tokens.spans) {
                 *flag = span.end > from;
             }
             if !passed_over.is_empty() {
-                for span in self.turns(chat, &messages, tools, &passed_over, &rendered, &tokens)? {
+                for span in self.turns(told, &passed_over, &tokens)? {
                     trained[span].fill(false);
                 }
             }
         } else {
-            for span in self.turns(chat, &messages, tools, &selected, &rendered, &tokens)? {
+            for span in self.turns(told, &selected, &tokens)? {
                 trained[span].fill(true);
             }
         }
@@ -55,7 +65,8 @@ impl Encoder {
 
     /// The end of the last turn where the template writes none: with some (GLM's) it is the next turn's header that ends a turn,
     /// a token the model gives itself to say that it is done.
-    fn missing_end(&self, chat: &Chat, messages: &[Json], tools: Option<&Json>, rendered: &Rendered) -> Option<String> {
+    fn missing_end(&self, told: Told<'_>) -> Option<String> {
+        let Told { chat, messages, tools, rendered } = told;
         let asked = chat.asked.as_ref().filter(|_| !chat.template.marks_generation())?;
         let last = messages.last().filter(|last| is_assistant(last))?;
         if last["tool_calls"].as_array().is_none_or(|calls| calls.is_empty()) {
@@ -108,17 +119,10 @@ impl Encoder {
     }
 
     /// The tokens of the selected turns, each with its end-of-turn token.
-    fn turns(
-        &self,
-        chat: &Chat,
-        messages: &[Json],
-        tools: Option<&Json>,
-        selected: &[usize],
-        rendered: &Rendered,
-        tokens: &Tokens,
-    ) -> Row<Vec<Range<usize>>> {
+    fn turns(&self, told: Told<'_>, selected: &[usize], tokens: &Tokens) -> Row<Vec<Range<usize>>> {
+        let Told { chat, messages, rendered, .. } = told;
         if chat.template.marks_generation() {
-            let spans = self.generated(chat, messages, tools, selected, rendered)?;
+            let spans = self.generated(told, selected)?;
             return Ok(spans.into_iter().map(|span| tokens_of(tokens, &span, rendered, chat)).collect());
         }
         let assistants: Vec<usize> = (0..messages.len()).filter(|at| is_assistant(&messages[*at])).collect();
@@ -127,13 +131,13 @@ impl Encoder {
         let headers = chat.headers(rendered).filter(|ends| ends.len() == assistants.len());
         // A conversation may change what a template prompts with (`/no_think`).
         let headers = headers.filter(|ends| {
-            let last = assistants.last().map(|last| self.begin(chat, messages, tools, *last, rendered));
+            let last = assistants.last().map(|last| self.begin(told, *last));
             !matches!(last, Some(Ok(begin)) if ends.last() != Some(&begin))
         });
         let begins: Vec<(usize, Begin)> = match headers {
             Some(ends) => assistants.into_iter().zip(ends).filter(|(at, _)| from(at)).collect(),
             None => {
-                let begin = |at: usize| Ok((at, self.begin(chat, messages, tools, at, rendered)?));
+                let begin = |at: usize| Ok((at, self.begin(told, at)?));
                 assistants.into_iter().filter(from).map(begin).collect::<Row<_>>()?
             }
         };
@@ -143,7 +147,7 @@ impl Encoder {
             let limit = begins.get(turn + 1).map_or(usize::MAX, |(_, next)| *next);
             // A token that closes a turn but ends no generation may close a part of one as well: there the last part counts.
             let said = match chat.closing {
-                Some(_) => self.last_shown(chat, messages, tools, *message, rendered).unwrap_or(*begin),
+                Some(_) => self.last_shown(told, *message).unwrap_or(*begin),
                 None => *begin,
             };
             let end = (first..tokens.ids.len())
@@ -169,7 +173,7 @@ impl Encoder {
             if let Some(next) = messages.get(*message + 1).filter(|next| !is_assistant(next) && next["role"] != "user")
             {
                 // Some templates write what a tool answers into the turn that called it.
-                let shown = self.first_shown(chat, messages, tools, *message + 1, rendered);
+                let shown = self.first_shown(told, *message + 1);
                 if shown.is_some_and(|shown| shown < tokens.spans[end].end) {
                     return Err(holds_another(*message, &next["role"]));
                 }
@@ -180,14 +184,8 @@ impl Encoder {
     }
 
     /// The spans a template marks with `{% generation %}` for the selected messages.
-    fn generated(
-        &self,
-        chat: &Chat,
-        messages: &[Json],
-        tools: Option<&Json>,
-        selected: &[usize],
-        rendered: &Rendered,
-    ) -> Row<Vec<Range<usize>>> {
+    fn generated(&self, told: Told<'_>, selected: &[usize]) -> Row<Vec<Range<usize>>> {
+        let Told { chat, messages, tools, rendered } = told;
         let assistants: Vec<usize> = (0..messages.len()).filter(|at| is_assistant(&messages[*at])).collect();
         let spans = &rendered.generation;
         if selected.len() == assistants.len() {
