@@ -3,8 +3,8 @@
 //! The rooms of the house, in the order a run walks through them:
 //! [`recipe`] (what was typed, then what it means), [`weights`] and [`model`] (the base),
 //! [`data`] (parquet to batches), [`adapter`] (who gets one), [`objective`] and [`train`]
-//! (steps, state, metrics), [`export`] (what is written). [`ops`] and [`torch_ext`] are the
-//! engine room; [`commands`] holds one verb per file.
+//! (steps, state, metrics), [`export`] (what is written). [`ops`], [`quant`] and [`torch_ext`]
+//! are the engine room; [`commands`] holds one verb per file.
 #![deny(missing_docs)]
 
 pub mod adapter;
@@ -17,6 +17,7 @@ pub mod export;
 pub mod model;
 pub mod objective;
 pub mod ops;
+pub mod quant;
 pub mod recipe;
 pub mod torch_ext;
 pub mod train;

@@ -29,6 +29,10 @@ impl Element for i64 {
     const KIND: Kind = Kind::Int64;
 }
 
+impl Element for u8 {
+    const KIND: Kind = Kind::Uint8;
+}
+
 /// The elements of a contiguous CPU tensor.
 ///
 /// Panics when the tensor is elsewhere, not contiguous, or of another number type. The caller must not change the tensor in

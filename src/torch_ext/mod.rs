@@ -22,7 +22,7 @@ pub use elements::{Element, elements, elements_mut, filled, filled_many, filled_
 pub use failure::catching;
 pub use flash::{FlashVarlen, flash_varlen, flash_varlen_backward};
 pub use gemm::{Rows, bf16_gemm, bf16_gemm_done, bf16_gemm_serves};
-pub use optimizer::{AdamW, clear_gradients, fused_adamw_, global_norm};
+pub use optimizer::{AdamW, add_scaled, clear_gradients, fused_adamw_, global_norm};
 pub use parallel::{parallel_for, parallel_tasks};
 pub use random::{keep_mask, uniform};
 

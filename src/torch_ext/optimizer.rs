@@ -25,6 +25,7 @@ unsafe extern "C" {
         grad_scale: Raw,
         found_inf: Raw,
     ) -> *mut c_char;
+    fn engraft_add_scaled(x: Raw, y: Raw, factor: f64, out: *mut Raw) -> *mut c_char;
     fn engraft_clear_gradients(tensors: *const Raw, n: usize);
     fn engraft_global_norm(tensors: *const Raw, n: usize, out: *mut Raw) -> *mut c_char;
 }
@@ -78,6 +79,14 @@ pub fn fused_adamw_(
             guard.map_or(std::ptr::null_mut(), |(_, skip)| raw(skip)),
         )
     })
+}
+
+/// `x + factor * y`, rounded as torch's `add(alpha=)` does it: once, on processors that can.
+pub fn add_scaled(x: &Tensor, y: &Tensor, factor: f64) -> Tensor {
+    let mut out = std::ptr::null_mut();
+    // SAFETY: live tensors; `out` is filled on success.
+    expect(unsafe { engraft_add_scaled(raw(x), raw(y), factor, &mut out) });
+    owned(out).expect("filled on success")
 }
 
 /// Drops the gradient of every tensor: the next backward then gives its own away instead of adding it to zeros.

@@ -125,6 +125,10 @@ char* engraft_fused_adamw(at::Tensor** params, at::Tensor** grads, at::Tensor** 
   });
 }
 
+char* engraft_add_scaled(at::Tensor* x, at::Tensor* y, double factor, at::Tensor** out) {
+  return guarded([&] { *out = new at::Tensor(at::add(*x, *y, factor)); });
+}
+
 void engraft_clear_gradients(at::Tensor** tensors, size_t n) {
   for (size_t i = 0; i < n; ++i) tensors[i]->mutable_grad().reset();
 }

@@ -31,6 +31,9 @@ char* engraft_fused_adamw(at::Tensor** params, at::Tensor** grads, at::Tensor** 
                           at::Tensor** steps, size_t n, double lr, double beta1, double beta2, double weight_decay,
                           double eps, at::Tensor* grad_scale, at::Tensor* found_inf);
 
+// x + factor * y, one rounding where the processor has it: tch's own `add` takes no factor.
+char* engraft_add_scaled(at::Tensor* x, at::Tensor* y, double factor, at::Tensor** out);
+
 // Drops the gradient of every tensor.
 void engraft_clear_gradients(at::Tensor** tensors, size_t n);
 // L2 norm over all elements of all tensors, fp32 scalar on their device.

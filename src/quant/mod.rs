@@ -1,0 +1,3 @@
+//! NF4, FP4, int8, fp8: quantise, dequantise, stored forms.
+
+pub mod dynamic;
