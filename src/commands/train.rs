@@ -15,7 +15,7 @@ use crate::export::run::{self, Finished};
 use crate::objective::Supervised;
 use crate::recipe::{DataSource, Recipe};
 use crate::train::{
-    Datasets, Event, Events, Identity, Interrupts, Progress, Run, RunFolder, Start, Trainer, device_name,
+    Datasets, Event, Events, Identity, Interrupts, Progress, Run, RunFolder, Start, Trainer, bytes_beside, device_name,
     recomputed_layers,
 };
 use crate::{Error, Fault, Result};
@@ -71,7 +71,8 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
 
     let tokens = u64::from(plan.training.micro_batch_size)
         * train.report().longest.max(if plan.dataset.packing { plan.dataset.max_length.into() } else { 0 });
-    let recomputed_layers = recomputed_layers(plan.training.recompute, &model.spec, plan.kind, device, tokens);
+    let beside = bytes_beside(&adapters.parameters(), &plan.training);
+    let recomputed_layers = recomputed_layers(plan.training.recompute, &model.spec, plan.kind, device, tokens, beside);
     if recomputed_layers > 0 {
         console.say(format_args!("{recomputed_layers} of {} layers are recomputed", model.spec.layers.len()));
     }

@@ -277,11 +277,71 @@ mod tests {
             &[
                 "6:9: `device` is the text \"gpu\", expected one of `auto`, `cpu`, `cuda` | write `cuda`",
                 "7:8: `dtype` is the text \"bfloat16\" | write `bf16`",
-                "8:23: `training.optimizer` is the text \"adamw_torch\", expected `adamw` | write `adamw`",
+                "8:23: `training.optimizer` is the text \"adamw_torch\", expected one of `adamw`, `adamw_8bit` | write `adamw`",
                 "8:50: `training.lr_scheduler` is the text \"cosin\" | write `cosine`",
                 "9:19: `adapter.method` is the text \"lokr\", expected `lora`",
             ],
         );
+    }
+
+    #[test]
+    fn optimizers_of_other_tools_are_translated() {
+        for (theirs, ours) in [
+            ("paged_adamw_8bit", "adamw_8bit"),
+            ("adamw_bnb_8bit", "adamw_8bit"),
+            ("paged_adamw_32bit", "adamw"),
+            ("adamw_torch_fused", "adamw"),
+            ("lion_32bit", "lion"),
+            ("schedule_free_adam", "schedule_free_adamw"),
+            ("muom", "muon"),
+        ] {
+            let expected =
+                format!("6:23: `training.optimizer` is the text \"{theirs}\", expected one of | write `{ours}`");
+            refused_with(&format!("training: {{optimizer: {theirs}}}\n"), &[&expected]);
+        }
+    }
+
+    #[test]
+    fn keys_that_the_optimizer_does_not_use_are_refused() {
+        refused_with(
+            "training:\n  optimizer: sgd\n  adam_beta1: 0.9\n  adam_epsilon: 1e-6\n  adjust_lr_fn: original\n  momentum: 0.9\n",
+            &[
+                "8:15: `training.adam_beta1` is the number 0.9, but `training.optimizer` is `sgd`, which does not use it | leave",
+                "9:17: `training.adam_epsilon` is the number 1e-6, but | or choose `adamw` or `adamw_8bit`",
+                "10:17: `training.adjust_lr_fn` is the text \"original\", but | or choose `muon`",
+            ],
+        );
+        refused_with(
+            "training: {momentum: 0.9, nesterov: true}\n",
+            &[
+                "6:22: `training.momentum` is the number 0.9, but `training.optimizer` is `adamw`, which does not use it | `sgd`",
+                "6:37: `training.nesterov` is `true`, but | or choose `sgd` or `muon`",
+            ],
+        );
+        refused_with(
+            "training: {optimizer: sgd, nesterov: true}\n",
+            &["6:38: `training.nesterov` needs `training.momentum` | 0.9"],
+        );
+        refused_with(
+            "training: {optimizer: schedule_free_adamw, adam_beta1: 0}\n",
+            &[
+                "6:23: `training.optimizer` is `schedule_free_adamw`, whose average | `constant`",
+                "6:56: `training.adam_beta1` is 0, but `schedule_free_adamw` | above 0",
+            ],
+        );
+        refused_with(
+            "training: {optimizer: schedule_free_adamw, lr_scheduler: linear}\n",
+            &["6:58: `training.optimizer` is `schedule_free_adamw` | `constant`"],
+        );
+        for taken in [
+            "{optimizer: schedule_free_adamw, lr_scheduler: constant, warmup_steps: 3}",
+            "{optimizer: muon, adam_beta1: 0.8, momentum: 0.9, adjust_lr_fn: match_rms_adamw}",
+            "{optimizer: sgd, momentum: 0.9, nesterov: true}",
+            "{optimizer: adafactor, loraplus_lr_ratio: 16}",
+        ] {
+            let text = format!("{GOOD}training: {taken}\n");
+            Recipe::parse(Path::new("r.yaml"), &text, &[]).unwrap_or_else(|error| panic!("{taken}: {error}"));
+        }
     }
 
     #[test]
@@ -299,7 +359,7 @@ mod tests {
             ),
             (
                 "training",
-                "learning_rate: .nan|learning_rate: .inf|learning_rate: 1e999|learning_rate: -1e-4|adam_beta1: 1",
+                "learning_rate: .nan|learning_rate: .inf|learning_rate: 1e999|learning_rate: -1e-4|adam_beta1: 1|loraplus_lr_ratio: 0",
             ),
             (
                 "training",

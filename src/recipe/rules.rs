@@ -22,6 +22,7 @@ pub(super) fn check(tree: &Node) -> Vec<Problem> {
             problems.push(Problem::new(&node.place, what, "leave one of them out"));
         }
     }
+    problems.extend(of_the_optimizer(tree));
     if given(tree, "dataset.format").and_then(Node::text) == Some("text") {
         for (key, choices) in NEED_TURNS {
             let node = given(tree, key)
@@ -58,12 +59,68 @@ const EXCLUDES: &[(&str, &str, &str)] =
 const NEED_TURNS: &[(&str, &[&str])] =
     &[("dataset.chat_template", &[]), ("dataset.system", &[]), ("dataset.train_on", &["assistant", "last-assistant"])];
 
+const OPTIMIZER: &str = "training.optimizer";
+
+/// Keys of some optimizers, and which.
+const OF_OPTIMIZERS: &[(&str, &[&str])] = &[
+    ("training.adam_beta1", &["adamw", "adamw_8bit", "lion", "schedule_free_adamw", "muon"]),
+    ("training.adam_beta2", &["adamw", "adamw_8bit", "lion", "schedule_free_adamw", "muon"]),
+    ("training.adam_epsilon", &["adamw", "adamw_8bit", "schedule_free_adamw", "muon"]),
+    ("training.momentum", &["sgd", "muon"]),
+    ("training.nesterov", &["sgd", "muon"]),
+    ("training.adjust_lr_fn", &["muon"]),
+];
+
 /// More regular expressions than this in one mapping would take long to check, and longer to match.
 const MOST_EXPRESSIONS: usize = 1000;
 
 /// The value at `path`, unless it is null or false, which say the same as leaving it out.
 fn given<'a>(tree: &'a Node, path: &str) -> Option<&'a Node> {
     tree.at(path).filter(|node| !matches!(node.value, Value::Null | Value::Bool(false)))
+}
+
+/// Keys that the chosen optimizer does not use, and what it needs.
+fn of_the_optimizer(tree: &Node) -> Vec<Problem> {
+    let chosen = match given(tree, OPTIMIZER).map(|node| node.text()) {
+        None => "adamw",
+        Some(Some(text)) => text,
+        Some(None) => return Vec::new(), // no text at all: said elsewhere
+    };
+    let mut problems = Vec::new();
+    for (key, users) in OF_OPTIMIZERS {
+        if let Some(node) = given(tree, key).filter(|_| !users.contains(&chosen)) {
+            let what = format!("`{key}` is {}, but `{OPTIMIZER}` is `{chosen}`, which does not use it", node.found());
+            let list: Vec<String> = users.iter().map(|user| format!("`{user}`")).collect();
+            let hint = format!("leave `{key}` out, or choose {}", list.join(" or "));
+            problems.push(Problem::new(&node.place, what, hint));
+        }
+    }
+    let zero = |node: &Node| matches!(node.value, Value::Integer(0)) || matches!(node.value, Value::Float(0.0));
+    match (chosen, given(tree, OPTIMIZER)) {
+        ("schedule_free_adamw", Some(node)) => {
+            let schedule = given(tree, "training.lr_scheduler");
+            if schedule.and_then(Node::text) != Some("constant") {
+                let place = schedule.map_or(&node.place, |schedule| &schedule.place);
+                let what =
+                    format!("`{OPTIMIZER}` is `{chosen}`, whose average takes the place of a falling learning rate");
+                problems.push(Problem::new(place, what, "write `training.lr_scheduler`: `constant`"));
+            }
+            if let Some(beta) = given(tree, "training.adam_beta1").filter(|beta| zero(beta)) {
+                let what =
+                    format!("`training.adam_beta1` is 0, but `{chosen}` takes its gradients between average and steps");
+                problems.push(Problem::new(&beta.place, what, "give a number above 0, or leave it out for 0.9"));
+            }
+        }
+        ("sgd", _) if given(tree, "training.momentum").is_none_or(zero) => {
+            if let Some(nesterov) = given(tree, "training.nesterov") {
+                let what = "`training.nesterov` needs `training.momentum`: without it there is none to look ahead with";
+                let hint = "give `training.momentum`, 0.9 for one, or leave `training.nesterov` out";
+                problems.push(Problem::new(&nesterov.place, what.to_string(), hint));
+            }
+        }
+        _ => {}
+    }
+    problems
 }
 
 fn wrong_target(key: &str, node: &Node, text: &str) -> Option<Problem> {

@@ -318,16 +318,26 @@ pub struct TrainingRecipe {
     pub learning_rate: f64,
     /// The optimizer.
     pub optimizer: Optimizer,
-    /// AdamW's first decay.
+    /// First decay of AdamW's kinds and of Lion; absent: 0.9.
     #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
-    pub adam_beta1: f64,
-    /// AdamW's second decay.
+    pub adam_beta1: Option<f64>,
+    /// Second decay of AdamW's kinds and of Lion; absent: 0.999, 0.99 for Lion.
     #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
-    pub adam_beta2: f64,
-    /// AdamW's epsilon.
+    pub adam_beta2: Option<f64>,
+    /// Epsilon of AdamW's kinds.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub adam_epsilon: f64,
-    /// Decoupled weight decay on A and B.
+    /// Momentum of `sgd` and `muon`; absent: 0 and 0.95.
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
+    pub momentum: Option<f64>,
+    /// Whether the momentum of `sgd` and `muon` is Nesterov's; absent: false and true.
+    pub nesterov: Option<bool>,
+    /// What `muon` multiplies the learning rate by; absent: `original`.
+    pub adjust_lr_fn: Option<AdjustLr>,
+    /// The learning rate of B is so many times that of A (LoRA+, arXiv:2402.12354); absent: the same.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub loraplus_lr_ratio: Option<f64>,
+    /// Weight decay on A and B: decoupled from the gradient, but with `sgd`.
     #[schemars(range(min = 0))]
     pub weight_decay: f64,
     /// Shape of the learning rate after warmup.
@@ -388,9 +398,13 @@ impl Default for TrainingRecipe {
             gradient_accumulation_steps: 1,
             learning_rate: 2e-4,
             optimizer: Optimizer::Adamw,
-            adam_beta1: 0.9,
-            adam_beta2: 0.999,
+            adam_beta1: None,
+            adam_beta2: None,
             adam_epsilon: 1e-8,
+            momentum: None,
+            nesterov: None,
+            adjust_lr_fn: None,
+            loraplus_lr_ratio: None,
             weight_decay: 0.0,
             lr_scheduler: Scheduler::Cosine,
             warmup_steps: None,
@@ -415,11 +429,36 @@ impl Default for TrainingRecipe {
 
 /// The optimizer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "snake_case")]
 pub enum Optimizer {
     /// AdamW (arXiv:1711.05101), libtorch's fused kernel.
     #[default]
     Adamw,
+    /// AdamW with moments of 8 bits (arXiv:2110.02861), as bitsandbytes keeps them.
+    #[serde(rename = "adamw_8bit")]
+    Adamw8bit,
+    /// Adafactor (arXiv:1804.04235), as transformers' Trainer sets it: the learning rate is the recipe's.
+    Adafactor,
+    /// Lion (arXiv:2302.06675); it wants a learning rate some ten times lower than AdamW's.
+    Lion,
+    /// Gradient descent, with momentum where one is given.
+    Sgd,
+    /// Schedule-free AdamW (arXiv:2405.15682); it needs `lr_scheduler: constant`. An average of the steps is evaluated and saved.
+    ScheduleFreeAdamw,
+    /// Muon, as torch has it: momentum made orthogonal; it wants a learning rate some hundred times higher than AdamW's, or the same
+    /// with `adjust_lr_fn: match_rms_adamw`.
+    Muon,
+}
+
+/// What `muon` multiplies the learning rate by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum AdjustLr {
+    /// sqrt(max(1, rows / columns)).
+    #[default]
+    Original,
+    /// 0.2 sqrt(max(rows, columns)): steps as large as AdamW's (arXiv:2502.16982).
+    MatchRmsAdamw,
 }
 
 /// Shape of the learning rate after warmup.

@@ -23,16 +23,29 @@ const SHARE: f64 = 0.85;
 
 /// How many of the first blocks run again in backward, for micro-batches of at most `tokens` tokens.
 ///
-/// Call it when the model and its adapters are loaded: it looks at what is free then.
-pub fn recomputed_layers(choice: Recompute, spec: &ModelSpec, kind: Kind, device: Device, tokens: u64) -> usize {
+/// Call it when the model and its adapters are loaded: it looks at what is free then. Of that, gradients and the optimizer's
+/// state will take `beside` bytes ([`super::bytes_beside`]).
+pub fn recomputed_layers(
+    choice: Recompute,
+    spec: &ModelSpec,
+    kind: Kind,
+    device: Device,
+    tokens: u64,
+    beside: u64,
+) -> usize {
     match choice {
         Recompute::None => 0,
         Recompute::Full => spec.layers.len(),
         Recompute::Auto => match free_bytes(device) {
-            Some(free) => fewest(spec, kind, tokens, (free as f64 * SHARE) as u64),
+            Some(free) => fewest(spec, kind, tokens, budget(free, beside)),
             None => 0,
         },
     }
+}
+
+/// What activations may take of `free` bytes, of which `beside` will not be free.
+fn budget(free: u64, beside: u64) -> u64 {
+    (free.saturating_sub(beside) as f64 * SHARE) as u64
 }
 
 /// The fewest recomputed blocks with which a micro-batch fits into `budget` bytes; all of them where nothing does.
@@ -137,6 +150,11 @@ mod tests {
         let spec = eight_billion();
         let per_token: u64 = spec.layers.iter().map(|layer| kept_bytes(layer, 4096, 2)).sum();
         assert!((3_000_000..3_050_000).contains(&per_token), "{per_token}");
+    }
+
+    #[test]
+    fn what_the_optimizer_takes_is_not_the_activations() {
+        assert_eq!([budget(1000, 0), budget(1000, 200), budget(1000, 2000)], [850, 680, 0]);
     }
 
     #[test]

@@ -27,7 +27,7 @@ pub use folder::{RunFolder, Start};
 pub use ledger::{Best, Identity, Ledger, LossSum};
 pub use memory::recomputed_layers;
 pub use metrics::{EvalRecord, Event, Events, Metrics, StepRecord, peak_memory_bytes};
-pub use optimizer::{AdamW, restore};
+pub use optimizer::{Optimizer, bytes_beside, restore};
 pub use outcome::Outcome;
 pub use progress::Progress;
 pub use scaler::Scaler;

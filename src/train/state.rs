@@ -1,8 +1,8 @@
 //! Resumable states: a folder per state, complete or not there at all.
 //!
 //! ```text
-//! <run>/state/step-000123/adapter.safetensors      the trained tensors
-//!                         optimizer.safetensors    step and moments
+//! <run>/state/step-000123/adapter.safetensors      the adapter, as it is evaluated
+//!                         optimizer.safetensors    step, moments, and what is trained where that is another thing
 //!                         state.json               the ledger
 //!                         manifest.json            size and SHA-256 of each file above
 //! ```
@@ -27,6 +27,8 @@ use crate::{Error, Fault, Result};
 
 const ADAPTER: &str = "adapter.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
+/// The number types that a state holds.
+const TYPES: [(Dtype, Kind); 3] = [(Dtype::F32, Kind::Float), (Dtype::F64, Kind::Double), (Dtype::U8, Kind::Uint8)];
 const LEDGER: &str = "state.json";
 const MANIFEST: &str = "manifest.json";
 const TEMPORARY: &str = ".tmp-";
@@ -235,13 +237,16 @@ fn tensors_to_bytes(tensors: &[(String, Tensor)], place: &Path) -> Result<Vec<u8
             let hint = "lower training.learning_rate, or set training.max_grad_norm; the state before is intact";
             return Err(Error::Diverged(Fault::at(place, what).hint(hint)));
         }
-        let tensor = tensor.detach().to_device(Device::Cpu).to_kind(Kind::Float).contiguous();
-        let mut bytes = vec![0; tensor.numel() * size_of::<f32>()];
+        let tensor = tensor.detach().to_device(Device::Cpu).contiguous();
+        let Some((dtype, _)) = TYPES.iter().find(|(_, kind)| *kind == tensor.kind()) else {
+            return Err(Error::Output(Fault::at(place, format!("`{name}` holds {:?} numbers", tensor.kind()))));
+        };
+        let mut bytes = vec![0; tensor.numel() * tensor.kind().elt_size_in_bytes()];
         tensor.copy_data_u8(&mut bytes, tensor.numel());
-        stored.push((name, tensor.size().iter().map(|&size| size as usize).collect::<Vec<_>>(), bytes));
+        stored.push((name, *dtype, tensor.size().iter().map(|&size| size as usize).collect::<Vec<_>>(), bytes));
     }
-    let views = stored.iter().map(|(name, shape, bytes)| {
-        let view = TensorView::new(Dtype::F32, shape.clone(), bytes);
+    let views = stored.iter().map(|(name, dtype, shape, bytes)| {
+        let view = TensorView::new(*dtype, shape.clone(), bytes);
         (name, view.expect("the buffer was made for this shape"))
     });
     let bytes = safetensors::serialize(views, None);
@@ -252,11 +257,11 @@ fn tensors_from_bytes(bytes: &[u8], place: &Path) -> Result<Vec<(String, Tensor)
     let damaged = |what: String| Error::State(Fault::at(place, what));
     let tensors = SafeTensors::deserialize(bytes).map_err(|error| damaged(format!("not safetensors: {error}")))?;
     let read = tensors.tensors().into_iter().map(|(name, view)| {
-        if view.dtype() != Dtype::F32 {
-            return Err(damaged(format!("`{name}` is {:?}, expected F32", view.dtype())));
-        }
+        let Some((_, kind)) = TYPES.iter().find(|(dtype, _)| *dtype == view.dtype()) else {
+            return Err(damaged(format!("`{name}` is {:?}, expected F32, F64 or U8", view.dtype())));
+        };
         let shape: Vec<i64> = view.shape().iter().map(|&size| size as i64).collect();
-        let tensor = Tensor::f_from_data_size(view.data(), &shape, Kind::Float);
+        let tensor = Tensor::f_from_data_size(view.data(), &shape, *kind);
         Ok((name, tensor.map_err(|error| damaged(error.to_string()))?))
     });
     let mut read = read.collect::<Result<Vec<_>>>()?;
@@ -320,6 +325,24 @@ mod tests {
         assert_eq!(optimizer[0].1.double_value(&[]), 12.0);
         assert!(states.newest().unwrap().is_some());
         assert!(saved(&[]).1.newest().unwrap().is_none());
+    }
+
+    #[test]
+    fn numbers_of_every_type_come_back_bit_for_bit() {
+        let (_folder, states) = saved(&[]);
+        let optimizer: Vec<(String, Tensor)> = vec![
+            ("codes".into(), Tensor::from_slice(&[0u8, 7, 255]).reshape([3, 1])),
+            ("single".into(), Tensor::from(0.1f32)),
+            ("sum".into(), Tensor::from(0.1f64)),
+        ];
+        let copies = optimizer.iter().map(|(name, tensor)| (name.clone(), tensor.copy())).collect();
+        states.save(&State { optimizer: copies, ..state(3) }).unwrap();
+        for ((name, found), (other, expected)) in states.load(3).unwrap().optimizer.iter().zip(&optimizer) {
+            assert_eq!((name, found.kind(), found.size()), (other, expected.kind(), expected.size()));
+            assert!(found.equal(expected), "{name}");
+        }
+        let odd = State { optimizer: vec![("step".into(), Tensor::from(1i64))], ..state(4) };
+        assert!(states.save(&odd).unwrap_err().to_string().contains("`step` holds Int64 numbers"));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use tch::{Device, Tensor, no_grad};
 
 use super::ledger::{Identity, Ledger};
 use super::metrics::{EvalRecord, Event, Events, Metrics, StepRecord, peak_memory_bytes};
-use super::optimizer::{AdamW, restore};
+use super::optimizer::{Optimizer, restore};
 use super::state::States;
 use super::{BatchSource, Interrupts, Outcome, Progress, RunFolder, Schedule, report};
 use crate::data::{Batch, Cursor, RowId};
@@ -47,7 +47,7 @@ pub struct Trainer<'a> {
     learner: &'a dyn Learner,
     run: Run,
     parameters: Vec<(String, Tensor)>,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     states: States,
     ledger: Ledger,
     /// Steps whose loss and gradient norm are still on the device.
@@ -89,7 +89,7 @@ impl<'a> Trainer<'a> {
         let parameters = learner.parameters();
         Self {
             learner,
-            optimizer: AdamW::new(&parameters, &run.training),
+            optimizer: Optimizer::new(&parameters, &run.training),
             states: States::of(&run.folder.path),
             ledger: Ledger::new(run.identity.clone(), run.half),
             parameters,
@@ -301,15 +301,20 @@ impl<'a> Trainer<'a> {
     /// The mean loss over the trained tokens of the eval set. A signal ends it without a result; it is then still due.
     fn evaluate(&mut self, source: &dyn BatchSource, metrics: &mut Metrics) -> Result<()> {
         let began = Instant::now();
-        let (mut sum, mut tokens) = (0.0, 0u64);
-        for batch in source.evaluation()? {
-            let batch = batch?;
-            sum += catching(&place(&batch), || Ok(no_grad(|| self.learner.loss(&batch, None, 1.0)).double_value(&[])))?;
-            tokens += batch.rows.size()[0] as u64;
-            if self.run.interrupts.received().is_some() {
-                return Ok(());
+        let over_the_set = || {
+            let (mut sum, mut tokens) = (0.0, 0u64);
+            for batch in source.evaluation()? {
+                let batch = batch?;
+                let loss = || Ok(no_grad(|| self.learner.loss(&batch, None, 1.0)).double_value(&[]));
+                sum += catching(&place(&batch), loss)?;
+                tokens += batch.rows.size()[0] as u64;
+                if self.run.interrupts.received().is_some() {
+                    return Ok(None);
+                }
             }
-        }
+            Ok::<_, Error>(Some((sum, tokens)))
+        };
+        let Some((sum, tokens)) = self.optimizer.at_evaluated(over_the_set)? else { return Ok(()) };
         if tokens == 0 {
             return Err(Error::Data(Fault::new("the eval set", "has no trained token")));
         }
@@ -349,9 +354,11 @@ impl<'a> Trainer<'a> {
         }
         self.save(source, metrics)?;
         let taken = self.ledger.taken(self.run.training.load_best_model_at_end);
-        if taken != self.ledger.step {
-            restore(&self.parameters, &self.states.load(taken)?.adapter, &self.states.path(taken))?;
-        }
+        let adapter = match taken == self.ledger.step {
+            true => self.optimizer.evaluated(),
+            false => self.states.load(taken)?.adapter,
+        };
+        restore(&self.parameters, &adapter, &self.states.path(taken))?;
         self.ledger.elapsed_seconds = self.elapsed();
         let outcome = Outcome::of(&self.ledger, taken, &self.states);
         report::write(&self.run.folder.path, &self.run.facts, &self.run.identity.recipe, &outcome)?;

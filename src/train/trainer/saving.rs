@@ -1,7 +1,5 @@
 //! How a run is saved and taken up again.
 
-use tch::Tensor;
-
 use super::Trainer;
 use crate::train::ledger::Ledger;
 use crate::train::metrics::{Event, Metrics};
@@ -24,11 +22,9 @@ impl Trainer<'_> {
         }
         self.ledger.metrics_bytes = metrics.flush()?;
         self.ledger.elapsed_seconds = self.elapsed();
-        let cloned =
-            |tensors: &[(String, Tensor)]| tensors.iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
         let state = State {
             ledger: self.ledger.clone(),
-            adapter: cloned(&self.parameters),
+            adapter: self.optimizer.evaluated(),
             optimizer: self.optimizer.tensors(),
         };
         let path = self.states.save(&state)?;

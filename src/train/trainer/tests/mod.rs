@@ -1,6 +1,7 @@
 //! The trainer on a toy.
 
 mod finite;
+mod optimizers;
 mod resuming;
 mod toy;
 

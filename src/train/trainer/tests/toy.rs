@@ -13,7 +13,7 @@ use crate::train::trainer::seed::mix;
 use crate::train::trainer::*;
 use crate::train::{MicroBatches, Start};
 pub(super) const VOCABULARY: i64 = 11;
-const WIDTH: i64 = 6;
+pub(super) const WIDTH: i64 = 6;
 
 pub(super) struct Toy {
     pub(super) embedding: Tensor,
