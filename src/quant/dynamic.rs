@@ -54,7 +54,8 @@ impl Map {
             *bound = (pair[0] + pair[1]) / 2.0;
         }
         let on = |values: &[f32]| Tensor::from_slice(values).to_device(device);
-        Self { codes: on(&codes), bounds: on(&bounds[..255]), table: Table { codes, bounds } }
+        let starts = starts(&bounds);
+        Self { codes: on(&codes), bounds: on(&bounds[..255]), table: Table { codes, bounds, starts } }
     }
 }
 
@@ -106,6 +107,37 @@ struct Table {
     codes: [f32; 256],
     /// Between a code and the next, and none above the last.
     bounds: [f32; 256],
+    /// Of each [`bucket`] the number of bounds below all that is in it. So fine are the buckets that at most one lies inside.
+    starts: Box<[u8; BUCKETS]>,
+}
+
+/// All bits of a number but its sign.
+const MAGNITUDE: u32 = 0x7fff_ffff;
+/// Sign, and 12 bits of magnitude.
+const BUCKETS: usize = 1 << 13;
+/// The upper halves of 2^-25 and of 1: no bound of either map but 0 is nearer to 0, and scaled numbers go to 1.
+const LEAST: u32 = 0x3300;
+const MOST: u32 = 0x3f80;
+
+/// Numbers that share sign, exponent and 7 bits of their fraction.
+#[inline(always)]
+fn bucket(scaled: f32) -> usize {
+    let bits = scaled.to_bits();
+    let place = ((bits & MAGNITUDE) >> 16).clamp(LEAST, MOST) - LEAST;
+    (place | (bits >> 31 << 12)) as usize & (BUCKETS - 1)
+}
+
+fn starts(bounds: &[f32; 256]) -> Box<[u8; BUCKETS]> {
+    let mut starts = Box::new([0; BUCKETS]);
+    for magnitude in LEAST..=MOST {
+        // The least number of the bucket: nearest to 0 where positive, farthest where negative.
+        let near = f32::from_bits(if magnitude == LEAST { 0 } else { magnitude << 16 });
+        let far = -f32::from_bits((magnitude << 16) | 0xffff);
+        for least in [near, far] {
+            starts[bucket(least)] = bounds.iter().filter(|bound| **bound < least).count() as u8;
+        }
+    }
+    starts
 }
 
 /// In libtorch's operations, on any device; the twin of [`on_cpu`].
@@ -142,7 +174,7 @@ mod on_cpu {
         let rows = blocks(count) as i64;
         let [codes, absmax] = filled_pair::<u8, f32>(&[rows, BLOCK as i64], &[rows], |range, codes, absmax| {
             let numbers = &numbers[range.start * BLOCK..count.min(range.end * BLOCK)];
-            quantise_blocks(numbers, &table.bounds, codes, absmax);
+            quantise_blocks(numbers, table, codes, absmax);
         });
         let codes = codes.flatten(0, -1).narrow(0, 0, count as i64).reshape(values.size());
         Quantised { codes, absmax }
@@ -160,24 +192,23 @@ mod on_cpu {
 
     /// What is behind the last number in its block gets code 0.
     #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2"))]
-    fn quantise_blocks(numbers: &[f32], bounds: &[f32; 256], codes: &mut [u8], absmax: &mut [f32]) {
+    fn quantise_blocks(numbers: &[f32], table: &Table, codes: &mut [u8], absmax: &mut [f32]) {
         for ((numbers, codes), absmax) in numbers.chunks(BLOCK).zip(codes.chunks_exact_mut(BLOCK)).zip(absmax) {
-            let largest = numbers.iter().fold(0f32, |largest, number| largest.max(number.abs()));
-            *absmax = largest;
-            // With a scale of 0 every number is 0, which lies above half of the signed map's bounds: code 0 is what is said.
-            let (scale, some) = if largest > 0.0 { (1.0 / largest, u32::MAX) } else { (0.0, 0) };
+            // Magnitudes are in the order of their bits.
+            let largest = numbers.iter().fold(0, |largest, number| largest.max(number.to_bits() & MAGNITUDE));
+            *absmax = f32::from_bits(largest);
             let (these, behind) = codes.split_at_mut(numbers.len());
+            behind.fill(0);
+            if largest == 0 {
+                these.fill(0);
+                continue;
+            }
+            let scale = absmax.recip();
             for (code, number) in these.iter_mut().zip(numbers) {
                 let scaled = number * scale;
-                // Halving, eight times: how many bounds are below. The last is infinite, so that this is at most 255.
-                let mut below = 0u32;
-                for half in [128, 64, 32, 16, 8, 4, 2, 1] {
-                    let bound = bounds[(below + half - 1) as usize & 255];
-                    below += if bound < scaled { half } else { 0 };
-                }
-                *code = (below & some) as u8;
+                let start = table.starts[bucket(scaled)];
+                *code = start + u8::from(table.bounds[usize::from(start)] < scaled);
             }
-            behind.fill(0);
         }
     }
 

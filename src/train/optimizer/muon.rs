@@ -88,7 +88,7 @@ fn orthogonal(matrices: &Tensor) -> Tensor {
     let tall = rows > columns;
     let mut x = matrices.to_kind(Kind::BFloat16).reshape([-1, rows, columns]); // (E, rows, columns)
     if tall {
-        x = x.transpose(-2, -1); // (E, columns, rows)
+        x = x.transpose(-2, -1).contiguous(); // (E, columns, rows)
     }
     x = &x / x.norm_scalaropt_dim(2.0, [-2i64, -1].as_slice(), true).clamp_min(EPSILON);
     for _ in 0..ITERATIONS {

@@ -275,7 +275,7 @@ fn muon_equals_torch_and_leaves_vectors_to_adamw() {
             SHAPES,
             &training,
             same,
-            |name| if state(name) { 1e-6 } else { 2e-3 },
+            |name| if state(name) { 1e-6 } else { 5e-4 },
         );
     }
 }
