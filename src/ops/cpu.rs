@@ -2,55 +2,12 @@
 //! for AVX-512, AVX2 and the baseline and chosen at run time. Their slow twins are the libtorch compositions beside each
 //! operation, which serve every other device.
 
-use half::{bf16, f16};
 use multiversion::multiversion;
 use tch::{Device, Kind, Tensor};
 
 use super::rope::{RopeLayout, Rotation};
-use crate::torch_ext::{Element, elements, filled, filled_pair};
-
-/// A stored number: widened to fp32 for arithmetic, rounded to nearest even when stored.
-pub(super) trait Stored: Element {
-    fn wide(self) -> f32;
-    fn rounded(value: f32) -> Self;
-}
-
-impl Stored for f32 {
-    #[inline(always)]
-    fn wide(self) -> f32 {
-        self
-    }
-    #[inline(always)]
-    fn rounded(value: f32) -> Self {
-        value
-    }
-}
-
-impl Stored for bf16 {
-    #[inline(always)]
-    fn wide(self) -> f32 {
-        f32::from_bits(u32::from(self.to_bits()) << 16)
-    }
-    // Spelled out rather than `bf16::from_f32`, whose branch for NaN keeps the loop from being vectorised.
-    #[inline(always)]
-    fn rounded(value: f32) -> Self {
-        let bits = value.to_bits();
-        let nearest = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
-        let quiet = (bits >> 16) | 0x40;
-        bf16::from_bits(if value.is_nan() { quiet } else { nearest } as u16)
-    }
-}
-
-impl Stored for f16 {
-    #[inline(always)]
-    fn wide(self) -> f32 {
-        self.to_f32()
-    }
-    #[inline(always)]
-    fn rounded(value: f32) -> Self {
-        f16::from_f32(value)
-    }
-}
+pub(super) use crate::torch_ext::Number as Stored;
+use crate::torch_ext::{elements, filled, filled_pair};
 
 /// Whether the kernels serve these tensors: on the CPU, contiguous, one floating type that they know.
 pub(super) fn serves(tensors: &[&Tensor]) -> bool {
@@ -322,6 +279,8 @@ fn rotate_pairs<S: Stored>(
 
 #[cfg(test)]
 pub(super) mod tests {
+    use half::bf16;
+
     use super::*;
 
     thread_local! {

@@ -81,7 +81,7 @@ pub fn dequantise(codes: &Tensor, absmax: &Tensor, map: &Map) -> Tensor {
 /// The map's numbers in ascending order.
 ///
 /// Decade i, from 1e-6 on, cuts 0.1..1 into equal parts and takes the middle of each; 0 and 1 are added.
-fn codes(signed: bool) -> [f32; 256] {
+pub(super) fn codes(signed: bool) -> [f32; 256] {
     let mut codes = vec![0.0, 1.0];
     for decade in 0..7 {
         let parts = 1 << if signed { decade } else { decade + 1 };

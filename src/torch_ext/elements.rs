@@ -25,12 +25,12 @@ impl Element for f16 {
     const KIND: Kind = Kind::Half;
 }
 
-impl Element for i64 {
-    const KIND: Kind = Kind::Int64;
-}
-
 impl Element for u8 {
     const KIND: Kind = Kind::Uint8;
+}
+
+impl Element for i64 {
+    const KIND: Kind = Kind::Int64;
 }
 
 /// The elements of a contiguous CPU tensor.

@@ -9,6 +9,7 @@ mod elements;
 mod failure;
 mod flash;
 mod gemm;
+mod number;
 mod optimizer;
 mod parallel;
 mod random;
@@ -23,6 +24,9 @@ pub use failure::catching;
 pub use flash::{FlashVarlen, flash_varlen, flash_varlen_backward};
 pub use gemm::{Rows, bf16_gemm, bf16_gemm_done, bf16_gemm_serves};
 pub use optimizer::{AdamW, add_scaled, clear_gradients, fused_adamw_, global_norm};
+#[cfg(target_arch = "x86_64")]
+pub use number::Lanes;
+pub use number::Number;
 pub use parallel::{parallel_for, parallel_tasks};
 pub use random::{keep_mask, uniform};
 

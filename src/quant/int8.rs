@@ -1,0 +1,35 @@
+//! Eight-bit integers with one scale to a row: the weights of LLM.int8() (arXiv:2208.07339), as bitsandbytes stores them.
+
+use tch::{Kind, Tensor};
+
+/// A weight of eight-bit integers.
+#[derive(Debug)]
+pub struct Int8 {
+    /// Of the weight: (out, in) or (E, out, in).
+    pub shape: Vec<i64>,
+    /// The number type it is made whole in.
+    pub kind: Kind,
+    /// The integers (rows, in) i8.
+    pub codes: Tensor,
+    /// The largest magnitude of each row (rows), fp32.
+    pub absmax: Tensor,
+}
+
+impl Int8 {
+    /// Quantises a weight, by way of fp16 as bitsandbytes does.
+    pub fn of(weight: &Tensor) -> Self {
+        let shape = weight.size();
+        let rows = weight.to_kind(Kind::Half).view([-1, shape[shape.len() - 1]]);
+        let absmax = rows.abs().amax([1], false).to_kind(Kind::Float); // (rows)
+        // A row of zeros has no scale: 0 * inf, which no integer is.
+        let scale = (absmax.full_like(127.0) / &absmax).nan_to_num(0.0, 0.0, 0.0).unsqueeze(1);
+        let codes = (rows.to_kind(Kind::Float) * scale).round().to_kind(Kind::Int8);
+        Self { shape, kind: weight.kind(), codes, absmax }
+    }
+
+    /// The numbers it stands for, in its shape and kind: `codes * absmax / 127`.
+    pub fn dequantised(&self) -> Tensor {
+        let wide = self.codes.to_kind(Kind::Float) * self.absmax.unsqueeze(1) * (1.0 / 127.0);
+        wide.to_kind(self.kind).view(&self.shape[..])
+    }
+}
