@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::recipe::{DeviceChoice, Dtype, Save};
+use crate::recipe::{DeviceChoice, Dtype, QuantizationType, Save};
 
 /// Graft low-rank adapters onto open language models: one recipe, one executable, exact results.
 #[derive(Debug, Clone, PartialEq, Parser)]
@@ -31,6 +31,8 @@ pub enum Command {
     Merge(Merge),
     /// Write the outputs of a run's last saved state, without training on
     Export(Export),
+    /// Write a base in four or eight bits, as transformers and bitsandbytes load it
+    Quantize(Quantize),
     /// Show a model, an adapter, a dataset or a run in one screen
     Inspect(Inspect),
     /// Show rows as the model will see them: every token, and whether it is trained
@@ -188,6 +190,18 @@ pub struct Merge {
     /// Number type to write [default: the base's own]
     #[arg(long, value_name = "DTYPE")]
     pub dtype: Option<Dtype>,
+    /// For an adapter that was trained on a quantised base: the numbers to fold it into
+    #[arg(long, value_name = "NUMBERS", default_value = "dequantized")]
+    pub onto: Onto,
+}
+
+/// The numbers that an adapter trained on a quantised base is folded into.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Onto {
+    /// Those it was trained on: the merged model answers as the trained one did.
+    Dequantized,
+    /// The base's own, which the adapter has never seen: the merged model differs by what quantising had taken away.
+    Original,
 }
 
 /// `engraft export`
@@ -204,6 +218,46 @@ pub struct Export {
     /// What to write (repeatable) [default: the recipe's output.save]
     #[arg(long, value_name = "WHAT")]
     pub save: Vec<Save>,
+}
+
+/// `engraft quantize`
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(after_help = "Example:
+  engraft quantize --model HuggingFaceTB/SmolLM2-135M-Instruct --out SmolLM2-135M-bnb-4bit")]
+pub struct Quantize {
+    /// Base model: hub id, folder of safetensors or .gguf file
+    #[arg(long, short, value_name = "MODEL")]
+    pub model: String,
+    /// Revision of a hub id: branch, tag or commit
+    #[arg(long, value_name = "REVISION")]
+    pub revision: Option<String>,
+    /// Folder to write; it must be empty or not exist
+    #[arg(long, short, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Replace the model that the folder holds; files that are no part of a model are still never deleted
+    #[arg(long)]
+    pub overwrite: bool,
+    /// The form of the linears' weights
+    #[arg(long = "type", value_name = "TYPE", default_value = "nf4")]
+    pub form: QuantizationType,
+    /// Keep the blocks' scales in fp32
+    #[arg(long)]
+    pub no_double_quant: bool,
+    /// Numbers to a block with a scale of its own: 32, 64, 128, ... 4096 (nf4 and fp4)
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = block_size)]
+    pub block_size: u32,
+    /// Modules that stay as they are: those whose path is such a name or ends in .NAME (repeatable)
+    #[arg(long, value_name = "NAME", default_value = "lm_head")]
+    pub skip: Vec<String>,
+    /// Number type that weights are read in, and that what is not quantised is stored in
+    #[arg(long, value_name = "DTYPE", default_value = "bf16")]
+    pub dtype: Dtype,
+}
+
+fn block_size(typed: &str) -> Result<u32, String> {
+    let sizes = crate::quant::four_bit::BLOCKS;
+    let found = typed.parse().ok().filter(|size| sizes.contains(&i64::from(*size)));
+    found.ok_or_else(|| format!("bitsandbytes has {sizes:?}"))
 }
 
 /// `engraft inspect`

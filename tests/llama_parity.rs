@@ -3,15 +3,18 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+use engraft::adapter::Update;
 use engraft::data::{Batch, Cursor, RowId};
 use engraft::model::{Decoder, Documents, Forward, LowRank, Sampling};
 use engraft::objective::Supervised;
+use engraft::quant::{Form, FourBitType, Scheme};
 use engraft::recipe::{BaseSource, Scheduler, TrainingRecipe};
 use engraft::train::{BatchSource, Events, Identity, Interrupts, Progress, Run, RunFolder, Start, Trainer};
 use engraft::weights::Checkpoint;
 use tch::{Device, Kind, Tensor};
 
-const MODELS: [&str; 6] = ["grouped-tied", "biases-untied", "linear", "dynamic", "yarn", "llama3-wide-heads"];
+const MODELS: [&str; 8] =
+    ["grouped-tied", "biases-untied", "linear", "dynamic", "yarn", "llama3-wide-heads", "qlora-nf4", "qlora-fp4"];
 const TOLERANCE: f64 = 2e-5;
 
 fn folder(name: &str) -> PathBuf {
@@ -37,7 +40,17 @@ fn tensors(path: &Path) -> HashMap<String, Tensor> {
 
 fn load(name: &str) -> Decoder {
     let checkpoint = Checkpoint::open(&BaseSource::Folder(folder(name))).unwrap();
-    Decoder::load(&checkpoint, Kind::Float, Device::Cpu, &|_, _| ()).unwrap()
+    Decoder::load_kept(&checkpoint, Kind::Float, Device::Cpu, scheme(name).as_ref(), &|_, _| ()).unwrap()
+}
+
+/// How bitsandbytes quantised the base that PEFT trained on.
+fn scheme(name: &str) -> Option<Scheme> {
+    let (code, double_quant) = match name.strip_prefix("qlora-")? {
+        "nf4" => (FourBitType::Nf4, true),
+        _ => (FourBitType::Fp4, false),
+    };
+    let form = Form::FourBit { code, block: 64, double_quant };
+    Some(Scheme { form, kind: Kind::Float, skip: vec!["lm_head".into()], whole: false })
 }
 
 /// Puts PEFT's adapter on the decoder; gives its leaves by their key.
@@ -202,7 +215,7 @@ impl BatchSource for Recorded {
 
 #[test]
 fn twenty_steps_are_those_of_peft_and_torchs_adamw() {
-    for name in ["grouped-tied", "llama3-wide-heads"] {
+    for name in ["grouped-tied", "llama3-wide-heads", "qlora-nf4", "qlora-fp4"] {
         let recorded = Recorded(tensors(&folder(name).join("reference.safetensors")));
         let mut model = load(name);
         let leaves = graft(&mut model, name);
@@ -243,5 +256,56 @@ fn twenty_steps_are_those_of_peft_and_torchs_adamw() {
         for (key, leaf) in leaves {
             assert_close(&format!("{name}: {key}"), &leaf.detach(), &recorded.0[&format!("final.{key}")], 1e-4);
         }
+    }
+}
+
+#[test]
+fn a_base_stored_quantised_is_kept_so_and_answers_as_its_original_quantised_here() {
+    for name in ["qlora-nf4", "qlora-fp4"] {
+        let reference = tensors(&folder(name).join("reference.safetensors"));
+        let batch = documented(&reference, "");
+        let checkpoint = Checkpoint::open(&BaseSource::Folder(folder(name).join("quantised"))).unwrap();
+        for whole in [false, true] {
+            let scheme = Scheme { whole, ..scheme(name).unwrap() };
+            let load = |scheme| Decoder::load_kept(&checkpoint, Kind::Float, Device::Cpu, scheme, &|_, _| ()).unwrap();
+            for model in [load(Some(&scheme)), load(None)] {
+                let hidden = model.hidden(&batch.ids, &batch.positions, &batch.documents, Forward::default());
+                assert_close(name, &model.logits(&hidden), &reference["base_logits"], TOLERANCE);
+            }
+        }
+    }
+}
+
+#[test]
+fn merged_onto_the_quantised_numbers_the_model_answers_as_the_trained_one() {
+    for name in ["qlora-nf4", "qlora-fp4"] {
+        let reference = tensors(&folder(name).join("reference.safetensors"));
+        let batch = documented(&reference, "");
+        let checkpoint = Checkpoint::open(&BaseSource::Folder(folder(name))).unwrap();
+        let spec = load(name).spec;
+        let saved = tensors(&folder(name).join("adapter/adapter_model.safetensors"));
+        let updates: Vec<Update> = spec
+            .sites()
+            .into_iter()
+            .filter_map(|site| {
+                let key = |side: &str| format!("base_model.model.{}.lora_{side}.weight", site.name);
+                let (a, b) = (saved.get(&key("A"))?.copy(), saved[&key("B")].copy());
+                Some(Update { module: site.name.clone(), role: site.role.clone(), a, b, scale: 2.0 })
+            })
+            .collect();
+        assert_eq!(2 * updates.len(), saved.len());
+        let place = tempfile::tempdir().unwrap();
+        let logits = |onto: Option<&Scheme>| {
+            let merged = place.path().join(if onto.is_some() { "dequantised" } else { "original" });
+            let config = [("config.json".to_string(), checkpoint.sidecars["config.json"].clone())].into();
+            engraft::export::merged::write(&merged, &checkpoint, &updates, onto, Kind::Float, &config, &|_, _| ())
+                .unwrap();
+            let merged = Checkpoint::open(&BaseSource::Folder(merged)).unwrap();
+            let model = Decoder::load(&merged, Kind::Float, Device::Cpu, &|_, _| ()).unwrap();
+            model.logits(&model.hidden(&batch.ids, &batch.positions, &batch.documents, Forward::default()))
+        };
+        assert_close(name, &logits(scheme(name).as_ref()), &reference["logits"], TOLERANCE);
+        let drift = (logits(None) - &reference["logits"]).abs().max().double_value(&[]);
+        assert!(drift > 0.1, "{name}: the original's numbers are others, yet merging onto them drifts by {drift}");
     }
 }

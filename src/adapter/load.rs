@@ -10,11 +10,14 @@ use super::layout::Assembled;
 use super::{Update, overview};
 use crate::model::names::Names;
 use crate::model::sites::{Role, Site};
+use crate::quant::Scheme;
 use crate::weights::Checkpoint;
 use crate::{Error, Fault, Result};
 
 /// The weights' file.
 pub const WEIGHTS: &str = "adapter_model.safetensors";
+/// Says how the base was quantised: PEFT's own files have no place for it, and other numbers are another base.
+pub const SCHEME: &str = "base_quantization.json";
 /// What PEFT puts before a module's path.
 pub const PREFIX: &str = "base_model.model.";
 
@@ -77,6 +80,21 @@ impl LoadedAdapter {
             Ok(_) => {}
         }
         std::fs::read_to_string(&path).map(Some).map_err(|error| fault(format!("cannot be read: {error}")))
+    }
+
+    /// How the base was quantised when the adapter was trained; `None` where it was not, or nothing says so.
+    pub fn scheme(&self) -> Result<Option<Scheme>> {
+        let path = self.folder.join(SCHEME);
+        let fault = |what: String| Error::Model(Fault::at(&path, what));
+        match path.metadata() {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Ok(metadata) if metadata.len() > MAX_TEMPLATE => {
+                return Err(fault(format!("is {} bytes; at most {MAX_TEMPLATE} are read", metadata.len())));
+            }
+            Err(_) | Ok(_) => {}
+        }
+        let text = std::fs::read(&path).map_err(|error| fault(format!("cannot be read: {error}")))?;
+        Scheme::from_json(&text).map(Some).map_err(fault)
     }
 
     /// Checks that the adapter fits a base whose linears are `sites`; returns the updates by the index of their site, those of

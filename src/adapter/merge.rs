@@ -9,10 +9,10 @@ use super::Update;
 /// Numbers computed at a time, so that the fp32 copies of a large head stay small beside the head itself.
 const CHUNK: i64 = 1 << 24;
 
-/// `W + scale * B A`, computed in fp32 and rounded once to the number type of `weight` (out, in), on its device.
+/// `W + scale * B A`, computed in fp32 and rounded once to `kind`, on the device of `weight` (out, in).
 ///
 /// Errors with [`Error::Model`] when the shapes differ, or when a sum is not finite in that number type.
-pub fn merged(weight: &Tensor, update: &Update) -> Result<Tensor> {
+pub fn merged(weight: &Tensor, update: &Update, kind: Kind) -> Result<Tensor> {
     let fault = |what: String| Error::Model(Fault::new(&update.module, what));
     let (rows, columns) = update.shape();
     if weight.size() != [rows, columns] {
@@ -21,7 +21,7 @@ pub fn merged(weight: &Tensor, update: &Update) -> Result<Tensor> {
     let chunk = (CHUNK / columns).max(1);
     no_grad(|| {
         let [a, b] = [&update.a, &update.b].map(|t| t.to_device(weight.device()).to_kind(Kind::Float));
-        let result = weight.empty_like();
+        let result = Tensor::empty(weight.size(), (kind, weight.device()));
         for start in (0..rows).step_by(chunk as usize) {
             let length = chunk.min(rows - start);
             let mut sum = weight.narrow(0, start, length).to_kind(Kind::Float); // (chunk, in)
@@ -34,7 +34,7 @@ pub fn merged(weight: &Tensor, update: &Update) -> Result<Tensor> {
         let odd = result.isfinite().logical_not().sum(Kind::Int64).int64_value(&[]);
         if odd > 0 {
             return Err(Error::Model(
-                Fault::new(&update.module, format!("{odd} merged values are too large for {:?}", weight.kind()))
+                Fault::new(&update.module, format!("{odd} merged values are too large for {kind:?}"))
                     .hint("merge to bf16 or fp32"),
             ));
         }
@@ -43,12 +43,12 @@ pub fn merged(weight: &Tensor, update: &Update) -> Result<Tensor> {
 }
 
 /// [`merged`] of the weights of all experts, (E, out, in), or (E, in, out) where `transposed`.
-pub fn merged_experts(weights: &Tensor, update: &Update, transposed: bool) -> Result<Tensor> {
-    let result = weights.empty_like();
+pub fn merged_experts(weights: &Tensor, update: &Update, transposed: bool, kind: Kind) -> Result<Tensor> {
+    let result = Tensor::empty(weights.size(), (kind, weights.device()));
     for number in 0..weights.size()[0] {
         let weight = weights.select(0, number);
         let weight = if transposed { weight.tr().contiguous() } else { weight };
-        let sum = merged(&weight, &update.of_expert(number))?;
+        let sum = merged(&weight, &update.of_expert(number), kind)?;
         result.select(0, number).copy_(&if transposed { sum.tr() } else { sum });
     }
     Ok(result)
@@ -78,7 +78,7 @@ mod tests {
         let update = update(50, 70, 4);
         let weight = Tensor::randn([50, 70], (Kind::BFloat16, Device::Cpu));
         let sum = weight.to_kind(Kind::Double) + update.b.matmul(&update.a).to_kind(Kind::Double) * 0.375;
-        let merged = merged(&weight, &update).unwrap();
+        let merged = merged(&weight, &update, weight.kind()).unwrap();
         assert_eq!(merged.kind(), Kind::BFloat16);
         let wrong = merged.not_equal_tensor(&sum.to_kind(Kind::BFloat16)).sum(Kind::Int64).int64_value(&[]);
         assert!(wrong <= 1, "{wrong} of 3500 values are not the nearest"); // fp32 sums may meet a tie by chance
@@ -92,7 +92,7 @@ mod tests {
         let update = update(7, columns, 1);
         let weight = Tensor::randn([7, columns], (Kind::Float, Device::Cpu));
         let before = weight.copy();
-        let merged = merged(&weight, &update).unwrap();
+        let merged = merged(&weight, &update, weight.kind()).unwrap();
         assert_eq!(weight, before);
         let expected = &weight + update.b.matmul(&update.a) * 0.375;
         assert!((merged - expected).abs().max().double_value(&[]) < 1e-6);
@@ -102,9 +102,14 @@ mod tests {
     fn other_shapes_and_overflows_are_errors() {
         let update = update(4, 6, 2);
         let weight = Tensor::zeros([6, 4], (Kind::Float, Device::Cpu));
-        assert!(merged(&weight, &update).unwrap_err().to_string().contains("[6, 4], but its adapter fits [4, 6]"));
+        assert!(
+            merged(&weight, &update, weight.kind())
+                .unwrap_err()
+                .to_string()
+                .contains("[6, 4], but its adapter fits [4, 6]")
+        );
         let weight = Tensor::full([4, 6], 65504.0, (Kind::Half, Device::Cpu));
         let update = Update { scale: 1e5, ..update };
-        assert!(merged(&weight, &update).unwrap_err().to_string().contains("too large for Half"));
+        assert!(merged(&weight, &update, weight.kind()).unwrap_err().to_string().contains("too large for Half"));
     }
 }

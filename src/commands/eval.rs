@@ -35,7 +35,8 @@ pub fn run(arguments: &Eval, out: &mut dyn Write) -> Result<()> {
     let encoder = loading::encoder(&checkpoint, &plan.dataset)?;
     let eval = loading::dataset("eval", &plan.eval, &plan, &encoder, &console)?;
     console.say(eval.report());
-    let mut model = loading::decoder(&checkpoint, plan.kind, device, &console)?;
+    let scheme = loading::scheme(&plan, &checkpoint, device, &console)?;
+    let mut model = loading::decoder(&checkpoint, plan.kind, device, scheme.as_ref(), &console)?;
     let adapter = match (&arguments.adapter, arguments.base) {
         (_, true) => None,
         (Some(folder), _) => Some(folder.clone()),

@@ -43,7 +43,7 @@ pub fn run(arguments: &Export) -> Result<()> {
     };
     identity.check(&ledger.identity, &states.path(ledger.step))?;
 
-    let mut model = loading::decoder(&checkpoint, plan.kind, Device::Cpu, &console)?;
+    let mut model = loading::decoder(&checkpoint, plan.kind, Device::Cpu, None, &console)?;
     let adapters = Adapters::attach(&mut model, &plan.adapter, plan.training.seed)?;
     let learner = Supervised { model: &model, noise_alpha: 0.0, recomputed_layers: 0 };
     let taken = ledger.taken(plan.training.load_best_model_at_end);

@@ -10,9 +10,11 @@ use crate::adapter::{Adapters, LoadedAdapter};
 use crate::cli::ModelChoice;
 use crate::data::{Dataset, Encoder, Tokenizer};
 use crate::export::sidecars;
-use crate::model::Decoder;
-use crate::recipe::{BaseSource, DataSource, DatasetRecipe, Plan, cache_dir};
+use crate::model::{Decoder, families};
+use crate::quant::Scheme;
+use crate::recipe::{BaseSource, CacheDequantized, DataSource, DatasetRecipe, Plan, cache_dir};
 use crate::torch_ext::{catching, keep_freed_memory};
+use crate::train::caches_dequantised;
 use crate::weights::Checkpoint;
 use crate::{Error, Fault, Result};
 
@@ -27,10 +29,45 @@ pub(super) fn checkpoint(source: &BaseSource, console: &Console) -> Result<Check
     Ok(checkpoint)
 }
 
-/// Reads the weights.
-pub(super) fn decoder(checkpoint: &Checkpoint, kind: Kind, device: Device, console: &Console) -> Result<Decoder> {
+/// Refuses a folder that holds something, unless that may be replaced.
+pub(super) fn refuse_filled(folder: &Path, overwrite: bool, doing: &str) -> Result<()> {
+    let holds_something = std::fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some());
+    if holds_something && !overwrite {
+        let fault = Fault::at(folder, format!("is not empty, and {doing} would replace what it holds"));
+        return Err(Error::Output(fault.hint("name another folder, or say --overwrite")));
+    }
+    Ok(())
+}
+
+/// Reads the weights, quantised where `scheme` says so.
+pub(super) fn decoder(
+    checkpoint: &Checkpoint,
+    kind: Kind,
+    device: Device,
+    scheme: Option<&Scheme>,
+    console: &Console,
+) -> Result<Decoder> {
     let stage = console.stage("loading the base", Unit::Bytes);
-    catching("loading the base", || Decoder::load(checkpoint, kind, device, &|done, total| stage.at(done, total)))
+    let progress = |done, total| stage.at(done, total);
+    catching("loading the base", || Decoder::load_kept(checkpoint, kind, device, scheme, &progress))
+}
+
+/// How a plan's base is kept on a device, told to the user where there is a choice.
+pub(super) fn scheme(
+    plan: &Plan,
+    checkpoint: &Checkpoint,
+    device: Device,
+    console: &Console,
+) -> Result<Option<Scheme>> {
+    let Some(mut scheme) = plan.scheme.clone() else { return Ok(None) };
+    let cache = plan.recipe.quantization.as_ref().map(|quantization| quantization.cache_dequantized);
+    if cache.unwrap_or_default() == CacheDequantized::Auto {
+        scheme.whole = caches_dequantised(&families::spec(checkpoint)?, plan.kind, device);
+    }
+    if scheme.whole {
+        console.say(format_args!("the quantised base is kept made whole, which this machine has the memory for"));
+    }
+    Ok(Some(scheme))
 }
 
 /// The tokenizer and encoder of a recipe's dataset, for this base.
@@ -73,13 +110,20 @@ pub(super) fn chosen(choice: &ModelChoice, console: &Console) -> Result<Loaded> 
     let source = BaseSource::find(&choice.model, choice.revision.as_deref(), Path::new("")).map_err(base)?;
     let device = choice.device.find().map_err(|fault| Error::Device(Fault { place: "--device".into(), ..fault }))?;
     let mut checkpoint = checkpoint(&source, console)?;
-    let mut model = decoder(&checkpoint, choice.dtype.kind(), device, console)?;
+    let scheme = choice.adapter.as_deref().map(trained_on).transpose()?.flatten();
+    let kind = scheme.as_ref().map_or(choice.dtype.kind(), |scheme| scheme.kind);
+    let mut model = decoder(&checkpoint, kind, device, scheme.as_ref(), console)?;
     if let Some(folder) = &choice.adapter {
         let loaded = adapter(&mut model, folder, console)?;
         // Asked in another form than it learned, and stopped at other tokens, it would answer as if untrained.
         checkpoint.sidecars = sidecars(&checkpoint, loaded.chat_template()?.as_deref());
     }
     Ok(Loaded { model, checkpoint })
+}
+
+/// How the base of an adapter was quantised: asked on other numbers than it learned on, it would answer differently.
+fn trained_on(folder: &Path) -> Result<Option<Scheme>> {
+    LoadedAdapter::read(folder)?.scheme()
 }
 
 /// Puts the adapter of a folder on the model.

@@ -5,7 +5,7 @@ use std::path::Path;
 use super::console::{Console, Unit};
 use super::loading;
 use crate::adapter::LoadedAdapter;
-use crate::cli::Merge;
+use crate::cli::{Merge, Onto};
 use crate::export::{merged, sidecars};
 use crate::model::families;
 use crate::recipe::{BaseSource, Dtype};
@@ -15,11 +15,7 @@ use crate::{Error, Fault, Result};
 pub fn run(arguments: &Merge) -> Result<()> {
     loading::use_cpu(None);
     let console = Console::new(false);
-    let holds_something = std::fs::read_dir(&arguments.out).is_ok_and(|mut entries| entries.next().is_some());
-    if holds_something && !arguments.overwrite {
-        let fault = Fault::at(&arguments.out, "is not empty, and merging would replace what it holds");
-        return Err(Error::Output(fault.hint("name another folder, or say --overwrite")));
-    }
+    loading::refuse_filled(&arguments.out, arguments.overwrite, "merging")?;
     let base = |fault: Fault| Error::Model(Fault { place: "--model".into(), ..fault });
     let source = BaseSource::find(&arguments.model, arguments.revision.as_deref(), Path::new("")).map_err(base)?;
     let adapter = LoadedAdapter::read(&arguments.adapter)?;
@@ -33,8 +29,13 @@ pub fn run(arguments: &Merge) -> Result<()> {
     let template = adapter.chat_template()?;
     let sidecars = sidecars(&checkpoint, template.as_deref());
     let kind = arguments.dtype.unwrap_or_else(|| own_dtype(&checkpoint.config)).kind();
+    let trained_on = adapter.scheme()?;
+    let onto = trained_on.filter(|_| arguments.onto == Onto::Dequantized);
+    if onto.is_some() {
+        console.say("the update is folded into the numbers it was trained on: those of the quantised base");
+    }
     let stage = console.stage("merging", Unit::Bytes);
-    merged::write(&arguments.out, &checkpoint, &updates, kind, &sidecars, &|done, total| {
+    merged::write(&arguments.out, &checkpoint, &updates, onto.as_ref(), kind, &sidecars, &|done, total| {
         stage.at(done, total);
     })?;
     drop(stage);

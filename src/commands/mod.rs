@@ -9,6 +9,7 @@ pub mod inspect;
 pub mod logits;
 pub mod merge;
 pub mod preview;
+pub mod quantize;
 pub mod schema;
 pub mod train;
 pub mod validate;
@@ -31,6 +32,7 @@ pub fn run(cli: &Cli, out: &mut dyn Write) -> Result<()> {
         Command::Generate(arguments) => generate::run(arguments, out),
         Command::Merge(arguments) => merge::run(arguments),
         Command::Export(arguments) => export::run(arguments),
+        Command::Quantize(arguments) => quantize::run(arguments),
         Command::Inspect(arguments) => inspect::run(arguments, out),
         Command::Preview(arguments) => preview::run(arguments, out),
         Command::Validate(arguments) => validate::run(arguments, out),

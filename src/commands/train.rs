@@ -52,7 +52,8 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
     let train = open("training", &plan.train)?;
     let eval = (!plan.eval.is_empty()).then(|| open("eval", &plan.eval)).transpose()?;
 
-    let mut model = loading::decoder(&checkpoint, plan.kind, device, &console)?;
+    let scheme = loading::scheme(&plan, &checkpoint, device, &console)?;
+    let mut model = loading::decoder(&checkpoint, plan.kind, device, scheme.as_ref(), &console)?;
     let (longest, made_for) = (train.report().longest, model.spec.max_position_embeddings as u64);
     if longest > made_for {
         console.say(format_args!("note: the longest document has {longest} tokens; the base was made for {made_for}"));

@@ -14,8 +14,9 @@ use super::peft::tokenizer_file;
 use crate::adapter::Update;
 use crate::adapter::merge::{merged, merged_experts};
 use crate::model::families;
-use crate::model::sites::{Role, expert};
+use crate::model::sites::{Role, Site, expert};
 use crate::model::spec::Stored;
+use crate::quant::Scheme;
 use crate::weights::Checkpoint;
 use crate::weights::writer::{self, SHARD_BYTES, TensorSpec};
 use crate::{Error, Fault, Result};
@@ -25,7 +26,7 @@ use crate::{Error, Fault, Result};
 /// Tensors keep the checkpoint's names (those of transformers for a GGUF) and are stored as `kind`, also where the base is
 /// quantised (its scales and its `quantization_config` are gone then), in shards of 5 GB. A head
 /// that shares the embedding's weight is not stored, unless an update targets it: then both are stored and the config says they
-/// are no longer tied. `sidecars` come from [`super::sidecars`]; `progress` is called with bytes written so far and in all.
+/// are no longer tied. `onto` is how the base was quantised when the adapter was trained: the update is folded into those numbers. `sidecars` come from [`super::sidecars`]; `progress` is called with bytes written so far and in all.
 ///
 /// Errors: an update that does not fit the base, a merged value that `kind` cannot hold, what the checkpoint finds damaged;
 /// [`Error::Output`] for a folder that cannot be written or is the base's own.
@@ -33,28 +34,34 @@ pub fn write(
     folder: &Path,
     checkpoint: &Checkpoint,
     updates: &[Update],
+    onto: Option<&Scheme>,
     kind: Kind,
     sidecars: &BTreeMap<String, Vec<u8>>,
     progress: &dyn Fn(u64, u64),
 ) -> Result<()> {
     refuse_base(folder, checkpoint)?;
-    let plan = Plan::new(checkpoint, updates)?;
+    let plan = Plan::new(checkpoint, updates, onto)?;
     let specs: Vec<TensorSpec> =
         plan.tensors.iter().map(|t| TensorSpec { name: t.name.clone(), kind, shape: t.shape.clone() }).collect();
     let bytes = |spec: &TensorSpec| spec.shape.iter().product::<i64>() as u64 * kind.elt_size_in_bytes() as u64;
     let (mut done, total) = (0, specs.iter().map(bytes).sum());
 
-    let ours = |name: &str| {
-        let weights = name.starts_with("model") && (name.ends_with(".safetensors") || name.ends_with(".index.json"));
-        weights || sidecars.contains_key(name) || tokenizer_file(name) || OURS.contains(&name)
-    };
+    let ours = |name: &str| is_ours(name, sidecars);
     let staging = Staging::create(folder, ours)?;
     writer::write_model(staging.path(), &specs, SHARD_BYTES, |index| {
         let planned = &plan.tensors[index];
-        let mut tensor = checkpoint.tensor(planned.from, kind, Device::Cpu)?;
-        if let Some(part) = &planned.update {
-            tensor = part.merged(&tensor)?;
-        }
+        let tensor = checkpoint.tensor(planned.from, onto.map_or(kind, |scheme| scheme.kind), Device::Cpu)?;
+        let tensor = match onto.filter(|_| planned.quantised.is_some()) {
+            Some(scheme) if planned.quantised == Some(Lies::Transposed) => {
+                scheme.numbers(&tensor.transpose(1, 2).contiguous()).transpose(1, 2).contiguous()
+            }
+            Some(scheme) => scheme.numbers(&tensor),
+            None => tensor,
+        };
+        let tensor = match &planned.update {
+            Some(part) => part.merged(&tensor, kind)?,
+            None => tensor.to_kind(kind),
+        };
         done += bytes(&specs[index]);
         progress(done, total);
         Ok(tensor)
@@ -65,6 +72,12 @@ pub fn write(
     let config = config(&checkpoint.config, kind, plan.unties);
     writer::write_file(&staging.path().join("config.json"), format!("{config:#}\n").as_bytes())?;
     staging.commit()
+}
+
+/// Whether a model that is written may replace a file of this name.
+pub(super) fn is_ours(name: &str, sidecars: &BTreeMap<String, Vec<u8>>) -> bool {
+    let weights = name.starts_with("model") && (name.ends_with(".safetensors") || name.ends_with(".index.json"));
+    weights || sidecars.contains_key(name) || tokenizer_file(name) || OURS.contains(&name)
 }
 
 const OURS: [&str; 3] = ["config.json", "generation_config.json", "README.md"];
@@ -82,6 +95,16 @@ struct Planned<'a> {
     from: &'a str,
     shape: Vec<i64>,
     update: Option<Part<'a>>,
+    /// How it lies in the file, where it was quantised before training.
+    quantised: Option<Lies>,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Lies {
+    /// (out, in) or (E, out, in).
+    AsComputed,
+    /// (E, in, out).
+    Transposed,
 }
 
 /// An update, as far as it goes into one tensor.
@@ -108,11 +131,11 @@ impl<'a> Part<'a> {
         }
     }
 
-    fn merged(&self, tensor: &Tensor) -> Result<Tensor> {
+    fn merged(&self, tensor: &Tensor, kind: Kind) -> Result<Tensor> {
         match self {
-            Self::Whole(update) => merged(tensor, update),
-            Self::Expert(update, number) => merged(tensor, &update.of_expert(*number)),
-            Self::Experts { update, transposed } => merged_experts(tensor, update, *transposed),
+            Self::Whole(update) => merged(tensor, update, kind),
+            Self::Expert(update, number) => merged(tensor, &update.of_expert(*number), kind),
+            Self::Experts { update, transposed } => merged_experts(tensor, update, *transposed, kind),
         }
     }
 
@@ -136,7 +159,7 @@ impl<'a> Part<'a> {
 }
 
 impl<'a> Plan<'a> {
-    fn new(checkpoint: &'a Checkpoint, updates: &'a [Update]) -> Result<Self> {
+    fn new(checkpoint: &'a Checkpoint, updates: &'a [Update], onto: Option<&Scheme>) -> Result<Self> {
         let spec = families::spec(checkpoint)?;
         let head = spec.names.stored(&format!("{}.weight", spec.head.name));
         let embedding = spec.names.stored(&spec.embedding.weight);
@@ -146,6 +169,18 @@ impl<'a> Plan<'a> {
         };
         let parts = updates.iter().flat_map(Part::of);
         let mut by_weight: BTreeMap<String, Part<'_>> = parts.map(|(name, part)| (stored(&name), part)).collect();
+        let quantised: BTreeMap<String, Lies> = onto.map_or_else(BTreeMap::new, |scheme| {
+            let sites = spec.sites().into_iter().filter(|site| match site.role {
+                Role::Router => false,
+                Role::Head => !spec.head.tied,
+                Role::Linear | Role::Experts { .. } => true,
+            });
+            sites
+                .filter(|site| !scheme.skips(&site.name))
+                .flat_map(|site| lies(&site))
+                .map(|(name, lies)| (stored(&name), lies))
+                .collect()
+        });
         let unties = spec.head.tied && by_weight.contains_key(&head);
         let mut tensors = Vec::new();
         for from in checkpoint.names() {
@@ -159,9 +194,11 @@ impl<'a> Plan<'a> {
                 from,
                 shape: shape.clone(),
                 update: by_weight.remove(from),
+                quantised: quantised.get(from).copied(),
             });
             if unties && from == embedding {
-                tensors.push(Planned { name: head.clone(), from, shape, update: by_weight.remove(&head) });
+                let update = by_weight.remove(&head);
+                tensors.push(Planned { name: head.clone(), from, shape, update, quantised: None });
             }
         }
         if let Some(update) = by_weight.values().next() {
@@ -184,14 +221,33 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// The base's config, with what merging changes: the number type, and whether the head is tied.
-fn config(base: &Value, kind: Kind, unties: bool) -> Value {
-    let mut config = base.clone();
-    let dtype = json!(match kind {
+/// The tensors of a linear's weight, by name, and how each lies in its file.
+fn lies(site: &Site) -> Vec<(String, Lies)> {
+    match &site.role {
+        Role::Experts { stored: Stored::Transposed { .. }, .. } => vec![(site.name.clone(), Lies::Transposed)],
+        Role::Experts { stored: Stored::Together, .. } => vec![(site.name.clone(), Lies::AsComputed)],
+        _ => site.modules().into_iter().map(|module| (format!("{module}.weight"), Lies::AsComputed)).collect(),
+    }
+}
+
+/// The base's config, its weights stored as `kind`, in plain numbers.
+pub(super) fn with_dtype(base: &Value, kind: Kind) -> Value {
+    config(base, kind, false)
+}
+
+/// What torch calls a number type.
+pub(super) fn dtype_name(kind: Kind) -> &'static str {
+    match kind {
         Kind::BFloat16 => "bfloat16",
         Kind::Half => "float16",
         _ => "float32",
-    });
+    }
+}
+
+/// The base's config, with what merging changes: the number type, and whether the head is tied.
+fn config(base: &Value, kind: Kind, unties: bool) -> Value {
+    let mut config = base.clone();
+    let dtype = json!(dtype_name(kind));
     let Some(fields) = config.as_object_mut() else { return config };
     fields.insert("dtype".into(), dtype.clone());
     if unties {
@@ -225,7 +281,7 @@ fn change(fields: &mut Map<String, Value>, dtype: &Value, unties: bool) {
 }
 
 /// Merging must not replace the files it reads.
-fn refuse_base(folder: &Path, checkpoint: &Checkpoint) -> Result<()> {
+pub(super) fn refuse_base(folder: &Path, checkpoint: &Checkpoint) -> Result<()> {
     // A folder that does not exist yet holds no base.
     let Ok(folder) = fs::canonicalize(folder) else { return Ok(()) };
     // The hub's cache holds links: neither they nor what they point at may be lost.

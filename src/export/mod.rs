@@ -1,4 +1,4 @@
-//! What is written: PEFT adapters ([`peft`]), merged models ([`merged`]), the manifest ([`manifest`]), all of a run
+//! What is written: PEFT adapters ([`peft`]), merged models ([`merged`]), quantised bases ([`quantised`]), the manifest ([`manifest`]), all of a run
 //! together ([`run`]). Each folder appears whole
 //! or not at all ([`folder`]).
 
@@ -6,6 +6,7 @@ pub mod folder;
 pub mod manifest;
 pub mod merged;
 pub mod peft;
+pub mod quantised;
 pub mod run;
 
 #[cfg(test)]

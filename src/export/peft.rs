@@ -6,15 +6,17 @@ use std::path::Path;
 use super::folder::Staging;
 use crate::Result;
 use crate::adapter::config::CONFIG;
-use crate::adapter::load::WEIGHTS;
+use crate::adapter::load::{SCHEME, WEIGHTS};
 use crate::adapter::{AdapterConfig, Update, layout};
+use crate::quant::Scheme;
 use crate::weights::writer::{self, TensorSpec};
 
 /// Files of a base that an adapter's folder does not repeat: PEFT takes them from the base.
 const THE_BASES_OWN: [&str; 2] = ["config.json", "generation_config.json"];
 
 /// Writes an adapter's folder, whole or not at all: `adapter_config.json`, `adapter_model.safetensors` (fp32), the tokenizer's
-/// files and the chat template of `sidecars` ([`super::sidecars`]). An earlier one is replaced.
+/// files and the chat template of `sidecars` ([`super::sidecars`]), and `base_quantization.json` where the base was quantised. An
+/// earlier one is replaced.
 ///
 /// Unlike PEFT, an adapted head is stored without its base weight: servers pass it over and PEFT has it from the base.
 ///
@@ -23,16 +25,20 @@ pub fn write(
     folder: &Path,
     config: &AdapterConfig,
     updates: &[Update],
+    scheme: Option<&Scheme>,
     sidecars: &BTreeMap<String, Vec<u8>>,
 ) -> Result<()> {
     let ours = |name: &str| {
-        [CONFIG, WEIGHTS, "README.md"].contains(&name) || sidecars.contains_key(name) || tokenizer_file(name)
+        [CONFIG, WEIGHTS, SCHEME, "README.md"].contains(&name) || sidecars.contains_key(name) || tokenizer_file(name)
     };
     let staging = Staging::create(folder, ours)?;
     let tensors = layout::tensors(updates);
     let specs: Vec<TensorSpec> = tensors.iter().map(|(key, tensor)| TensorSpec::of(key, tensor)).collect();
     writer::write(&staging.path().join(WEIGHTS), &specs, &BTreeMap::new(), |index| Ok(tensors[index].1.contiguous()))?;
     writer::write_file(&staging.path().join(CONFIG), config.to_json().as_bytes())?;
+    if let Some(scheme) = scheme {
+        writer::write_file(&staging.path().join(SCHEME), scheme.to_json().as_bytes())?;
+    }
     for (name, bytes) in sidecars.iter().filter(|(name, _)| !THE_BASES_OWN.contains(&name.as_str())) {
         writer::write_file(&staging.path().join(name), bytes)?;
     }

@@ -59,12 +59,13 @@ pub fn write(finished: &Finished<'_>, save: &[Save], progress: &dyn Fn(&str, u64
                     Some(name) => (Some(name.clone()), plan.recipe.revision.clone()),
                     None => (Some(plan.recipe.base_model.clone()), finished.checkpoint.commit.clone()),
                 };
-                peft::write(&folder, &config, finished.adapters.updates(), &sidecars)?;
+                peft::write(&folder, &config, finished.adapters.updates(), plan.scheme.as_ref(), &sidecars)?;
             }
             Save::Merged => {
                 let updates = finished.adapters.updates();
                 let at = |done, total| progress(name, done, total);
-                merged::write(&folder, finished.checkpoint, updates, plan.kind, &sidecars, &at)?;
+                let onto = plan.scheme.as_ref();
+                merged::write(&folder, finished.checkpoint, updates, onto, plan.kind, &sidecars, &at)?;
             }
         }
         written.push(folder);

@@ -41,7 +41,7 @@ fn an_adapter_read_and_written_again_is_pefts_file() {
     for name in ["all-linear", "all-linear-short", "names", "regex", "patterns", "layers"] {
         let place = folder.path().join(name);
         let loaded = LoadedAdapter::read(&fixtures().join(name)).unwrap();
-        peft::write(&place, &loaded.config, &loaded.updates, &BTreeMap::new()).unwrap();
+        peft::write(&place, &loaded.config, &loaded.updates, None, &BTreeMap::new()).unwrap();
         for file in ["adapter_config.json", "adapter_model.safetensors"] {
             let [ours, theirs] = [&place, &fixtures().join(name)].map(|folder| fs::read(folder.join(file)).unwrap());
             assert!(ours == theirs, "{name}/{file} differs");
@@ -71,7 +71,7 @@ fn an_adapters_folder_carries_the_tokenizer_and_the_template_it_was_trained_with
     let loaded = LoadedAdapter::read(&fixtures().join("names")).unwrap();
     let place = root.path().join("adapter");
     let files = sidecars(&checkpoint, Some("new"));
-    peft::write(&place, &loaded.config, &loaded.updates, &files).unwrap();
+    peft::write(&place, &loaded.config, &loaded.updates, None, &files).unwrap();
     assert_eq!(
         names(&place),
         [
@@ -88,7 +88,7 @@ fn an_adapters_folder_carries_the_tokenizer_and_the_template_it_was_trained_with
     assert_eq!(fs::read_to_string(place.join("tokenizer_config.json")).unwrap(), expected);
     assert_eq!(sidecars(&checkpoint, None), checkpoint.sidecars);
     // Again over itself.
-    peft::write(&place, &loaded.config, &loaded.updates, &files).unwrap();
+    peft::write(&place, &loaded.config, &loaded.updates, None, &files).unwrap();
     assert_eq!(names(root.path()), ["adapter"]);
 }
 
@@ -101,7 +101,7 @@ fn merged_weights_are_pefts_and_heads_stay_right() {
         let place = root.path().join(name);
         let calls = RefCell::new(Vec::new());
         let progress = |done, total| calls.borrow_mut().push((done, total));
-        merged::write(&place, &checkpoint, &loaded.updates, Kind::Float, &sidecars(&checkpoint, None), &progress)
+        merged::write(&place, &checkpoint, &loaded.updates, None, Kind::Float, &sidecars(&checkpoint, None), &progress)
             .unwrap();
         let ours = Checkpoint::open(&BaseSource::Folder(place.clone())).unwrap();
         let theirs = Checkpoint::open_file(&fixtures().join(name).join("merged.safetensors")).unwrap();
@@ -134,7 +134,7 @@ fn an_adapted_tied_head_is_untied() {
         let _ = tch::no_grad(|| tensor.shallow_clone().fill_(0.5));
     }
     let place = root.path().join("merged");
-    merged::write(&place, &checkpoint, adapters.updates(), Kind::Float, &sidecars(&checkpoint, None), &|_, _| ())
+    merged::write(&place, &checkpoint, adapters.updates(), None, Kind::Float, &sidecars(&checkpoint, None), &|_, _| ())
         .unwrap();
     let merged = Checkpoint::open(&BaseSource::Folder(place)).unwrap();
     assert_eq!(merged.config["tie_word_embeddings"], Value::Bool(false));
@@ -166,7 +166,7 @@ fn a_tied_head_that_was_stored_all_the_same_is_not_stored_again() {
     Tensor::write_safetensors(&tensors, folder.join("model.safetensors")).unwrap();
     let checkpoint = Checkpoint::open(&BaseSource::Folder(folder)).unwrap();
     let place = root.path().join("merged");
-    merged::write(&place, &checkpoint, &[], Kind::Float, &sidecars(&checkpoint, None), &|_, _| ()).unwrap();
+    merged::write(&place, &checkpoint, &[], None, Kind::Float, &sidecars(&checkpoint, None), &|_, _| ()).unwrap();
     let merged = Checkpoint::open(&BaseSource::Folder(place)).unwrap();
     assert_eq!(merged.shape("lm_head.weight"), None);
     assert_eq!(merged.names().len(), from.names().len());
@@ -181,7 +181,7 @@ fn merging_to_bf16_says_so_and_keeps_the_rest_of_the_config() {
     checkpoint.config["an_unknown_key"] = serde_json::json!({"kept": [1, 2.5]});
     let loaded = LoadedAdapter::read(&fixtures().join("all-linear")).unwrap();
     let place = root.path().join("merged");
-    merged::write(&place, &checkpoint, &loaded.updates, Kind::BFloat16, &sidecars(&checkpoint, None), &|_, _| ())
+    merged::write(&place, &checkpoint, &loaded.updates, None, Kind::BFloat16, &sidecars(&checkpoint, None), &|_, _| ())
         .unwrap();
     let config = json(&place.join("config.json"));
     assert_eq!((&config["dtype"], &config["torch_dtype"]), (&Value::from("bfloat16"), &Value::from("bfloat16")));
@@ -229,7 +229,8 @@ fn a_base_in_fp8_is_merged_to_plain_numbers() {
     };
     for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::BFloat16, 0.05)] {
         let place = root.path().join(format!("{kind:?}"));
-        merged::write(&place, &checkpoint, adapters.updates(), kind, &sidecars(&checkpoint, None), &|_, _| ()).unwrap();
+        merged::write(&place, &checkpoint, adapters.updates(), None, kind, &sidecars(&checkpoint, None), &|_, _| ())
+            .unwrap();
         let merged = Checkpoint::open(&BaseSource::Folder(place)).unwrap();
         assert_eq!(merged.config.get("quantization_config"), None);
         assert_eq!(merged.names().len(), from.names().len());
@@ -245,8 +246,8 @@ fn a_merge_that_cannot_be_right_writes_nothing() {
     let root = tempfile::tempdir().unwrap();
     let place = root.path().join("merged");
     let merge = |folder: &Path, checkpoint: &Checkpoint, updates: &[Update], kind| {
-        let error =
-            merged::write(folder, checkpoint, updates, kind, &sidecars(checkpoint, None), &|_, _| ()).unwrap_err();
+        let error = merged::write(folder, checkpoint, updates, None, kind, &sidecars(checkpoint, None), &|_, _| ())
+            .unwrap_err();
         (error.exit_code(), error.to_string())
     };
     let loaded = LoadedAdapter::read(&fixtures().join("all-linear")).unwrap();

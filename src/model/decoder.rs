@@ -13,6 +13,7 @@ use super::router::{Balance, Router};
 use super::spec::{ModelSpec, Position, Rope};
 use crate::Result;
 use crate::ops::{self, Documents, Norm, rope::Rotation};
+use crate::quant::Scheme;
 use crate::torch_ext::uniform;
 use crate::weights::Checkpoint;
 
@@ -54,6 +55,18 @@ impl Decoder {
     ///
     /// Errors: those of [`families::spec`]; what the checkpoint finds damaged.
     pub fn load(checkpoint: &Checkpoint, kind: Kind, device: Device, progress: &dyn Fn(u64, u64)) -> Result<Self> {
+        Self::load_kept(checkpoint, kind, device, None, progress)
+    }
+
+    /// [`Decoder::load`], the weights of linears quantised as they are read where `scheme` says so: the peak is the quantised model
+    /// and one whole tensor.
+    pub fn load_kept(
+        checkpoint: &Checkpoint,
+        kind: Kind,
+        device: Device,
+        scheme: Option<&Scheme>,
+        progress: &dyn Fn(u64, u64),
+    ) -> Result<Self> {
         let spec = families::spec(checkpoint)?;
         let numbers: i64 = spec.tensors().values().map(|shape| shape.iter().product::<i64>()).sum();
         let bytes = |numbers: u64| numbers * kind.elt_size_in_bytes() as u64;
@@ -62,7 +75,7 @@ impl Decoder {
             done.set(done.get() + count);
             progress(bytes(done.get()), bytes(numbers as u64));
         };
-        let reader = Reader { checkpoint, names: &spec.names, kind, device, read: &read };
+        let reader = Reader { checkpoint, names: &spec.names, kind, device, scheme, read: &read };
 
         let embedding = reader.tensor(&spec.embedding.weight)?;
         let embedding_norm = reader.optional_norm(spec.embedding.norm.as_ref())?;
@@ -86,8 +99,10 @@ impl Decoder {
             reader.tensor(&format!("{}.weight", spec.head.name))?
         };
         let bias = if spec.head.bias { Some(reader.tensor(&format!("{}.bias", spec.head.name))?) } else { None };
-        let head =
-            Linear { name: spec.names.module(&spec.head.name), weight: Weight::Dense(head), bias, adapter: None };
+        let name = spec.names.module(&spec.head.name);
+        // A tied head is the embedding, which is looked up and stays as it is.
+        let weight = if spec.head.tied { Weight::Dense(head) } else { reader.kept(&name, head) };
+        let head = Linear { name, weight, bias, adapter: None };
         Ok(Self { spec, kind, device, embedding, embedding_norm, layer_inputs, layers, ropes, final_norm, head })
     }
 

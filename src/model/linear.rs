@@ -5,6 +5,7 @@ use tch::Tensor;
 
 pub use crate::ops::LowRank;
 use crate::ops::Operand;
+pub use crate::quant::Weight;
 
 /// `Y = X W^T + bias (+ scale * dropout(X) A^T B^T)`.
 #[derive(Debug)]
@@ -20,20 +21,12 @@ pub struct Linear {
     pub adapter: Option<LowRank>,
 }
 
-/// How a weight is stored.
-#[derive(Debug)]
-pub enum Weight {
-    /// As a tensor in the model's number type.
-    Dense(Tensor),
-}
-
 impl Clone for Linear {
     /// Another handle to the same tensors.
     fn clone(&self) -> Self {
-        let Weight::Dense(weight) = &self.weight;
         Self {
             name: self.name.clone(),
-            weight: Weight::Dense(weight.shallow_clone()),
+            weight: self.weight.handle(),
             bias: self.bias.as_ref().map(Tensor::shallow_clone),
             adapter: self.adapter.as_ref().map(|l| LowRank {
                 a: l.a.shallow_clone(),
@@ -48,8 +41,7 @@ impl Clone for Linear {
 impl Linear {
     /// (out, in).
     pub fn shape(&self) -> (i64, i64) {
-        let Weight::Dense(weight) = &self.weight;
-        match weight.size()[..] {
+        match self.weight.size()[..] {
             [.., rows, columns] => (rows, columns),
             _ => unreachable!("a linear weight has two dimensions or three: checked at load"),
         }
@@ -57,9 +49,8 @@ impl Linear {
 
     /// What the operations read; `micro_batch_seed` makes this layer's own dropout mask.
     pub(super) fn operand(&self, micro_batch_seed: Option<u64>) -> Operand<'_> {
-        let Weight::Dense(weight) = &self.weight;
         Operand {
-            weight,
+            weight: &self.weight,
             bias: self.bias.as_ref(),
             low_rank: self.adapter.as_ref(),
             dropout_seed: micro_batch_seed.map(|seed| own_seed(seed, &self.name)),

@@ -8,6 +8,7 @@ use super::sites::expert;
 use super::spec::{ExpertLinear, LinearSpec, NormKind, NormSpec, Stored};
 use crate::Result;
 use crate::ops::Norm;
+use crate::quant::Scheme;
 use crate::weights::Checkpoint;
 
 /// Where weights come from and what they become.
@@ -16,6 +17,8 @@ pub(super) struct Reader<'a> {
     pub(super) names: &'a Names,
     pub(super) kind: Kind,
     pub(super) device: Device,
+    /// How the weights of linears are kept; as plain numbers where there is none.
+    pub(super) scheme: Option<&'a Scheme>,
     /// Called after each tensor with its numbers.
     pub(super) read: &'a dyn Fn(u64),
 }
@@ -38,13 +41,37 @@ impl Reader<'_> {
     }
 
     pub(super) fn linear(&self, spec: &LinearSpec) -> Result<Linear> {
-        self.linear_as(spec, self.kind)
+        let name = self.names.module(&spec.name);
+        let weight = self.weight(&name, &format!("{}.weight", spec.name))?;
+        let bias = if spec.bias { Some(self.tensor(&format!("{}.bias", spec.name))?) } else { None };
+        Ok(Linear { name, weight, bias, adapter: None })
     }
 
+    /// A linear whose weight is never quantised.
+
     pub(super) fn linear_as(&self, spec: &LinearSpec, kind: Kind) -> Result<Linear> {
-        let weight = self.tensor_as(&format!("{}.weight", spec.name), kind)?;
+        let weight = Weight::Dense(self.tensor_as(&format!("{}.weight", spec.name), kind)?);
         let bias = if spec.bias { Some(self.tensor_as(&format!("{}.bias", spec.name), kind)?) } else { None };
-        Ok(Linear { name: self.names.module(&spec.name), weight: Weight::Dense(weight), bias, adapter: None })
+        Ok(Linear { name: self.names.module(&spec.name), weight, bias, adapter: None })
+    }
+
+    /// The weight of a linear as the scheme keeps it: one tensor is whole at a time.
+    fn weight(&self, module: &str, name: &str) -> Result<Weight> {
+        if let Some(scheme) = self.scheme
+            && let Some(stored) = self.checkpoint.quantised(&self.names.stored(name), self.kind, self.device)?
+        {
+            (self.read)(stored.size().iter().product::<i64>() as u64);
+            return Ok(scheme.store(stored));
+        }
+        let tensor = self.tensor(name)?;
+        Ok(if self.checkpoint.is_quantised() { Weight::Dense(tensor) } else { self.kept(module, tensor) })
+    }
+
+    pub(super) fn kept(&self, module: &str, tensor: Tensor) -> Weight {
+        match self.scheme.filter(|scheme| !scheme.skips(module)) {
+            Some(scheme) => scheme.keep(&tensor),
+            None => Weight::Dense(tensor),
+        }
     }
 
     /// One linear of every expert: (E, out, in), whatever the checkpoint has. Tensors stored apart are put in place one by one.
@@ -69,7 +96,9 @@ impl Reader<'_> {
                 (weight, spec.bias.then(|| self.tensor(&format!("{name}_bias"))).transpose()?)
             }
         };
-        Ok(Linear { name: self.names.module(name), weight: Weight::Dense(weight), bias, adapter: None })
+        let name = self.names.module(name);
+        let weight = self.kept(&name, weight);
+        Ok(Linear { name, weight, bias, adapter: None })
     }
 
     /// Norms compute in fp32, so their weights are kept in it: `1 + w` would not survive in bf16.

@@ -43,6 +43,12 @@ impl Site {
         Self { name: spec.name.clone(), shape: (spec.output, spec.input), role }
     }
 
+    /// Numbers of its weight, those of all experts.
+    pub fn numbers(&self) -> i64 {
+        let experts = if let Role::Experts { count, .. } = self.role { count } else { 1 };
+        experts * self.shape.0 * self.shape.1
+    }
+
     /// Module paths: of each expert, where they are stored apart.
     pub fn modules(&self) -> Vec<String> {
         match self.role {

@@ -143,7 +143,7 @@ mod tests {
             check(
                 &[randn(&[rows, d], 1)],
                 |kind, x| {
-                    let w = weight(kind);
+                    let w = weight(kind).into();
                     let head = Operand { weight: &w, bias: None, low_rank: None, dropout_seed: None };
                     vec![in_chunks_of(32, &x[0], head, map, &targets, 0.1)]
                 },
@@ -160,7 +160,7 @@ mod tests {
         check(
             &[randn(&[rows, d], 1), randn(&[r, d], 3) * 0.3, randn(&[v, r], 4) * 0.3],
             |kind, x| {
-                let w = weight(kind);
+                let w = weight(kind).into();
                 let l =
                     LowRank { a: x[1].to_kind(Kind::Float), b: x[2].to_kind(Kind::Float), scale: 2.0, dropout: 0.0 };
                 let head = Operand { weight: &w, bias: None, low_rank: Some(&l), dropout_seed: None };
@@ -173,7 +173,7 @@ mod tests {
     #[test]
     fn no_rows_is_a_loss_of_zero() {
         let hidden = randn(&[0, 8], 1).set_requires_grad(true);
-        let w = randn(&[5, 8], 2);
+        let w = randn(&[5, 8], 2).into();
         let head = Operand { weight: &w, bias: None, low_rank: None, dropout_seed: None };
         let loss =
             cross_entropy(&hidden, head, LogitMap::PLAIN, &Tensor::zeros([0], (Kind::Int64, tch::Device::Cpu)), 1.0);

@@ -11,6 +11,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::gated::Activation;
 use super::projection::{Operand, factors};
+use crate::quant::Weight;
 use crate::torch_ext::{custom, keep_mask};
 
 /// The feed-forwards of all experts: the operands' weights are (E, out, in), their biases (E, out).
@@ -282,7 +283,7 @@ enum Ranges {
 }
 
 impl Sorted {
-    fn new(chosen: &Tensor, like: &Tensor) -> Self {
+    fn new(chosen: &Tensor, like: &Weight) -> Self {
         tch::no_grad(|| {
             let (count, choices) = (like.size()[0], chosen.size()[1]);
             // Stable: rows of an expert keep the order of the tokens, so that sums do not depend on the sort.
@@ -357,7 +358,7 @@ impl Sorted {
 
 /// One linear of every expert: handles to frozen tensors, never copies of them.
 struct Bank {
-    weight: Tensor,
+    weight: Weight,
     bias: Option<Tensor>,
     update: Option<Update>,
 }
@@ -381,13 +382,13 @@ impl Bank {
             scale: low_rank.scale,
             dropout: operand.dropout_seed.filter(|_| low_rank.dropout > 0.0).map(|seed| (low_rank.dropout, seed)),
         });
-        Self { weight: operand.weight.shallow_clone(), bias: operand.bias.map(Tensor::shallow_clone), update }
+        Self { weight: operand.weight.handle(), bias: operand.bias.map(Tensor::shallow_clone), update }
     }
 
     /// Y (S, out) of rows (S, in), and `drop(rows) A^T` (S, R) where there is an update.
     fn forward(&self, rows: &Tensor, sorted: &Sorted) -> (Tensor, Option<Tensor>) {
         let bias = self.bias.as_ref().map(|bias| bias.index_select(0, &sorted.experts)); // (S, out)
-        let y = sorted.products(rows, &self.weight.transpose(1, 2), bias);
+        let y = sorted.products(rows, &self.weight.dense().transpose(1, 2), bias);
         let Some(update) = &self.update else { return (y, None) };
         let u = sorted.products(&update.dropped(rows), &update.a.transpose(1, 2), None); // (S, R)
         (sorted.products(&u, &update.scaled_b.transpose(1, 2), Some(y)), Some(u))
@@ -395,7 +396,7 @@ impl Bank {
 
     /// dX (S, in) from dY (S, out), and dU = `dY s B` (S, R) where there is an update.
     fn backward(&self, dy: &Tensor, sorted: &Sorted) -> (Tensor, Option<Tensor>) {
-        let dx = sorted.products(dy, &self.weight, None);
+        let dx = sorted.products(dy, &self.weight.dense(), None);
         let Some(update) = &self.update else { return (dx, None) };
         let du = sorted.products(dy, &update.scaled_b, None); // (S, R)
         let dx = match update.dropout {
@@ -519,10 +520,10 @@ mod tests {
                         dropout: 0.0,
                     })
                     .collect();
-                let tensors: Vec<(Tensor, Tensor)> = shapes(fused)
+                let tensors: Vec<(Weight, Tensor)> = shapes(fused)
                     .into_iter()
                     .enumerate()
-                    .map(|(i, shape)| (weight(i, shape, kind), bias(i, shape.0, kind)))
+                    .map(|(i, shape)| (weight(i, shape, kind).into(), bias(i, shape.0, kind)))
                     .collect();
                 let operand = |i: usize| Operand {
                     weight: &tensors[i].0,
@@ -561,7 +562,7 @@ mod tests {
     fn dropped_rows_are_the_same_in_backward() {
         // With a probability of dropping, gradients by differences must still fit.
         let (rows, columns) = (F, D);
-        let weight = weight(0, (rows, columns), Kind::Double);
+        let weight = weight(0, (rows, columns), Kind::Double).into();
         let low = |x: &[Tensor]| LowRank { a: x[1].shallow_clone(), b: x[2].shallow_clone(), scale: 0.7, dropout: 0.4 };
         let value = |x: &[Tensor]| {
             let low = low(x);

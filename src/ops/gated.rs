@@ -165,7 +165,7 @@ mod tests {
                         scale: 0.5,
                         dropout: 0.0,
                     };
-                    let weight = weight(kind);
+                    let weight = weight(kind).into();
                     let operand =
                         Operand { weight: &weight, bias: None, low_rank: Some(&low_rank), dropout_seed: None };
                     vec![

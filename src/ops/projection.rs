@@ -3,11 +3,12 @@
 //!
 //! All projections that share X are one operation: X is kept once (before the norm, which is cheap to redo), the A
 //! matrices are stacked so that X meets them in one product, and dX is summed in place. A frozen W costs one product
-//! forward and one backward; no gradient of W is ever made and no copy of it kept.
+//! forward and one backward; no gradient of W is ever made and no copy of it kept: a quantised W is made whole for each product.
 
 use tch::{Kind, Tensor};
 
 use super::Norm;
+use crate::quant::Weight;
 use crate::torch_ext::{custom, keep_mask};
 
 /// A low-rank update, trained in fp32.
@@ -27,7 +28,7 @@ pub struct LowRank {
 #[derive(Debug, Clone, Copy)]
 pub struct Operand<'a> {
     /// W (out, in), frozen.
-    pub weight: &'a Tensor,
+    pub weight: &'a Weight,
     /// (out), frozen.
     pub bias: Option<&'a Tensor>,
     /// The update, if any.
@@ -94,7 +95,7 @@ pub(super) struct Group {
 }
 
 struct Member {
-    weight: Tensor,
+    weight: Weight,
     bias: Option<Tensor>,
     update: Option<Update>,
 }
@@ -128,7 +129,7 @@ impl Group {
                         dropout: operand.dropout_seed.filter(|_| low_rank.dropout > 0.0).map(|s| (low_rank.dropout, s)),
                     }
                 });
-                Member { weight: operand.weight.shallow_clone(), bias: operand.bias.map(Tensor::shallow_clone), update }
+                Member { weight: operand.weight.handle(), bias: operand.bias.map(Tensor::shallow_clone), update }
             })
             .collect();
         let a = match stacked.len() {
@@ -147,7 +148,7 @@ impl Group {
             .members
             .iter()
             .map(|member| {
-                let weight = member.weight.tr(); // (in, out)
+                let weight = member.weight.dense().tr(); // (in, out)
                 let mut y = match (residual, &member.bias) {
                     (Some(residual), Some(bias)) => (residual + bias).addmm(x, &weight),
                     (Some(added), None) | (None, Some(added)) => added.addmm(x, &weight),
@@ -182,7 +183,7 @@ impl Group {
         };
         if wants_dx {
             for (member, dy) in self.members.iter().zip(grads) {
-                add(dy, &member.weight);
+                add(dy, &member.weight.dense());
             }
         }
         let (Some(a), Some(u)) = (&self.a, u) else {
@@ -298,7 +299,7 @@ mod tests {
                 &leaves(&OUT),
                 |kind, x| {
                     let low_ranks: Vec<LowRank> = (0..3).map(|i| low_rank(x, i, dropout)).collect();
-                    let weights: Vec<Tensor> = (0..3).map(|i| weight(i, kind)).collect();
+                    let weights: Vec<Weight> = (0..3).map(|i| weight(i, kind).into()).collect();
                     let biases: Vec<Tensor> = (0..3).map(|i| bias(i, kind)).collect();
                     let operands: Vec<Operand> = (0..3)
                         .map(|i| Operand {
@@ -330,7 +331,7 @@ mod tests {
             &leaves(&OUT[..1]),
             |kind, x| {
                 let low_rank = low_rank(x, 0, 0.0);
-                let weights: Vec<Tensor> = (0..2).map(|i| weight(i, kind)).collect();
+                let weights: Vec<Weight> = (0..2).map(|i| weight(i, kind).into()).collect();
                 let bare = Operand { weight: &weights[1], bias: None, low_rank: None, dropout_seed: None };
                 let adapted =
                     Operand { weight: &weights[0], bias: None, low_rank: Some(&low_rank), dropout_seed: None };
@@ -350,7 +351,7 @@ mod tests {
         check(
             &inputs,
             |kind, x| {
-                let (low_rank, weight, bias) = (low_rank(x, 0, 0.0), weight(0, kind), bias(0, kind));
+                let (low_rank, weight, bias) = (low_rank(x, 0, 0.0), Weight::from(weight(0, kind)), bias(0, kind));
                 let operand =
                     Operand { weight: &weight, bias: Some(&bias), low_rank: Some(&low_rank), dropout_seed: None };
                 projection(&x[0], None, &[operand], Some(&x[3]))

@@ -27,6 +27,12 @@ impl Int8 {
         Self { shape, kind: weight.kind(), codes, absmax }
     }
 
+    /// Another handle to the same tensors.
+    pub(super) fn handle(&self) -> Self {
+        let Self { shape, kind, codes, absmax } = self;
+        Self { shape: shape.clone(), kind: *kind, codes: codes.shallow_clone(), absmax: absmax.shallow_clone() }
+    }
+
     /// The numbers it stands for, in its shape and kind: `codes * absmax / 127`.
     pub fn dequantised(&self) -> Tensor {
         let wide = self.codes.to_kind(Kind::Float) * self.absmax.unsqueeze(1) * (1.0 / 127.0);

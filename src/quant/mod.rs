@@ -7,9 +7,11 @@ mod codebook;
 pub mod dynamic;
 pub mod four_bit;
 pub mod int8;
+mod scheme;
 mod weight;
 
 pub use codebook::FourBitType;
 pub use four_bit::FourBit;
 pub use int8::Int8;
+pub use scheme::{Form, Scheme};
 pub use weight::{Quantised, Weight};

@@ -1,7 +1,5 @@
 //! A frozen weight, as it is kept and as a product reads it.
 
-use std::sync::Arc;
-
 use tch::{Device, Kind, Tensor};
 
 use super::{FourBit, Int8};
@@ -12,7 +10,7 @@ pub enum Weight {
     /// Plain numbers in the type that products are computed in.
     Dense(Tensor),
     /// Fewer bits, made whole where a product reads it.
-    Quantised(Arc<Quantised>),
+    Quantised(Quantised),
 }
 
 /// The forms a quantised weight is kept in.
@@ -22,6 +20,8 @@ pub enum Quantised {
     FourBit(FourBit),
     /// Rows of eight-bit integers.
     Int8(Int8),
+    /// Each expert's weight by itself.
+    Experts(Vec<Quantised>),
 }
 
 impl Weight {
@@ -29,7 +29,7 @@ impl Weight {
     pub fn handle(&self) -> Self {
         match self {
             Self::Dense(weight) => Self::Dense(weight.shallow_clone()),
-            Self::Quantised(weight) => Self::Quantised(Arc::clone(weight)),
+            Self::Quantised(weight) => Self::Quantised(weight.handle()),
         }
     }
 
@@ -37,7 +37,7 @@ impl Weight {
     pub fn size(&self) -> Vec<i64> {
         match self {
             Self::Dense(weight) => weight.size(),
-            Self::Quantised(weight) => weight.size().to_vec(),
+            Self::Quantised(weight) => weight.size(),
         }
     }
 
@@ -65,6 +65,17 @@ impl Weight {
         }
     }
 
+    /// [`Weight::dense`] of one expert: (out, in).
+    pub fn expert(&self, number: i64) -> Tensor {
+        match self {
+            Self::Dense(weight) => weight.select(0, number),
+            Self::Quantised(weight) => match weight {
+                Quantised::Experts(experts) => experts[number as usize].dequantised(),
+                Quantised::FourBit(_) | Quantised::Int8(_) => weight.dequantised().select(0, number),
+            },
+        }
+    }
+
     /// Bytes it occupies.
     pub fn bytes(&self) -> u64 {
         match self {
@@ -74,18 +85,37 @@ impl Weight {
     }
 }
 
+impl From<Tensor> for Weight {
+    fn from(weight: Tensor) -> Self {
+        Self::Dense(weight)
+    }
+}
+
 impl From<Quantised> for Weight {
     fn from(quantised: Quantised) -> Self {
-        Self::Quantised(Arc::new(quantised))
+        Self::Quantised(quantised)
     }
 }
 
 impl Quantised {
-    /// Its shape.
-    pub fn size(&self) -> &[i64] {
+    /// Another handle to the same tensors.
+    fn handle(&self) -> Self {
         match self {
-            Self::FourBit(weight) => &weight.shape,
-            Self::Int8(weight) => &weight.shape,
+            Self::FourBit(weight) => Self::FourBit(weight.handle()),
+            Self::Int8(weight) => Self::Int8(weight.handle()),
+            Self::Experts(experts) => Self::Experts(experts.iter().map(Self::handle).collect()),
+        }
+    }
+
+    /// Its shape.
+    pub fn size(&self) -> Vec<i64> {
+        match self {
+            Self::FourBit(weight) => weight.shape.clone(),
+            Self::Int8(weight) => weight.shape.clone(),
+            Self::Experts(experts) => {
+                let own = experts.first().map(Self::size).unwrap_or_default();
+                std::iter::once(experts.len() as i64).chain(own).collect()
+            }
         }
     }
 
@@ -94,6 +124,7 @@ impl Quantised {
         match self {
             Self::FourBit(weight) => weight.kind,
             Self::Int8(weight) => weight.kind,
+            Self::Experts(experts) => experts.first().map_or(Kind::Float, Self::kind),
         }
     }
 
@@ -102,6 +133,13 @@ impl Quantised {
         match self {
             Self::FourBit(weight) => weight.dequantised(),
             Self::Int8(weight) => weight.dequantised(),
+            Self::Experts(experts) => {
+                let whole = Tensor::empty(self.size(), (self.kind(), self.device()));
+                for (number, expert) in experts.iter().enumerate() {
+                    whole.select(0, number as i64).copy_(&expert.dequantised());
+                }
+                whole
+            }
         }
     }
 
@@ -109,6 +147,7 @@ impl Quantised {
         match self {
             Self::FourBit(weight) => weight.codes.device(),
             Self::Int8(weight) => weight.codes.device(),
+            Self::Experts(experts) => experts.first().map_or(Device::Cpu, Self::device),
         }
     }
 
@@ -116,6 +155,7 @@ impl Quantised {
         match self {
             Self::FourBit(weight) => weight.bytes(),
             Self::Int8(weight) => bytes(&weight.codes) + bytes(&weight.absmax),
+            Self::Experts(experts) => experts.iter().map(Self::bytes).sum(),
         }
     }
 }

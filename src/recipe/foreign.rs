@@ -18,7 +18,6 @@ const fn noted(key: &'static str, here: &'static str, note: &'static str) -> For
     ForeignKey { key, here, note }
 }
 
-const NO_QUANTISATION: &str = "this version trains on a base that is not quantised: leave it out";
 const PREPARED: &str = "the data is prepared on all threads and keeps ahead on its own: leave it out";
 const FUSED: &str = "engraft's own kernels are always used: leave it out";
 const LOGS: &str = "runs are logged to metrics.jsonl, report.html and TensorBoard: leave it out";
@@ -38,7 +37,6 @@ pub(super) const KEYS: &[ForeignKey] = &[
     same("model_revision", "revision"),
     same("revision_of_model", "revision"),
     same("torch_dtype", "dtype"),
-    same("compute_dtype", "dtype"),
     same("precision", "dtype"),
     noted("bf16", "dtype", ": `bf16`"),
     noted("bfloat16", "dtype", ": `bf16`"),
@@ -64,10 +62,18 @@ pub(super) const KEYS: &[ForeignKey] = &[
     noted("liger_cross_entropy", "", FUSED),
     noted("liger_fused_linear_cross_entropy", "", FUSED),
     noted("checkpointer", "base_model", ": the model's folder"),
-    noted("load_in_4bit", "", NO_QUANTISATION),
-    noted("load_in_8bit", "", NO_QUANTISATION),
-    noted("quantization_bit", "", NO_QUANTISATION),
-    noted("bnb_4bit_quant_type", "", NO_QUANTISATION),
+    noted("load_in_4bit", "adapter.method", ": `qlora`"),
+    noted("load_in_8bit", "adapter.method", ": `qlora`, and `quantization: {type: int8}`"),
+    noted("quantization_bit", "adapter.method", ": `qlora`, and `quantization: {type: nf4}` or `{type: int8}`"),
+    same("bnb_4bit_quant_type", "quantization.type"),
+    same("quant_type", "quantization.type"),
+    same("bnb_4bit_use_double_quant", "quantization.double_quant"),
+    same("double_quantization", "quantization.double_quant"),
+    same("bnb_4bit_compute_dtype", "quantization.compute_dtype"),
+    same("llm_int8_skip_modules", "quantization.skip"),
+    same("blocksize", "quantization.block_size"),
+    same("bnb_config", "quantization"),
+    same("quantization_config", "quantization"),
     noted("flash_attention", "", "attention is always fused: leave it out"),
     noted("flash_attn", "", "attention is always fused: leave it out"),
     noted("attn_implementation", "", "attention is always fused: leave it out"),

@@ -8,9 +8,10 @@ use super::paths::{self, Found};
 use super::read::in_order;
 use super::tree::{Place, Problem};
 use super::{
-    AdapterRecipe, BaseSource, DataSource, DatasetRecipe, DeviceChoice, Dtype, OutputRecipe, Recipe, RecipeFile, Save,
-    Sources, TrainingRecipe, sources,
+    AdapterMethod, AdapterRecipe, BaseSource, CacheDequantized, DataSource, DatasetRecipe, DeviceChoice, Dtype,
+    OutputRecipe, QuantizationRecipe, QuantizationType, Recipe, RecipeFile, Save, Sources, TrainingRecipe, sources,
 };
+use crate::quant::{Form, FourBitType, Scheme};
 use crate::{Error, Fault, Result};
 
 /// A recipe with everything resolved.
@@ -28,6 +29,8 @@ pub struct Plan {
     device: Result<Device, Fault>,
     /// The adapter's part of the recipe, `adapter_name_or_path` made absolute.
     pub adapter: AdapterRecipe,
+    /// How the base is quantised; `None` where it is not.
+    pub scheme: Option<Scheme>,
     /// The dataset's part of the recipe, `chat_template` made absolute where it is a file.
     pub dataset: DatasetRecipe,
     /// Training files, in a stable order.
@@ -69,7 +72,9 @@ impl RecipeFile {
         });
         let (recipe, path) = (self.recipe, self.path);
         let (kind, training) = (recipe.dtype.kind(), recipe.training.clone());
-        Ok(Plan { recipe, path, base, kind, device, adapter, dataset, train, eval, training, output })
+        let scheme = (adapter.method == AdapterMethod::Qlora)
+            .then(|| recipe.quantization.clone().unwrap_or_default().scheme(kind));
+        Ok(Plan { recipe, path, base, kind, device, adapter, scheme, dataset, train, eval, training, output })
     }
 }
 
@@ -81,6 +86,25 @@ impl Plan {
     /// [`Error::Device`] when the device asked for is not there.
     pub fn device(&self) -> crate::Result<Device> {
         self.device.clone().map_err(Error::Device)
+    }
+}
+
+impl QuantizationType {
+    /// This form, in blocks of `block` with quantised scales or not where it has blocks.
+    pub fn with(self, block: i64, double_quant: bool) -> Form {
+        match self {
+            QuantizationType::Nf4 => Form::FourBit { code: FourBitType::Nf4, block, double_quant },
+            QuantizationType::Fp4 => Form::FourBit { code: FourBitType::Fp4, block, double_quant },
+            QuantizationType::Int8 => Form::Int8,
+        }
+    }
+}
+
+impl QuantizationRecipe {
+    /// What this asks for. Whether weights are kept whole is decided when there is a device.
+    fn scheme(&self, kind: Kind) -> Scheme {
+        let form = self.form.with(self.block_size.into(), self.double_quant);
+        Scheme { form, kind, skip: self.skip.clone(), whole: self.cache_dequantized == CacheDequantized::Always }
     }
 }
 

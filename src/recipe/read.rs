@@ -195,7 +195,7 @@ mod tests {
                 "7:1: unknown key `sequence_len` | write `dataset.max_length`",
                 "8:1: unknown key `num_train_epochs` | write `training.epochs`",
                 "9:1: unknown key `Per_Device_Train_Batch_Size` | write `training.micro_batch_size`",
-                "10:1: unknown key `load_in_4bit` | not quantised",
+                "10:1: unknown key `load_in_4bit` | write `adapter.method`: `qlora`",
                 "11:1: unknown key `bf16` | write `dtype`: `bf16`",
             ],
         );
@@ -279,7 +279,7 @@ mod tests {
                 "7:8: `dtype` is the text \"bfloat16\" | write `bf16`",
                 "8:23: `training.optimizer` is the text \"adamw_torch\", expected one of `adamw`, `adamw_8bit` | write `adamw`",
                 "8:50: `training.lr_scheduler` is the text \"cosin\" | write `cosine`",
-                "9:19: `adapter.method` is the text \"lokr\", expected `lora`",
+                "9:19: `adapter.method` is the text \"lokr\", expected one of `lora`, `qlora`",
             ],
         );
     }

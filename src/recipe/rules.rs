@@ -34,6 +34,30 @@ pub(super) fn check(tree: &Node) -> Vec<Problem> {
             }
         }
     }
+    let quantised = given(tree, "adapter.method").and_then(Node::text) == Some("qlora");
+    if let (Some(node), false) = (given(tree, "quantization"), quantised) {
+        let what =
+            "`quantization` needs `adapter.method: qlora`: another method trains on a base that is not quantised";
+        problems.push(Problem::new(&node.place, what, "write `adapter: {method: qlora}` or leave `quantization` out"));
+    }
+    let form = given(tree, "quantization.type").and_then(Node::text).unwrap_or("nf4");
+    for key in ["quantization.double_quant", "quantization.block_size"] {
+        if let (Some(node), "int8") = (given(tree, key), form) {
+            let what = format!("`{key}` says nothing of `{form}`, which has one scale to each row");
+            problems.push(Problem::new(&node.place, what, format!("leave `{key}` out")));
+        }
+    }
+    if let Some(node) = given(tree, "quantization.compute_dtype") {
+        let (asked, dtype) = (node.text(), given(tree, "dtype").and_then(Node::text).unwrap_or("bf16"));
+        if asked != Some(dtype) {
+            let what = format!(
+                "`quantization.compute_dtype` is {}, but `dtype` is `{dtype}`: products are computed in the \
+                                type of the activations",
+                node.found()
+            );
+            problems.push(Problem::new(&node.place, what, "leave it out, and set `dtype` to the type of both"));
+        }
+    }
     for key in ["adapter.target_modules", "adapter.exclude_modules"] {
         let text = given(tree, key).and_then(|node| Some((node, node.text()?)));
         problems.extend(text.and_then(|(node, text)| wrong_target(key, node, text)));

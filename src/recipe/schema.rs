@@ -26,6 +26,9 @@ pub struct Recipe {
     /// What is grafted. Names are PEFT's.
     #[serde(default)]
     pub adapter: AdapterRecipe,
+    /// How the frozen base is quantised, with `adapter.method: qlora`. Names are bitsandbytes'.
+    #[serde(default)]
+    pub quantization: Option<QuantizationRecipe>,
     /// What is learned from.
     pub dataset: DatasetRecipe,
     /// How to train. Names are TRL's and transformers'.
@@ -124,6 +127,78 @@ pub enum AdapterMethod {
     /// Low-rank adaptation (arXiv:2106.09685).
     #[default]
     Lora,
+    /// The same on a quantised base (arXiv:2305.14314); see `quantization`.
+    Qlora,
+}
+
+/// How the frozen base is quantised, with `adapter.method: qlora`. Names are bitsandbytes'.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct QuantizationRecipe {
+    /// The form of the linears' weights.
+    #[serde(rename = "type")]
+    pub form: QuantizationType,
+    /// Quantise the blocks' scales, too (`nf4` and `fp4`).
+    pub double_quant: bool,
+    /// Numbers to a block with a scale of its own (`nf4` and `fp4`).
+    #[schemars(extend("enum" = [32, 64, 128, 256, 512, 1024, 2048, 4096]))]
+    pub block_size: u32,
+    /// Modules that stay as they are: those whose path is such a name or ends in `.name`.
+    #[schemars(inner(length(min = 1)))]
+    pub skip: Vec<String>,
+    /// Number type of products with the base; `dtype`, which it must be where both are given.
+    pub compute_dtype: Option<Dtype>,
+    /// Keep the quantised numbers in `dtype`, so that none is made whole twice: the same result, in more memory and less time.
+    pub cache_dequantized: CacheDequantized,
+}
+
+impl Default for QuantizationRecipe {
+    fn default() -> Self {
+        Self {
+            form: QuantizationType::Nf4,
+            double_quant: true,
+            block_size: 64,
+            skip: vec!["lm_head".into()],
+            compute_dtype: None,
+            cache_dequantized: CacheDequantized::Auto,
+        }
+    }
+}
+
+/// The form of a quantised base.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum QuantizationType {
+    /// Four bits: quantiles of a normal distribution (arXiv:2305.14314).
+    #[default]
+    Nf4,
+    /// Four bits: sign, exponent and mantissa.
+    Fp4,
+    /// Eight bits: integers with a scale to each row (arXiv:2208.07339), inputs not quantised.
+    Int8,
+}
+
+impl std::fmt::Display for QuantizationType {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Nf4 => "nf4",
+            Self::Fp4 => "fp4",
+            Self::Int8 => "int8",
+        })
+    }
+}
+
+/// Whether a quantised base is kept made whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum CacheDequantized {
+    /// On the CPU, where it takes less than half of the free memory.
+    #[default]
+    Auto,
+    /// Always.
+    Always,
+    /// Never: every product makes its weight whole.
+    Never,
 }
 
 /// One name or regular expression, or a list of names.

@@ -23,10 +23,10 @@ pub use elements::{Element, elements, elements_mut, filled, filled_many, filled_
 pub use failure::catching;
 pub use flash::{FlashVarlen, flash_varlen, flash_varlen_backward};
 pub use gemm::{Rows, bf16_gemm, bf16_gemm_done, bf16_gemm_serves};
-pub use optimizer::{AdamW, add_scaled, clear_gradients, fused_adamw_, global_norm};
 #[cfg(target_arch = "x86_64")]
 pub use number::Lanes;
 pub use number::Number;
+pub use optimizer::{AdamW, add_scaled, clear_gradients, fused_adamw_, global_norm};
 pub use parallel::{parallel_for, parallel_tasks};
 pub use random::{keep_mask, uniform};
 

@@ -48,6 +48,14 @@ fn budget(free: u64, beside: u64) -> u64 {
     (free.saturating_sub(beside) as f64 * SHARE) as u64
 }
 
+/// Whether the linears' weights, made whole, fit into half of the memory that is free on the CPU. On a GPU they are made whole at the
+/// speed of its memory, so that there is little to gain.
+pub fn caches_dequantised(spec: &ModelSpec, kind: Kind, device: Device) -> bool {
+    let numbers: i64 = spec.sites().iter().map(|site| site.numbers()).sum();
+    let bytes = numbers as u64 * kind.elt_size_in_bytes() as u64;
+    device == Device::Cpu && free_bytes(device).is_some_and(|free| bytes < free / 2)
+}
+
 /// The fewest recomputed blocks with which a micro-batch fits into `budget` bytes; all of them where nothing does.
 fn fewest(spec: &ModelSpec, kind: Kind, tokens: u64, budget: u64) -> usize {
     let element = kind.elt_size_in_bytes() as u64;

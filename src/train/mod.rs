@@ -25,7 +25,7 @@ mod trainer;
 pub use device::device_name;
 pub use folder::{RunFolder, Start};
 pub use ledger::{Best, Identity, Ledger, LossSum};
-pub use memory::recomputed_layers;
+pub use memory::{caches_dequantised, recomputed_layers};
 pub use metrics::{EvalRecord, Event, Events, Metrics, StepRecord, peak_memory_bytes};
 pub use optimizer::{Optimizer, bytes_beside, restore};
 pub use outcome::Outcome;

@@ -67,7 +67,7 @@ pub(super) fn open(folder: &Path) -> Result<Parts> {
     if let Some(index) = index {
         check_index(folder, &index, &files, &tensors)?;
     }
-    let tensors = quantised::pair(&config, &files, tensors, &mut notices)?;
+    let tensors = quantised::pair(&config, (&files, &opened), tensors, &mut notices)?;
     Ok(Parts { config, sidecars, files, opened, tensors, notices })
 }
 

@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
 
+use crate::quant::Quantised;
 use crate::recipe::BaseSource;
 use crate::{Error, Fault, Result};
 
@@ -84,6 +85,8 @@ enum Form {
     Scaled(&'static storage::Dtype, quantised::fp8::Scales),
     /// Two numbers to a byte, with exponents that are stored beside them.
     Mxfp4(quantised::mxfp4::Scales),
+    /// Codes of a type and shape, and what makes numbers of them.
+    Bitsandbytes(&'static storage::Dtype, Vec<i64>, quantised::bitsandbytes::Parts),
 }
 
 impl Checkpoint {
@@ -154,6 +157,7 @@ impl Checkpoint {
             Form::Plain(dtype) | Form::Scaled(dtype, _) => dtype.name,
             Form::Blocks(quantisation, _) => quantisation.name,
             Form::Mxfp4(_) => "MXFP4",
+            Form::Bitsandbytes(_, _, ref parts) => parts.name(),
         })
     }
 
@@ -187,8 +191,27 @@ impl Checkpoint {
                 let beside = self.source_of(scales.file, &scales.name, scales.offset);
                 quantised::mxfp4::read(source, beside, &stored.shape, kind)?
             }
+            Form::Bitsandbytes(codes, packed, parts) => {
+                let files = (&self.files[..], &self.opened[..]);
+                parts.read(source, (codes, packed), &stored.shape, files, (kind, Device::Cpu))?.dequantised()
+            }
         };
         storage::place(tensor, device)
+    }
+
+    /// A weight as it is stored, where that is a form products can be made of; `None` where it is stored as plain numbers, or in a form
+    /// that [`Checkpoint::tensor`] makes such of. It is made whole in `kind`.
+    pub fn quantised(&self, name: &str, kind: Kind, device: Device) -> Result<Option<Quantised>> {
+        let Some(stored) = self.find(name) else { return Ok(None) };
+        let Form::Bitsandbytes(codes, packed, parts) = &stored.form else { return Ok(None) };
+        let source = self.source_of(stored.file, &stored.stored_name, stored.offset);
+        let files = (&self.files[..], &self.opened[..]);
+        parts.read(source, (codes, packed), &stored.shape, files, (kind, device)).map(Some)
+    }
+
+    /// Whether weights are stored in a form that [`Checkpoint::quantised`] keeps.
+    pub fn is_quantised(&self) -> bool {
+        self.tensors.iter().any(|tensor| matches!(tensor.form, Form::Bitsandbytes(..)))
     }
 
     fn source_of<'a>(&'a self, file: usize, name: &'a str, offset: u64) -> storage::Source<'a> {

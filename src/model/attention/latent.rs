@@ -148,7 +148,7 @@ impl LatentAttention {
         let operand = self.up.operand(None);
         let kind = operand.weight.kind();
         HeadsPart {
-            weight: of_heads(operand.weight),
+            weight: of_heads(&operand.weight.dense()),
             update: operand
                 .low_rank
                 .map(|low_rank| (low_rank.a.to_kind(kind), of_heads(&(&low_rank.b * low_rank.scale).to_kind(kind)))),

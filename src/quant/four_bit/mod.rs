@@ -6,13 +6,13 @@
 //! where a row is a multiple of 16 but not of the block; there, this follows the format.)
 
 mod kernels;
+mod scales;
 #[cfg(test)]
 mod tests;
 
 use tch::{Kind, Tensor};
 
 pub use super::codebook::FourBitType;
-use super::dynamic;
 use super::weight::bytes;
 use crate::torch_ext::elements;
 
@@ -31,6 +31,8 @@ pub struct FourBit {
     pub block: i64,
     /// Of the weight: (out, in) or (E, out, in).
     pub shape: Vec<i64>,
+    /// The number type it was quantised of, which its numbers are rounded to.
+    pub stored: Kind,
     /// The number type it is made whole in: bf16, fp16 or fp32.
     pub kind: Kind,
     /// Two codes to a byte, the first in the high half: ((n + 1) / 2) u8.
@@ -62,27 +64,43 @@ impl FourBit {
     pub fn of(weight: &Tensor, code: FourBitType, block: i64, double_quant: bool) -> Self {
         let (codes, absmax) = quantise(weight, code, block);
         let absmax = if double_quant { Absmax::nested(&absmax) } else { Absmax::Plain(absmax) };
-        Self { code, block, shape: weight.size(), kind: weight.kind(), codes, absmax }
+        Self { code, block, shape: weight.size(), stored: weight.kind(), kind: weight.kind(), codes, absmax }
+    }
+
+    /// Another handle to the same tensors.
+    pub(super) fn handle(&self) -> Self {
+        let Self { code, block, shape, stored, kind, codes, absmax } = self;
+        let absmax = match absmax {
+            Absmax::Plain(absmax) => Absmax::Plain(absmax.shallow_clone()),
+            Absmax::Nested { codes, absmax, offset, map } => Absmax::Nested {
+                codes: codes.shallow_clone(),
+                absmax: absmax.shallow_clone(),
+                offset: *offset,
+                map: map.shallow_clone(),
+            },
+        };
+        let (codes, shape) = (codes.shallow_clone(), shape.clone());
+        Self { code: *code, block: *block, shape, stored: *stored, kind: *kind, codes, absmax }
     }
 
     /// The numbers it stands for, in its shape and kind.
     pub fn dequantised(&self) -> Tensor {
-        if !kernels::serves(self.codes.device(), self.kind) {
+        if !kernels::serves(self.codes.device(), self.stored) {
             return self.dequantised_plainly();
         }
         let size = (self.shape.iter().product::<i64>() as usize, self.block as usize);
         let flat = match &self.absmax {
             Absmax::Plain(absmax) => {
                 let absmax = elements::<f32>(absmax);
-                kernels::dequantise(&self.codes, size, self.code.values(), self.kind, |k| absmax[k])
+                kernels::dequantise(&self.codes, size, self.code.values(), self.stored, |k| absmax[k])
             }
             Absmax::Nested { codes, absmax, offset, map } => {
                 let (codes, absmax, map) = (elements::<u8>(codes), elements::<f32>(absmax), elements::<f32>(map));
                 let scale = |k: usize| map[usize::from(codes[k])] * absmax[k / NESTED_BLOCK as usize] + offset;
-                kernels::dequantise(&self.codes, size, self.code.values(), self.kind, scale)
+                kernels::dequantise(&self.codes, size, self.code.values(), self.stored, scale)
             }
         };
-        flat.view(&self.shape[..])
+        flat.view(&self.shape[..]).to_kind(self.kind)
     }
 
     /// [`FourBit::dequantised`] in libtorch's own operations, for every device.
@@ -96,7 +114,7 @@ impl FourBit {
         let values = Tensor::from_slice(self.code.values()).to_device(codes.device());
         let values = values.index_select(0, &halves.view([-1]).narrow(0, 0, n).to_kind(Kind::Int));
         let scales = self.absmax.plain().repeat_interleave_self_int(self.block, 0, None).narrow(0, 0, n);
-        (values * scales).to_kind(self.kind).view(&self.shape[..])
+        (values * scales).to_kind(self.stored).to_kind(self.kind).view(&self.shape[..])
     }
 
     /// Bytes of codes and magnitudes.
@@ -114,8 +132,8 @@ impl Absmax {
     /// Double quantisation of magnitudes (blocks).
     fn nested(absmax: &Tensor) -> Self {
         let offset = absmax.mean(Kind::Float);
-        let (codes, nested) = dynamic::quantise(&(absmax - &offset), NESTED_BLOCK);
-        let map = Tensor::from_slice(dynamic::map()).to_device(absmax.device());
+        let (codes, nested) = scales::quantise(&(absmax - &offset), NESTED_BLOCK);
+        let map = Tensor::from_slice(scales::codes()).to_device(absmax.device());
         Self::Nested { codes, absmax: nested, offset: offset.double_value(&[]) as f32, map }
     }
 

@@ -60,7 +60,7 @@ fn codes_magnitudes_and_numbers_are_those_of_bitsandbytes() {
             // bitsandbytes rounds with an instruction of AVX-512 that takes denormal numbers for zero, where the processor has it.
             let stored = if place.starts_with("denormal") { "f32" } else { short };
             let expected = &golden[&format!("{place}.{stored}")].to_kind(kind);
-            found.kind = kind;
+            (found.stored, found.kind) = (kind, kind);
             assert_same(&found.dequantised(), expected, &format!("{place} as {short}"));
             assert_same(&found.dequantised_plainly(), expected, &format!("{place} as {short}, plainly"));
         }

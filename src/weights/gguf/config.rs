@@ -101,10 +101,11 @@ pub(super) fn make(
 /// The dtype most numbers are stored in; quantised weights have none of their own and are computed with in bfloat16.
 fn dtype(tensors: &[Stored]) -> &'static str {
     let largest = tensors.iter().max_by_key(|tensor| tensor.shape.iter().product::<i64>());
-    let name = largest.map(|tensor| match tensor.form {
+    let name = largest.map(|tensor| match &tensor.form {
         Form::Plain(dtype) | Form::Scaled(dtype, _) => dtype.name,
         Form::Blocks(Quantisation { name, .. }, _) => name,
         Form::Mxfp4(_) => "MXFP4",
+        Form::Bitsandbytes(_, _, parts) => parts.name(),
     });
     match name {
         Some("F32") => "float32",

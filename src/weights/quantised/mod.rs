@@ -1,9 +1,11 @@
 //! Quantised weights as models are published with them (`quantization_config`): a tensor and its scales become one tensor of plain
 //! numbers, under its own name.
 
+pub(super) mod bitsandbytes;
 pub(super) mod fp8;
 pub(super) mod mxfp4;
 
+use std::fs::File;
 use std::path::PathBuf;
 
 use serde_json::Value;
@@ -14,7 +16,7 @@ use crate::{Error, Fault, Result};
 /// An error where `config` (of a model) asks for a quantisation that is not read.
 pub(crate) fn prove_readable(config: &Value) -> Result<()> {
     let Some((place, found)) = quantisation(config) else { return Ok(()) };
-    if matches!(method(found), Some(fp8::METHOD | mxfp4::METHOD)) {
+    if matches!(method(found), Some(fp8::METHOD | mxfp4::METHOD | bitsandbytes::METHOD)) {
         return Ok(());
     }
     let what = match found.get("quant_method").and_then(Value::as_str) {
@@ -22,22 +24,24 @@ pub(crate) fn prove_readable(config: &Value) -> Result<()> {
         None => "missing, so there is no telling how the base is quantised".to_string(),
     };
     let hint = format!(
-        "supported: {} (F8_E4M3 or F8_E5M2), {}; or name the model's unquantised version",
+        "supported: {} (F8_E4M3 or F8_E5M2), {}, {}; or name the model's unquantised version",
         fp8::METHOD,
-        mxfp4::METHOD
+        mxfp4::METHOD,
+        bitsandbytes::METHOD
     );
     Err(Error::Model(Fault::new(format!("config.json: {place}.quant_method"), what).hint(hint)))
 }
 
 /// Puts quantised weights and their scales together, where `config` says that there are such; other models are left as they are.
 ///
-/// Errors: what [`fp8::pair`] and [`mxfp4::pair`] find wrong.
+/// Errors: what [`bitsandbytes::pair`], [`fp8::pair`] and [`mxfp4::pair`] find wrong.
 pub(super) fn pair(
     config: &Value,
-    files: &[PathBuf],
+    (files, opened): (&[PathBuf], &[File]),
     tensors: Vec<Stored>,
     notices: &mut Vec<String>,
 ) -> Result<Vec<Stored>> {
+    let tensors = bitsandbytes::pair(config, (files, opened), tensors, notices)?;
     let tensors = fp8::pair(config, files, tensors, notices)?;
     mxfp4::pair(config, files, tensors, notices)
 }

@@ -1,0 +1,226 @@
+//! A base quantised once and for all: the folder that transformers and bitsandbytes write and load (`load_in_4bit`, `load_in_8bit`).
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+
+use super::folder::Staging;
+use super::merged::{dtype_name, is_ours, refuse_base, with_dtype};
+use crate::Result;
+use crate::model::families;
+use crate::model::sites::Role;
+use crate::quant::four_bit::{Absmax, FourBit, NESTED_BLOCK};
+use crate::quant::{Form, Int8, Scheme};
+use crate::weights::Checkpoint;
+use crate::weights::writer::{self, SHARD_BYTES, TensorSpec};
+
+/// Bytes of a state's JSON, filled up with spaces: its length must be known before its numbers are.
+const STATE_BYTES: usize = 320;
+
+/// What was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Written {
+    /// Weights that were quantised.
+    pub quantised: usize,
+    /// Linears of experts, which transformers keeps in parameters that bitsandbytes does not reach: written as they are.
+    pub experts: usize,
+}
+
+/// Writes `checkpoint` quantised as `scheme` says into `folder`, whole or not at all; an earlier model is replaced.
+///
+/// Tensors keep the checkpoint's names; what is not quantised is stored in the scheme's number type. `progress` is called with numbers
+/// done and in all.
+///
+/// Errors: what the checkpoint finds damaged; [`crate::Error::Output`] for a folder that cannot be written or is the base's own.
+pub fn write(folder: &Path, checkpoint: &Checkpoint, scheme: &Scheme, progress: &dyn Fn(u64, u64)) -> Result<Written> {
+    refuse_base(folder, checkpoint)?;
+    let spec = families::spec(checkpoint)?;
+    let sites = spec.sites();
+    let path = |module: &str| {
+        let weight = format!("{module}.weight");
+        let mut all = spec.names.spec_names(&weight).map(|name| spec.names.stored(&name));
+        all.find(|name| checkpoint.shape(name).is_some())
+    };
+    let linears = sites.iter().filter(|site| match site.role {
+        Role::Linear => true,
+        Role::Head => !spec.head.tied,
+        Role::Router | Role::Experts { .. } => false,
+    });
+    let chosen: HashMap<String, &str> = linears
+        .filter(|site| !scheme.skips(&site.name))
+        .filter_map(|site| Some((path(&site.name)?, site.name.as_str())))
+        .collect();
+
+    let mut parts: Vec<(TensorSpec, Source<'_>)> = Vec::new();
+    for name in checkpoint.names() {
+        let shape = checkpoint.shape(name).unwrap_or_default();
+        if chosen.contains_key(name) {
+            let own = layout(scheme, name, &shape);
+            parts.extend(own.into_iter().map(|(spec, part)| (spec, Source { tensor: name, part: Some(part) })));
+        } else {
+            let spec = TensorSpec { name: name.to_string(), kind: scheme.kind, shape };
+            parts.push((spec, Source { tensor: name, part: None }));
+        }
+    }
+    let specs: Vec<TensorSpec> = parts.iter().map(|(spec, _)| spec.clone()).collect();
+    let total: u64 = checkpoint.names().iter().filter_map(|name| checkpoint.shape(name)).map(|s| numbers(&s)).sum();
+
+    let staging = Staging::create(folder, |name| is_ours(name, &checkpoint.sidecars))?;
+    let mut done = 0;
+    // A weight is read once; what its other tensors will hold waits here until the file comes to them.
+    let mut waiting: HashMap<String, Tensor> = HashMap::new();
+    writer::write_model(staging.path(), &specs, SHARD_BYTES, |index| {
+        let (own, source) = &parts[index];
+        if let Some(tensor) = waiting.remove(&own.name) {
+            return Ok(tensor);
+        }
+        let tensor = checkpoint.tensor(source.tensor, scheme.kind, Device::Cpu)?;
+        done += tensor.numel() as u64;
+        progress(done, total);
+        if source.part.is_none() {
+            return Ok(tensor);
+        }
+        waiting.extend(made(scheme, source.tensor, &tensor));
+        Ok(waiting.remove(&own.name).expect("all tensors of the weight were just made"))
+    })?;
+    for (name, bytes) in checkpoint.sidecars.iter().filter(|(name, _)| *name != "config.json") {
+        writer::write_file(&staging.path().join(name), bytes)?;
+    }
+    let routers = sites.iter().filter(|site| site.role == Role::Router).map(|site| site.name.clone());
+    let skipped: Vec<String> = scheme.skip.iter().cloned().chain(routers).collect();
+    let mut config = with_dtype(&checkpoint.config, scheme.kind);
+    if let Some(fields) = config.as_object_mut() {
+        fields.insert("quantization_config".into(), quantization_config(scheme, &skipped));
+    }
+    writer::write_file(&staging.path().join("config.json"), format!("{config:#}\n").as_bytes())?;
+    staging.commit()?;
+    let experts = sites.iter().filter(|site| matches!(site.role, Role::Experts { .. })).count();
+    Ok(Written { quantised: chosen.len(), experts })
+}
+
+/// Where a written tensor comes from.
+struct Source<'a> {
+    tensor: &'a str,
+    /// Which part of it; `None` where it is written as it is.
+    part: Option<Part>,
+}
+
+/// A tensor that stands beside others for one weight.
+#[derive(Clone, Copy, PartialEq)]
+struct Part(&'static str);
+
+fn numbers(shape: &[i64]) -> u64 {
+    shape.iter().product::<i64>() as u64
+}
+
+/// The tensors that stand for a weight, before their numbers are known.
+fn layout(scheme: &Scheme, name: &str, shape: &[i64]) -> Vec<(TensorSpec, Part)> {
+    let n = numbers(shape) as i64;
+    let of = |name: String, part, kind, shape: &[i64]| (TensorSpec { name, kind, shape: shape.to_vec() }, Part(part));
+    match scheme.form {
+        Form::FourBit { code, block, double_quant } => {
+            let blocks = (n + block - 1) / block;
+            let end = |end: &str| format!("{name}.{end}");
+            let absmax = if double_quant { Kind::Uint8 } else { Kind::Float };
+            let mut all = vec![
+                of(name.to_string(), "codes", Kind::Uint8, &[(n + 1) / 2, 1]),
+                of(end("absmax"), "absmax", absmax, &[blocks]),
+                of(end("quant_map"), "map", Kind::Float, &[16]),
+                of(end(&format!("quant_state.bitsandbytes__{code}")), "state", Kind::Uint8, &[STATE_BYTES as i64]),
+            ];
+            if double_quant {
+                let nested = (blocks + NESTED_BLOCK - 1) / NESTED_BLOCK;
+                all.push(of(end("nested_absmax"), "nested absmax", Kind::Float, &[nested]));
+                all.push(of(end("nested_quant_map"), "nested map", Kind::Float, &[256]));
+            }
+            all
+        }
+        Form::Int8 => {
+            let module = name.strip_suffix(".weight").unwrap_or(name);
+            vec![
+                of(name.to_string(), "codes", Kind::Int8, shape),
+                of(format!("{module}.SCB"), "rows", Kind::Float, &shape[..1]),
+                of(format!("{module}.weight_format"), "format", Kind::Uint8, &[]),
+            ]
+        }
+    }
+}
+
+/// The same tensors with their numbers, by name.
+fn made(scheme: &Scheme, name: &str, weight: &Tensor) -> Vec<(String, Tensor)> {
+    match scheme.form {
+        Form::FourBit { code, block, double_quant } => {
+            let quantised = FourBit::of(weight, code, block, double_quant);
+            let state = state(&quantised);
+            let end = |end: &str| format!("{name}.{end}");
+            let mut all = vec![
+                (name.to_string(), quantised.codes.view([-1, 1]).contiguous()),
+                (end("quant_map"), Tensor::from_slice(code.values())),
+                (end(&format!("quant_state.bitsandbytes__{code}")), Tensor::from_slice(&state)),
+            ];
+            match quantised.absmax {
+                Absmax::Plain(absmax) => all.push((end("absmax"), absmax)),
+                Absmax::Nested { codes, absmax, map, .. } => {
+                    all.push((end("absmax"), codes));
+                    all.push((end("nested_absmax"), absmax));
+                    all.push((end("nested_quant_map"), map));
+                }
+            }
+            all
+        }
+        Form::Int8 => {
+            let module = name.strip_suffix(".weight").unwrap_or(name);
+            let Int8 { codes, absmax, .. } = Int8::of(weight);
+            let row_major = Tensor::zeros([] as [i64; 0], (Kind::Uint8, Device::Cpu));
+            vec![
+                (name.to_string(), codes),
+                (format!("{module}.SCB"), absmax),
+                (format!("{module}.weight_format"), row_major),
+            ]
+        }
+    }
+}
+
+/// What bitsandbytes writes as `quant_state`.
+fn state(weight: &FourBit) -> Vec<u8> {
+    let mut said = json!({
+        "quant_type": weight.code.to_string(),
+        "blocksize": weight.block,
+        "dtype": dtype_name(weight.kind),
+        "shape": weight.shape,
+    });
+    if let (Absmax::Nested { offset, .. }, Some(fields)) = (&weight.absmax, said.as_object_mut()) {
+        fields.insert("nested_blocksize".into(), NESTED_BLOCK.into());
+        fields.insert("nested_dtype".into(), "float32".into());
+        fields.insert("nested_offset".into(), f64::from(*offset).into());
+    }
+    let mut text = said.to_string().into_bytes();
+    assert!(text.len() <= STATE_BYTES, "names and numbers of a few digits");
+    text.resize(STATE_BYTES, b' ');
+    text
+}
+
+/// What transformers reads to build the model.
+fn quantization_config(scheme: &Scheme, skipped: &[String]) -> Value {
+    let mut said = BTreeMap::from([
+        ("quant_method", json!("bitsandbytes")),
+        ("llm_int8_skip_modules", json!(skipped)),
+        ("llm_int8_threshold", json!(6.0)),
+        ("llm_int8_has_fp16_weight", json!(false)),
+        ("llm_int8_enable_fp32_cpu_offload", json!(false)),
+    ]);
+    match scheme.form {
+        Form::FourBit { code, double_quant, .. } => said.extend([
+            ("load_in_4bit", json!(true)),
+            ("load_in_8bit", json!(false)),
+            ("bnb_4bit_quant_type", json!(code.to_string())),
+            ("bnb_4bit_use_double_quant", json!(double_quant)),
+            ("bnb_4bit_compute_dtype", json!(dtype_name(scheme.kind))),
+            ("bnb_4bit_quant_storage", json!("uint8")),
+        ]),
+        Form::Int8 => said.extend([("load_in_4bit", json!(false)), ("load_in_8bit", json!(true))]),
+    }
+    json!(said)
+}

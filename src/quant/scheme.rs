@@ -1,0 +1,170 @@
+//! How a base is quantised while it is loaded.
+
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use super::{FourBit, FourBitType, Int8, Quantised, Weight};
+
+/// What becomes of the weights of linears, and of which.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Scheme {
+    /// The form.
+    pub form: Form,
+    /// The number type that weights are read in before they are quantised, and made whole in.
+    pub kind: Kind,
+    /// Modules that stay as they are: those whose path is such a name or ends in `.name`.
+    pub skip: Vec<String>,
+    /// Whether a weight is quantised and made whole again at once, to be kept so: the same numbers, in more memory and less time.
+    pub whole: bool,
+}
+
+/// A form to quantise to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// [`FourBit`].
+    FourBit {
+        /// What codes stand for.
+        code: FourBitType,
+        /// Numbers to a block.
+        block: i64,
+        /// Whether the blocks' magnitudes are quantised, too.
+        double_quant: bool,
+    },
+    /// [`Int8`].
+    Int8,
+}
+
+impl Scheme {
+    /// Whether a module stays as it is.
+    pub fn skips(&self, module: &str) -> bool {
+        let ends_in =
+            |name: &String| module.strip_suffix(name.as_str()).map(|rest| rest.is_empty() || rest.ends_with('.'));
+        self.skip.iter().filter_map(ends_in).any(|whole_name| whole_name)
+    }
+
+    /// A weight (out, in), or (E, out, in) whose experts are quantised one by one, as this keeps it.
+    pub fn keep(&self, weight: &Tensor) -> Weight {
+        self.store(self.quantised(weight))
+    }
+
+    /// A weight that is quantised already, as this keeps it.
+    pub fn store(&self, quantised: Quantised) -> Weight {
+        if self.whole { Weight::Dense(quantised.dequantised()) } else { Weight::from(quantised) }
+    }
+
+    /// The numbers that a weight, (out, in) or (E, out, in), stands for once it is quantised, in the scheme's type.
+    pub fn numbers(&self, weight: &Tensor) -> Tensor {
+        self.quantised(&weight.to_kind(self.kind)).dequantised()
+    }
+
+    fn quantised(&self, weight: &Tensor) -> Quantised {
+        if weight.dim() == 3 {
+            return Quantised::Experts(weight.unbind(0).iter().map(|expert| self.quantised(expert)).collect());
+        }
+        match self.form {
+            Form::FourBit { code, block, double_quant } => {
+                Quantised::FourBit(FourBit::of(weight, code, block, double_quant))
+            }
+            Form::Int8 => Quantised::Int8(Int8::of(weight)),
+        }
+    }
+
+    /// As JSON, for the folder of an adapter that was trained so.
+    pub fn to_json(&self) -> String {
+        format!("{:#}\n", serde_json::to_value(Said::from(self)).expect("names, numbers and flags have a JSON form"))
+    }
+
+    /// Of its JSON.
+    ///
+    /// # Errors
+    /// What is wrong with it, in a sentence.
+    pub fn from_json(text: &[u8]) -> Result<Self, String> {
+        let said: Said = serde_json::from_slice(text).map_err(|error| error.to_string())?;
+        Self::try_from(said)
+    }
+}
+
+/// A scheme as its file says it.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Said {
+    r#type: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    double_quant: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    block_size: Option<i64>,
+    skip: Vec<String>,
+    dtype: String,
+}
+
+const KINDS: [(&str, Kind); 3] = [("bf16", Kind::BFloat16), ("fp16", Kind::Half), ("fp32", Kind::Float)];
+
+impl From<&Scheme> for Said {
+    fn from(scheme: &Scheme) -> Self {
+        let (r#type, double_quant, block_size) = match scheme.form {
+            Form::FourBit { code, block, double_quant } => (code.to_string(), Some(double_quant), Some(block)),
+            Form::Int8 => ("int8".into(), None, None),
+        };
+        let dtype = KINDS.iter().find(|(_, kind)| *kind == scheme.kind).map_or("fp32", |(name, _)| *name);
+        Self { r#type, double_quant, block_size, skip: scheme.skip.clone(), dtype: dtype.into() }
+    }
+}
+
+impl TryFrom<Said> for Scheme {
+    type Error = String;
+
+    fn try_from(said: Said) -> Result<Self, String> {
+        let four_bit = |code| {
+            let block = said.block_size.ok_or("block_size is missing")?;
+            if !super::four_bit::BLOCKS.contains(&block) {
+                return Err(format!("block_size is {block}, not one of {:?}", super::four_bit::BLOCKS));
+            }
+            Ok(Form::FourBit { code, block, double_quant: said.double_quant.ok_or("double_quant is missing")? })
+        };
+        let form = match said.r#type.as_str() {
+            "nf4" => four_bit(FourBitType::Nf4)?,
+            "fp4" => four_bit(FourBitType::Fp4)?,
+            "int8" => Form::Int8,
+            other => return Err(format!("type is {other:?}, not nf4, fp4 or int8")),
+        };
+        let kind = KINDS.iter().find(|(name, _)| *name == said.dtype);
+        let (_, kind) = kind.ok_or_else(|| format!("dtype is {:?}, not bf16, fp16 or fp32", said.dtype))?;
+        Ok(Self { form, kind: *kind, skip: said.skip, whole: false })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scheme(form: Form) -> Scheme {
+        Scheme { form, kind: Kind::BFloat16, skip: vec!["lm_head".to_string(), "mlp.gate".to_string()], whole: false }
+    }
+
+    #[test]
+    fn a_name_is_skipped_at_a_dot_only() {
+        for (module, skipped) in [
+            ("lm_head", true),
+            ("model.lm_head", true),
+            ("model.layers.0.mlp.gate", true),
+            ("model.layers.0.mlp.gate_proj", false),
+            ("my_lm_head", false),
+        ] {
+            assert_eq!(scheme(Form::Int8).skips(module), skipped, "{module}");
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read_again_and_nonsense_is_not() {
+        let four_bit = Form::FourBit { code: FourBitType::Fp4, block: 128, double_quant: false };
+        for form in [four_bit, Form::Int8] {
+            assert_eq!(Scheme::from_json(scheme(form).to_json().as_bytes()).unwrap(), scheme(form));
+        }
+        let error = |text: &str| Scheme::from_json(text.as_bytes()).unwrap_err();
+        let of = |rest: &str| error(&format!(r#"{{"type":"nf4","skip":[],"dtype":"bf16"{rest}}}"#));
+        assert!(of("").contains("block_size is missing"));
+        assert!(of(r#","block_size":63,"double_quant":true"#).contains("block_size is 63"));
+        assert!(of(r#","x":1"#).contains("unknown field"));
+        assert!(error(r#"{"type":"nf5","skip":[],"dtype":"bf16"}"#).contains("nf5"));
+    }
+}

@@ -1,0 +1,141 @@
+//! Checkpoints that transformers 5.17 and bitsandbytes 0.50.2 wrote (`tests/python/qlora.py`), whole and damaged.
+
+use std::path::Path;
+
+use serde_json::Value;
+use tch::{Device, Kind, Tensor};
+
+use crate::quant::{Form, FourBitType, Scheme};
+use crate::recipe::BaseSource;
+use crate::weights::Checkpoint;
+
+fn fixture(name: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/llama").join(name)
+}
+
+fn open(folder: &Path) -> crate::Result<Checkpoint> {
+    Checkpoint::open(&BaseSource::Folder(folder.to_path_buf()))
+}
+
+#[test]
+fn a_stored_base_is_what_quantising_its_original_gives() {
+    for (name, code, double_quant) in [("qlora-nf4", FourBitType::Nf4, true), ("qlora-fp4", FourBitType::Fp4, false)] {
+        let form = Form::FourBit { code, block: 64, double_quant };
+        let scheme = Scheme { form, kind: Kind::Float, skip: Vec::new(), whole: false };
+        let (original, stored) = (open(&fixture(name)).unwrap(), open(&fixture(name).join("quantised")).unwrap());
+        assert!(
+            stored.is_quantised() && stored.notices()[0].contains("by bitsandbytes (14)"),
+            "{:?}",
+            stored.notices()
+        );
+        let mut names = [original.names(), stored.names()];
+        names.iter_mut().for_each(|names| names.sort_unstable());
+        assert_eq!(names[0], names[1]);
+        for tensor in stored.names() {
+            let read = |checkpoint: &Checkpoint| checkpoint.tensor(tensor, Kind::Float, Device::Cpu).unwrap();
+            let kept = stored.quantised(tensor, Kind::Float, Device::Cpu).unwrap();
+            let Some(kept) = kept else {
+                assert_eq!(read(&stored), read(&original), "{tensor}");
+                continue;
+            };
+            assert_eq!(stored.stored_as(tensor).unwrap().to_lowercase(), code.to_string());
+            let expected = scheme.numbers(&read(&original));
+            assert_eq!(kept.dequantised(), expected, "{tensor}");
+            assert_eq!(read(&stored), expected, "{tensor}");
+        }
+    }
+}
+
+/// What a copy of the fixture answers, `change` made to its tensors.
+fn answer(change: impl Fn(&mut Vec<(String, Tensor)>)) -> String {
+    let folder = tempfile::tempdir().unwrap();
+    let from = fixture("qlora-nf4").join("quantised");
+    std::fs::copy(from.join("config.json"), folder.path().join("config.json")).unwrap();
+    let mut tensors = Tensor::read_safetensors(from.join("model.safetensors")).unwrap();
+    change(&mut tensors);
+    Tensor::write_safetensors(&tensors, folder.path().join("model.safetensors")).unwrap();
+    match open(folder.path()) {
+        Ok(_) => "opens".into(),
+        Err(error) => error.to_string(),
+    }
+}
+
+const WEIGHT: &str = "model.layers.0.mlp.up_proj.weight";
+
+fn place<'a>(tensors: &'a mut [(String, Tensor)], end: &str) -> &'a mut Tensor {
+    let name = format!("{WEIGHT}{end}");
+    &mut tensors.iter_mut().find(|(found, _)| *found == name).expect("a tensor of the fixture").1
+}
+
+#[test]
+fn what_is_missing_or_of_another_size_is_named() {
+    assert_eq!(answer(|_| ()), "opens");
+    for (end, what) in [
+        (".absmax", "needs model.layers.0.mlp.up_proj.weight.absmax, which is missing"),
+        (".quant_map", "needs model.layers.0.mlp.up_proj.weight.quant_map, which is missing"),
+        (".nested_absmax", "nested_absmax, which is missing"),
+        (".quant_state.bitsandbytes__nf4", "is stored as U8, but what belongs to it"),
+        ("", "belongs to model.layers.0.mlp.up_proj.weight, which is missing"),
+    ] {
+        let found = answer(|tensors| tensors.retain(|(name, _)| *name != format!("{WEIGHT}{end}")));
+        assert!(found.contains(what) && found.contains(WEIGHT), "{end}: {found}");
+    }
+    for (end, what) in [
+        (".absmax", "is U8 [191], but U8 of 192 numbers belongs to model.layers.0.mlp.up_proj.weight"),
+        (".quant_map", "is F32 [15], but F32 of 16 numbers"),
+        ("", "is 6143 bytes, but [192, 64] numbers of four bits are 6144"),
+    ] {
+        let found = answer(|tensors| {
+            let tensor = place(tensors, end);
+            *tensor = tensor.narrow(0, 0, tensor.size()[0] - 1).contiguous();
+        });
+        assert!(found.contains(what), "{end}: {found}");
+    }
+    let found = answer(|tensors| *place(tensors, ".absmax") = place(tensors, ".absmax").to_kind(Kind::Float));
+    assert!(found.contains("is F32 [192], but U8 of 192 numbers"), "{found}");
+    let found = answer(|tensors| *place(tensors, ".quant_map") = place(tensors, ".quant_map").flip([0]));
+    assert!(found.contains("holds another code book than that of nf4"), "{found}");
+}
+
+#[test]
+fn a_state_that_says_what_bitsandbytes_does_not_have_is_refused() {
+    let with = |key: &str, value: Value| {
+        answer(|tensors| {
+            let state = place(tensors, ".quant_state.bitsandbytes__nf4");
+            let mut said: Value = serde_json::from_slice(&Vec::<u8>::try_from(&*state).unwrap()).unwrap();
+            said[key] = value.clone();
+            *state = Tensor::from_slice(&serde_json::to_vec(&said).unwrap());
+        })
+    };
+    for (key, value, what) in [
+        ("quant_type", "nf3".into(), "quant_type is \"nf3\""),
+        ("quant_type", "fp4".into(), "quant_type is \"fp4\", in a tensor for \"nf4\""),
+        ("blocksize", 63.into(), "blocksize is 63"),
+        ("blocksize", 128.into(), "of 96 numbers belongs to"),
+        ("dtype", "int4".into(), "dtype is \"int4\""),
+        ("shape", vec![64, -192].into(), "which is no weight's"),
+        ("shape", vec![i64::MAX, 2].into(), "which is no weight's"),
+        ("nested_blocksize", 128.into(), "nested_blocksize Some(128)"),
+        ("nested_offset", Value::Null, "nested_offset is None"),
+    ] {
+        let found = with(key, value);
+        assert!(found.contains(what) && found.contains(WEIGHT), "{key}: {found}");
+    }
+    let found = answer(|tensors| {
+        let state = place(tensors, ".quant_state.bitsandbytes__nf4");
+        *state = state.narrow(0, 0, 40).contiguous();
+    });
+    assert!(found.contains("is no state of bitsandbytes: EOF"), "{found}");
+}
+
+#[test]
+fn magnitudes_that_are_not_finite_are_an_error_when_they_are_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let from = fixture("qlora-nf4").join("quantised");
+    std::fs::copy(from.join("config.json"), folder.path().join("config.json")).unwrap();
+    let mut tensors = Tensor::read_safetensors(from.join("model.safetensors")).unwrap();
+    let _ = place(&mut tensors, ".nested_absmax").fill_(f64::NAN);
+    Tensor::write_safetensors(&tensors, folder.path().join("model.safetensors")).unwrap();
+    let error = open(folder.path()).unwrap().tensor(WEIGHT, Kind::Float, Device::Cpu).unwrap_err().to_string();
+    assert!(error.contains("nested_absmax: 1 value is NaN or infinite"), "{error}");
+}
