@@ -23,9 +23,11 @@ MODELS = {
 def quantised(folder, options):
     """The model of a folder, quantised while it is loaded."""
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, **options)
-    return LlamaForCausalLM.from_pretrained(
+    model = LlamaForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", quantization_config=config, device_map="cpu"
     )
+    # Out of training, bitsandbytes multiplies in bf16 on processors with AVX512-BF16, whatever type is asked for.
+    return model.train()
 
 
 def make(name, options, how, seed):
