@@ -31,7 +31,7 @@ pub(crate) fn prove_readable(config: &Value) -> Result<()> {
 
 /// Puts quantised weights and their scales together, where `config` says that there are such; other models are left as they are.
 ///
-/// Errors: what [`fp8::pair`] and [`mxfp4::pair`] find wrong.
+/// Errors: what [`fp8::pair`], [`mxfp4::pair_rows`] and [`mxfp4::pair`] find wrong.
 pub(super) fn pair(
     config: &Value,
     files: &[PathBuf],
@@ -39,6 +39,7 @@ pub(super) fn pair(
     notices: &mut Vec<String>,
 ) -> Result<Vec<Stored>> {
     let tensors = fp8::pair(config, files, tensors, notices)?;
+    let tensors = mxfp4::pair_rows(config, files, tensors, notices)?;
     mxfp4::pair(config, files, tensors, notices)
 }
 
