@@ -6,6 +6,7 @@
 //! not a plain scaled product) is computed in plain products, some queries at a time.
 
 mod blocks;
+pub mod entries;
 mod flash;
 mod plain;
 
