@@ -23,7 +23,7 @@ pub mod streams;
 #[cfg(test)]
 pub(crate) mod testing;
 
-pub use attention::{Alibi, Scoring, attention, attention_to_cache};
+pub use attention::{Alibi, Scoring, attention, attention_to_cache, choose_entries};
 pub use block_projection::block_projection;
 pub use compress::compress;
 pub use convolution::Convolution;

@@ -147,7 +147,7 @@ impl Streams {
         let mut mix = rows + self.floor;
         for dim in (0..2 * self.rounds - 1).map(|i| i % 2) {
             let sum = mix.sum_dim_intlist([dim].as_slice(), true, Kind::Float) + self.floor;
-            mix = mix / &sum;
+            mix = mix.g_div(&sum); // not in place: the step before is kept
             step(Step { dim, after: mix.shallow_clone(), sum: Some(sum) });
         }
         mix

@@ -10,13 +10,14 @@
 
 use tch::{Device, Kind, Tensor};
 
+use super::compressor::{Compressor, Indexed, Indexer};
 use crate::Result;
 use crate::model::entries::{Compressed, Sequence};
 use crate::model::layer::{Context, Stream};
 use crate::model::linear::Linear;
 use crate::model::load::Reader;
 use crate::model::spec::{self, LayerSpec, Mask, Position, Rope};
-use crate::ops::attention::entries::{Entries, attention_to_entries, choose_entries, new_tokens_to_entries};
+use crate::ops::attention::entries::{Entries, attention_to_entries, new_tokens_to_entries};
 use crate::ops::compress::entries_of;
 use crate::ops::rope::Rotation;
 use crate::ops::{self, Documents, Norm, Scoring};
@@ -48,48 +49,6 @@ enum Source {
     Chosen { compressor: Compressor, indexer: Box<Indexer> },
 }
 
-/// Makes entries.
-#[derive(Debug, Clone)]
-pub(in crate::model) struct Compressor {
-    pub(in crate::model) rate: i64,
-    width: i64,
-    pub(in crate::model) overlapping: bool,
-    key_value: Linear,
-    gate: Linear,
-    bias: Bias,
-    norm: Norm,
-}
-
-/// (m, width of a gate), fp32.
-#[derive(Debug)]
-struct Bias(Tensor);
-
-/// Chooses entries.
-#[derive(Debug, Clone)]
-struct Indexer {
-    heads: i64,
-    head_size: i64,
-    chosen: i64,
-    compressor: Compressor,
-    query: Linear,
-    weights: Linear,
-}
-
-/// What an indexer has made of tokens: queries (T, I, H'), rotated, their weights (T, I), fp32, and k and g of its compressor.
-struct Indexed {
-    queries: Tensor,
-    weights: Tensor,
-    k: Tensor,
-    g: Tensor,
-}
-
-impl Clone for Bias {
-    /// Another handle to the same tensor.
-    fn clone(&self) -> Self {
-        Self(self.0.shallow_clone())
-    }
-}
-
 impl CompressedAttention {
     /// Reads the weights of `attention`, which is that of `spec`.
     pub(super) fn load(attention: &spec::CompressedAttention, spec: &LayerSpec, read: &Reader<'_>) -> Result<Self> {
@@ -100,14 +59,7 @@ impl CompressedAttention {
             spec::Entries::All(compressor) => Source::All(Compressor::load(compressor, read)?),
             spec::Entries::Chosen { compressor, indexer } => Source::Chosen {
                 compressor: Compressor::load(compressor, read)?,
-                indexer: Box::new(Indexer {
-                    heads: indexer.heads,
-                    head_size: indexer.head_size,
-                    chosen: indexer.chosen,
-                    compressor: Compressor::load(&indexer.compressor, read)?,
-                    query: read.linear(&indexer.query)?,
-                    weights: read.linear(&indexer.weights)?,
-                }),
+                indexer: Box::new(Indexer::load(indexer, read)?),
             },
         };
         Ok(Self {
@@ -289,63 +241,5 @@ impl Source {
             Self::None | Self::All(_) => None,
             Self::Chosen { indexer, .. } => Some(indexer),
         }
-    }
-}
-
-impl Compressor {
-    fn load(spec: &spec::Compressor, read: &Reader<'_>) -> Result<Self> {
-        Ok(Self {
-            rate: spec.rate,
-            width: spec.width,
-            overlapping: spec.overlapping,
-            key_value: read.linear(&spec.key_value)?,
-            gate: read.linear(&spec.gate)?,
-            bias: Bias(read.wide(&spec.bias)?),
-            norm: read.norm(&spec.norm)?,
-        })
-    }
-
-    /// Entries (W, H) of the complete windows of every document, from k and g of its tokens, normed and rotated; `numbers` are those of
-    /// the windows in their document, which say where it is.
-    pub(in crate::model) fn entries(
-        &self,
-        k: &Tensor,
-        g: &Tensor,
-        documents: &Documents,
-        numbers: &[i64],
-        rope: &Rope,
-    ) -> Tensor {
-        let entries = ops::compress(k, g, &self.bias.0, self.overlapping, documents);
-        if numbers.is_empty() {
-            return entries;
-        }
-        let entries = self.norm.apply(&entries).view([-1, 1, self.width]);
-        let positions: Vec<i64> = numbers.iter().map(|number| number * self.rate).collect();
-        let positions = Tensor::from_slice(&positions).to_device(k.device());
-        let rotation = rope.rotation(&positions, &Documents::one(positions.size()[0]));
-        let [rotated] = ops::rope_last([&entries], &rotation);
-        rotated.view([-1, self.width])
-    }
-}
-
-impl Indexer {
-    /// What it makes of the stream `h` (T, D), normed first where `norm` is there, and of the latent of queries before its norm.
-    fn read(&self, h: &Tensor, norm: Option<&Norm>, latent: (&Tensor, &Norm), rotation: &Rotation) -> Indexed {
-        tch::no_grad(|| {
-            let linears = [&self.compressor.key_value, &self.compressor.gate, &self.weights];
-            let mut parts = ops::projection(h, norm, &linears.map(|linear| linear.operand(None)), None);
-            let weights = parts.pop().expect("three projections").to_kind(Kind::Float);
-            let scale = ((self.heads * self.head_size) as f64).powf(-0.5);
-            let g = parts.pop().expect("three projections");
-            let k = parts.pop().expect("three projections");
-            let queries = ops::projection(latent.0, Some(latent.1), &[self.query.operand(None)], None).remove(0);
-            let [queries] = ops::rope_last([&queries.view([-1, self.heads, self.head_size])], rotation); // (T, I, H')
-            Indexed { queries, weights: weights * scale, k, g }
-        })
-    }
-
-    /// Which of a document's entries (W, H') tokens at `positions` (L) see: (L, W), or all where that is none.
-    fn choose(&self, queries: &Tensor, weights: &Tensor, entries: &Tensor, positions: &Tensor) -> Option<Tensor> {
-        choose_entries(queries, weights, entries, positions, (self.compressor.rate, self.chosen))
     }
 }

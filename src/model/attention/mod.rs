@@ -1,6 +1,7 @@
 //! How tokens look at each other: built from its spec, walked forward.
 
 mod compressed;
+mod compressor;
 mod delta_net;
 mod grouped;
 mod latent;
@@ -18,7 +19,7 @@ use delta_net::DeltaNet;
 use grouped::GroupedAttention;
 use latent::LatentAttention;
 
-pub(super) use compressed::Compressor;
+pub(super) use compressor::Compressor;
 
 /// Keys and values that blocks hand on to later ones, by slot: (T, K, H) each, rotated, of the tokens of this forward.
 #[derive(Debug, Default)]

@@ -10,6 +10,7 @@
 
 use tch::{Kind, Tensor};
 
+use super::choice::visible_entries;
 use super::{Scoring, plain};
 use crate::ops::Documents;
 use crate::ops::compress::entries_of;
@@ -32,12 +33,6 @@ impl Entries {
         let chosen = self.chosen.iter().map(|chosen| chosen.as_ref().map(Tensor::shallow_clone)).collect();
         Self { values: self.values.shallow_clone(), rate: self.rate, chosen }
     }
-}
-
-/// Whether entry w may be seen from each of `positions` (L) in its document: (L, `entries`), bool.
-pub fn visible_entries(positions: &Tensor, entries: i64, rate: i64) -> Tensor {
-    let complete = (positions + 1).divide_scalar_mode(rate, "floor").unsqueeze(1); // (L, 1)
-    Tensor::arange(entries, (Kind::Int64, positions.device())).unsqueeze(0).lt_tensor(&complete)
 }
 
 /// `softmax([q keys^T, q entries^T] scale + mask) [keys, entries]`: (T, N, H) from q (T, N, H) and keys (T, 1, H), the scoring's
@@ -255,42 +250,6 @@ impl<'a> Part<'a> {
         let dseen = dscores.tr().mm(&self.q).to_kind(Kind::Float) + weights.tr().mm(&grad).to_kind(Kind::Float);
         (dscores.mm(&self.seen).view([rows, heads, -1]), dseen)
     }
-}
-
-/// Which of a document's entries each of its tokens sees: (L, W), bool, by the `chosen` largest of `sum_i relu(q_ti . e) w_ti`, fp32,
-/// among those it may see by its position. None where that is all of them. No graph.
-///
-/// q is (L, I, H'), `weights` (L, I), fp32, `entries` (W, H'), `positions` (L).
-pub fn choose_entries(
-    q: &Tensor,
-    weights: &Tensor,
-    entries: &Tensor,
-    positions: &Tensor,
-    (rate, chosen): (i64, i64),
-) -> Option<Tensor> {
-    let (tokens, heads, width) = q.size3().expect("(L, I, H')");
-    let count = entries.size()[0];
-    if count <= chosen {
-        return None;
-    }
-    tch::no_grad(|| {
-        let entries = entries.to_kind(Kind::Float).tr(); // (H', W)
-        let allowed = Tensor::zeros([tokens, count], (Kind::Bool, q.device()));
-        let rows = plain::queries_at_once(heads, count);
-        for first in (0..tokens).step_by(rows as usize) {
-            let rows = rows.min(tokens - first);
-            let queries = q.narrow(0, first, rows).to_kind(Kind::Float).reshape([rows * heads, width]);
-            let products = queries.mm(&entries).relu_().view([rows, heads, count]);
-            let scores = weights.narrow(0, first, rows).unsqueeze(1).bmm(&products).squeeze_dim(1); // (rows, W)
-            let visible = visible_entries(&positions.narrow(0, first, rows), count, rate);
-            let scores = scores.masked_fill(&visible.logical_not(), f64::NEG_INFINITY);
-            let index = scores.topk(chosen, -1, true, false).1;
-            let picked = visible.zeros_like().scatter_value(1, &index, 1.0);
-            // Where fewer are visible than chosen, the rest are not among them.
-            allowed.narrow(0, first, rows).copy_(&picked.logical_and(&visible));
-        }
-        Some(allowed)
-    })
 }
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
 use super::*;
+use crate::ops::attention::choose_entries;
 use crate::ops::attention::tests::QUERIES;
 use crate::ops::testing::{check, randn};
 
@@ -94,30 +95,4 @@ fn new_tokens_see_what_the_whole_document_would_show_them() {
             assert!(off < 1e-5, "off by {off:e} from {before} on, keys from {kept} on");
         }
     }
-}
-
-/// Every token sees the best of what it may see, and all of that where it is no more than are chosen.
-#[test]
-fn the_largest_scores_in_sight_are_chosen() {
-    let (length, rate, most) = (23, 3, 2);
-    let (q, weights, entries) = (randn(&[length, 5, 4], 1), randn(&[length, 5], 2), randn(&[length / rate, 4], 3));
-    let positions = Tensor::arange(length, (Kind::Int64, tch::Device::Cpu));
-    for queries in [None, Some(4)] {
-        QUERIES.set(queries);
-        let allowed = choose_entries(&q, &weights, &entries, &positions, (rate, most)).unwrap();
-        QUERIES.set(None);
-        for t in 0..length {
-            let score = |w: i64| -> f64 {
-                let product = q.get(t).matmul(&entries.get(w)).relu(); // (I)
-                product.dot(&weights.get(t)).double_value(&[])
-            };
-            let mut best: Vec<i64> = (0..(t + 1) / rate).collect();
-            best.sort_by(|a, b| score(*b).total_cmp(&score(*a)));
-            best.truncate(most as usize);
-            for w in 0..length / rate {
-                assert_eq!(allowed.int64_value(&[t, w]) == 1, best.contains(&w), "token {t}, entry {w}");
-            }
-        }
-    }
-    assert!(choose_entries(&q, &weights, &entries, &positions, (rate, length / rate)).is_none());
 }
