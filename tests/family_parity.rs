@@ -12,7 +12,7 @@ use engraft::model::{Balance, Decoder, Documents, Forward, Sampling, families};
 use engraft::recipe::BaseSource;
 use engraft::weights::Checkpoint;
 use engraft::weights::writer::{self, TensorSpec};
-use generator::values;
+use generator::{values, whole_numbers};
 use tch::{Device, Kind, Tensor};
 
 /// The fixtures that are compared; the README's table is made of them.
@@ -71,6 +71,7 @@ const VERIFIED: &[&str] = &[
     "deepseek_v3",
     "deepseek_v3-halves",
     "deepseek_v3-dense",
+    "deepseek_v4",
 ];
 const TOLERANCE: f64 = 3e-5;
 
@@ -158,17 +159,24 @@ fn read(path: &Path) -> HashMap<String, Tensor> {
     file.tensors().into_iter().map(|(name, view)| (name, tensor(&view))).collect()
 }
 
-/// Makes every tensor of a list `[[name, shape, offset, scale]]` and writes them as safetensors.
+/// Makes every tensor of a list `[[name, shape, offset, scale]]`, or `[[name, shape, "i64", limit]]`, and writes them as safetensors.
 fn write(list: &Path, to: &Path) {
-    type Line = (String, Vec<i64>, f32, f32);
+    type Line = (String, Vec<i64>, serde_json::Value, f32);
     let lines: Vec<Line> = serde_json::from_slice(&std::fs::read(list).unwrap()).unwrap();
-    let specs: Vec<TensorSpec> = lines
-        .iter()
-        .map(|(name, shape, ..)| TensorSpec { name: name.clone(), kind: Kind::Float, shape: shape.clone() })
-        .collect();
+    let spec = |(name, shape, offset, _): &Line| {
+        let kind = if offset == "i64" { Kind::Int64 } else { Kind::Float };
+        TensorSpec { name: name.clone(), kind, shape: shape.clone() }
+    };
+    let specs: Vec<TensorSpec> = lines.iter().map(spec).collect();
     let tensor = |index: usize| {
         let (name, shape, offset, scale) = &lines[index];
-        Ok(Tensor::from_slice(&values(name, shape.iter().product::<i64>() as usize, *offset, *scale)).view(&shape[..]))
+        let made = match offset.as_f64() {
+            Some(offset) => {
+                Tensor::from_slice(&values(name, shape.iter().product::<i64>() as usize, offset as f32, *scale))
+            }
+            None => Tensor::from_slice(&whole_numbers(name, shape[0] as usize, shape[1] as usize, *scale as i64)),
+        };
+        Ok(made.view(&shape[..]))
     };
     writer::write(to, &specs, &BTreeMap::new(), tensor).unwrap();
 }
@@ -178,6 +186,7 @@ fn the_generator_is_that_of_python() {
     let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<u32>>();
     let found = bits(values("model.embed_tokens.weight", 4, 0.0, 0.8));
     assert_eq!(found, [0xbe52_e0b3, 0xbe93_70ed, 0x3cae_21cd, 0xbece_138a]);
+    assert_eq!(whole_numbers("layers.0.ffn.gate.tid2eid", 3, 2, 5), [0, 1, 4, 0, 2, 3]);
 }
 
 #[test]
@@ -338,7 +347,7 @@ fn a_cache_gives_the_hidden_states_of_the_full_forward() {
 
 #[test]
 fn a_cache_takes_pieces_of_any_length_and_keeps_the_sequences_it_is_told_to() {
-    for fixture in ["llama", "qwen3_5_text", "qwen3_5_text-long"].map(Fixture::new) {
+    for fixture in ["llama", "qwen3_5_text", "qwen3_5_text-long", "deepseek_v4"].map(Fixture::new) {
         let model = fixture.base();
         let expected = fixture.hidden(&model, Forward::default());
         let spans: Vec<(i64, i64)> = fixture.documents().spans().collect();

@@ -45,7 +45,7 @@ pub fn tensors(updates: &[Update]) -> Vec<(String, Tensor)> {
         let module = parent(parameter);
         let wrapped = updates[i + 1..].iter().any(|other| match &other.role {
             Role::Experts { parameter, .. } => parent(parameter) == module,
-            Role::Linear | Role::Router | Role::Head => false,
+            Role::Linear | Role::Router | Role::Blocks | Role::Indexer | Role::Head => false,
         });
         let (a, b) = stack(&a, &b, *stored);
         add(&if wrapped { format!("{module}.base_layer") } else { module.to_string() }, a, b);
@@ -256,11 +256,13 @@ pub(super) fn describe(config: &mut AdapterConfig, sites: &[Site], chosen: &[(us
     let apart = sites.iter().any(|site| matches!(site.role, Role::Experts { stored: Stored::Apart, .. }));
     let parameter = |site: &Site| match &site.role {
         Role::Experts { parameter, .. } => Some(parameter.clone()),
-        Role::Router => Some(format!("{}.weight", site.name)),
-        Role::Linear if apart && TAKEN_FOR_EXPERTS.iter().any(|name| site.name.ends_with(&format!(".{name}"))) => {
+        Role::Router | Role::Blocks => Some(format!("{}.weight", site.name)),
+        Role::Linear | Role::Indexer
+            if apart && TAKEN_FOR_EXPERTS.iter().any(|name| site.name.ends_with(&format!(".{name}"))) =>
+        {
             Some(format!("{}.weight", site.name))
         }
-        Role::Linear | Role::Head => None,
+        Role::Linear | Role::Indexer | Role::Head => None,
     };
     if chosen.iter().all(|(index, ..)| parameter(&sites[*index]).is_none()) {
         return Ok(());

@@ -211,7 +211,9 @@ fn fresh(site: &Site, recipe: &AdapterRecipe, seed: u64, r: i64) -> (Tensor, Ten
             let all: Vec<Tensor> = (0..count).map(|number| start(&format!("{}.{number}", site.name))).collect();
             (Tensor::stack(&all, 0), zeros(&[count, rows, r]))
         }
-        Role::Linear | Role::Router | Role::Head => (start(&site.name), zeros(&[rows, r])),
+        Role::Linear | Role::Router | Role::Blocks | Role::Indexer | Role::Head => {
+            (start(&site.name), zeros(&[rows, r]))
+        }
     }
 }
 

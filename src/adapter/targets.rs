@@ -43,7 +43,7 @@ pub struct Selection {
 
 /// Finds the linears that `recipe` names, among `sites`.
 ///
-/// `all-linear` is every linear but the head and the routers. Experts of a block are adapted together, all of them or none.
+/// `all-linear` is every linear but the head, the routers and what no gradient reaches. Experts of a block are adapted together, all of them or none.
 ///
 /// Errors list everything that is wrong: names, patterns and layers that match nothing, ranks of 0, regular expressions that do
 /// not compile, experts adapted in part.
@@ -57,7 +57,10 @@ pub fn resolve(sites: &[Site], recipe: &AdapterRecipe) -> Result<Selection> {
     let all = matches!(&recipe.target_modules, Targets::Pattern(text) if text.eq_ignore_ascii_case("all-linear"));
     let (target_modules, layers_to_transform) = if all {
         // PEFT takes no layers beside `all-linear`; the expanded list says the same.
-        let every = sites.iter().zip(&modules).filter(|(site, _)| !matches!(site.role, Role::Head | Role::Router));
+        let every = sites.iter().zip(&modules).filter(|(site, _)| match site.role {
+            Role::Linear | Role::Blocks | Role::Experts { .. } => true,
+            Role::Head | Role::Router | Role::Indexer => false,
+        });
         let every = every.flat_map(|(_, modules)| modules).filter(|name| in_layers(name, only));
         (condensed(every.cloned().collect(), &names), None)
     } else {
@@ -85,7 +88,7 @@ pub fn resolve(sites: &[Site], recipe: &AdapterRecipe) -> Result<Selection> {
     // Experts also answer to the parameter that transformers keeps them in.
     let parameters = sites.iter().filter_map(|site| match &site.role {
         Role::Experts { parameter, .. } => Some(parameter.as_str()),
-        Role::Linear | Role::Router | Role::Head => None,
+        Role::Linear | Role::Router | Role::Blocks | Role::Indexer | Role::Head => None,
     });
     let known: Vec<&str> = names.iter().copied().chain(parameters).collect();
     if !all {
@@ -123,6 +126,11 @@ pub fn resolve(sites: &[Site], recipe: &AdapterRecipe) -> Result<Selection> {
                 site.name,
                 rows.min(columns)
             ));
+        }
+        if site.role == Role::Indexer {
+            let what =
+                "chooses what is looked at; no gradient goes through a choice, so its adapter stays as it starts";
+            notices.push(format!("{} {what}", site.name));
         }
         targets.push(Target { index, r, alpha, scale: scale(r, alpha, recipe.use_rslora) });
     }

@@ -23,7 +23,8 @@ use crate::{Error, Fault, Result};
 
 /// Writes the merged model into `folder`, whole or not at all; an earlier one is replaced.
 ///
-/// Tensors keep the checkpoint's names (those of transformers for a GGUF) and are stored as `kind`, also where the base is
+/// Tensors keep the checkpoint's names (those of transformers for a GGUF) and are stored as `kind` (tables of whole numbers as they
+/// are), also where the base is
 /// quantised (its scales and its `quantization_config` are gone then), in shards of 5 GB. A head
 /// that shares the embedding's weight is not stored, unless an update targets it: then both are stored and the config says they
 /// are no longer tied. `onto` is how the base was quantised when the adapter was trained: the update is folded into those numbers. `sidecars` come from [`super::sidecars`]; `progress` is called with bytes written so far and in all.
@@ -41,16 +42,22 @@ pub fn write(
 ) -> Result<()> {
     refuse_base(folder, checkpoint)?;
     let plan = Plan::new(checkpoint, updates, onto)?;
-    let specs: Vec<TensorSpec> =
-        plan.tensors.iter().map(|t| TensorSpec { name: t.name.clone(), kind, shape: t.shape.clone() }).collect();
-    let bytes = |spec: &TensorSpec| spec.shape.iter().product::<i64>() as u64 * kind.elt_size_in_bytes() as u64;
+    let spec = |t: &Planned<'_>| {
+        let kind = checkpoint.whole_kind(t.from).unwrap_or(kind);
+        TensorSpec { name: t.name.clone(), kind, shape: t.shape.clone() }
+    };
+    let specs: Vec<TensorSpec> = plan.tensors.iter().map(spec).collect();
+    let bytes = |spec: &TensorSpec| spec.shape.iter().product::<i64>() as u64 * spec.kind.elt_size_in_bytes() as u64;
     let (mut done, total) = (0, specs.iter().map(bytes).sum());
 
     let ours = |name: &str| is_ours(name, sidecars);
     let staging = Staging::create(folder, ours)?;
     writer::write_model(staging.path(), &specs, SHARD_BYTES, |index| {
         let planned = &plan.tensors[index];
-        let tensor = checkpoint.tensor(planned.from, onto.map_or(kind, |scheme| scheme.kind), Device::Cpu)?;
+        let own = specs[index].kind;
+        // Tables of whole numbers are no weights.
+        let read_as = if own == kind { onto.map_or(kind, |scheme| scheme.kind) } else { own };
+        let tensor = checkpoint.tensor(planned.from, read_as, Device::Cpu)?;
         let tensor = match onto.filter(|_| planned.quantised.is_some()) {
             Some(scheme) if planned.quantised == Some(Lies::Transposed) => {
                 scheme.numbers(&tensor.transpose(1, 2).contiguous()).transpose(1, 2).contiguous()
@@ -59,8 +66,8 @@ pub fn write(
             None => tensor,
         };
         let tensor = match &planned.update {
-            Some(part) => part.merged(&tensor, kind)?,
-            None => tensor.to_kind(kind),
+            Some(part) => part.merged(&tensor, own)?,
+            None => tensor.to_kind(own),
         };
         done += bytes(&specs[index]);
         progress(done, total);
@@ -125,7 +132,7 @@ impl<'a> Part<'a> {
                 let transposed = *stored != Stored::Together;
                 vec![(update.module.clone(), Self::Experts { update, transposed })]
             }
-            Role::Linear | Role::Router | Role::Head => {
+            Role::Linear | Role::Router | Role::Blocks | Role::Indexer | Role::Head => {
                 vec![(format!("{}.weight", update.module), Self::Whole(update))]
             }
         }

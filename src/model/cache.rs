@@ -2,6 +2,7 @@
 
 use tch::{Device, IndexOp, Kind, Tensor};
 
+use super::entries::Compressed;
 use super::recurrent::Recurrent;
 use super::spec::Mask;
 use crate::ops::{self, Documents, Scoring};
@@ -19,6 +20,7 @@ pub struct Cache {
 pub(super) enum LayerCache {
     KeysValues(KeysValues),
     Recurrent(Recurrent),
+    Compressed(Compressed),
 }
 
 /// One block's keys and values.
@@ -58,6 +60,7 @@ impl Cache {
             match layer {
                 LayerCache::KeysValues(cache) => cache.keep(&index, sequences),
                 LayerCache::Recurrent(cache) => cache.keep(&index),
+                LayerCache::Compressed(cache) => cache.keep(sequences),
             }
         }
         self.lengths = picked(&self.lengths, sequences);
@@ -73,7 +76,7 @@ impl LayerCache {
     pub(super) fn keys_values(&mut self) -> &mut KeysValues {
         match self {
             Self::KeysValues(cache) => cache,
-            Self::Recurrent(_) => unreachable!("a block is given the cache that it made"),
+            Self::Recurrent(_) | Self::Compressed(_) => unreachable!("a block is given the cache that it made"),
         }
     }
 
@@ -81,7 +84,15 @@ impl LayerCache {
     pub(super) fn recurrent(&mut self) -> &mut Recurrent {
         match self {
             Self::Recurrent(cache) => cache,
-            Self::KeysValues(_) => unreachable!("a block is given the cache that it made"),
+            Self::KeysValues(_) | Self::Compressed(_) => unreachable!("a block is given the cache that it made"),
+        }
+    }
+
+    /// The latest keys and the entries of a block that keeps these.
+    pub(super) fn compressed(&mut self) -> &mut Compressed {
+        match self {
+            Self::Compressed(cache) => cache,
+            Self::KeysValues(_) | Self::Recurrent(_) => unreachable!("a block is given the cache that it made"),
         }
     }
 }

@@ -11,6 +11,7 @@ use super::linear::{Linear, Weight};
 use super::load::Reader;
 use super::router::{Balance, Router};
 use super::spec::{ModelSpec, Position, Rope};
+use super::streams::Copies;
 use crate::Result;
 use crate::ops::{self, Documents, Norm, rope::Rotation};
 use crate::quant::Scheme;
@@ -30,6 +31,8 @@ pub struct Decoder {
     embedding: Tensor,
     embedding_norm: Option<Norm>,
     layer_inputs: Option<LayerInputs>,
+    /// Where there are several copies of the stream.
+    copies: Option<Copies>,
     layers: Vec<Layer>,
     /// The different rotary embeddings of the blocks, each made once per forward.
     ropes: Vec<Rope>,
@@ -80,6 +83,7 @@ impl Decoder {
         let embedding = reader.tensor(&spec.embedding.weight)?;
         let embedding_norm = reader.optional_norm(spec.embedding.norm.as_ref())?;
         let layer_inputs = spec.layer_inputs.as_ref().map(|inputs| LayerInputs::load(inputs, &reader)).transpose()?;
+        let copies = spec.streams.as_ref().map(|streams| Copies::load(streams, &reader)).transpose()?;
         let mut ropes: Vec<Rope> = Vec::new();
         let mut layers: Vec<Layer> = Vec::with_capacity(spec.layers.len());
         for layer in &spec.layers {
@@ -103,7 +107,19 @@ impl Decoder {
         // A tied head is the embedding, which is looked up and stays as it is.
         let weight = if spec.head.tied { Weight::Dense(head) } else { reader.kept(&name, head) };
         let head = Linear { name, weight, bias, adapter: None };
-        Ok(Self { spec, kind, device, embedding, embedding_norm, layer_inputs, layers, ropes, final_norm, head })
+        Ok(Self {
+            spec,
+            kind,
+            device,
+            embedding,
+            embedding_norm,
+            layer_inputs,
+            copies,
+            layers,
+            ropes,
+            final_norm,
+            head,
+        })
     }
 
     /// The final hidden states (T, D) of documents laid end to end in `ids` (T), i64; `positions` (T), i64, restart at each.
@@ -119,7 +135,7 @@ impl Decoder {
             };
         }
         forward.balance.inspect(|balance| balance.complete());
-        self.final_norm.apply(&h)
+        self.finish(&h)
     }
 
     /// An empty cache for `sequences` sequences.
@@ -143,8 +159,16 @@ impl Decoder {
                 let cache = &mut cache.layers[layer.cached_in];
                 h = layer.forward(&h, &given.context(i, layer), &mut handed_on, Some(cache));
             }
-            self.final_norm.apply(&h)
+            self.finish(&h)
         })
+    }
+
+    /// The final hidden states (T, D) of the stream after the last block.
+    fn finish(&self, h: &Tensor) -> Tensor {
+        match &self.copies {
+            Some(copies) => self.final_norm.apply(&copies.gather(h)),
+            None => self.final_norm.apply(h),
+        }
     }
 
     /// The logits (S, V), fp32, of hidden states (S, D). No graph.
@@ -203,10 +227,10 @@ impl Decoder {
         h + noise.to_kind(self.kind)
     }
 
-    /// The embedded tokens (T, D), and what is made once for all blocks.
+    /// The embedded tokens (T, D), or copies of them (T, M, D), and what is made once for all blocks.
     fn given<'a>(
         &self,
-        ids: &Tensor,
+        ids: &'a Tensor,
         positions: &'a Tensor,
         documents: &'a Documents,
         forward: Forward<'a>,
@@ -215,6 +239,7 @@ impl Decoder {
         let inputs = self.layer_inputs.as_ref().map(|inputs| inputs.of(ids, &h, forward.seed));
         let given = Given {
             documents,
+            ids,
             positions,
             rotations: self.ropes.iter().map(|rope| rope.rotation(positions, documents)).collect(),
             inputs: inputs.unwrap_or_default(),
@@ -222,6 +247,7 @@ impl Decoder {
             dropout_seed: forward.seed,
             balance: forward.balance,
         };
+        let h = self.copies.as_ref().map_or_else(|| h.shallow_clone(), |copies| copies.of(&h));
         (h, given)
     }
 }
@@ -229,6 +255,7 @@ impl Decoder {
 /// What is made once per forward for all blocks.
 struct Given<'a> {
     documents: &'a Documents,
+    ids: &'a Tensor,
     positions: &'a Tensor,
     rotations: Vec<Rotation>,
     /// (T, P) for each block, where blocks have inputs of their own.
@@ -243,6 +270,7 @@ impl Given<'_> {
     fn context(&self, i: usize, layer: &Layer) -> Context<'_> {
         Context {
             documents: self.documents,
+            ids: self.ids,
             positions: self.positions,
             rotation: layer.rotation.map(|which| &self.rotations[which]),
             input: self.inputs.get(i),

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use super::sites::{Role, Site, expert};
 use super::spec::{
-    Attention, Branch, DeltaNet, ExpertGateUp, ExpertLinear, Experts, FeedForward, GateUp, GroupedAttention,
-    LatentAttention, LatentQuery, LayerInput, LayerInputs, LinearSpec, ModelSpec, NormSpec, Projection, QueryKeyNorm,
-    Residual, Routing, Stored,
+    Attention, Branch, CompressedAttention, Compressor, DeltaNet, Entries, ExpertGateUp, ExpertLinear, Experts,
+    FeedForward, GateUp, GroupedAttention, LatentAttention, LatentQuery, LayerInput, LayerInputs, LinearSpec,
+    ModelSpec, NormSpec, Projection, QueryKeyNorm, Residual, Routing, Stored, StreamMap, StreamMix, Streams,
 };
 use crate::weights::Checkpoint;
 use crate::{Error, Fault, Result};
@@ -38,7 +38,7 @@ impl ModelSpec {
         self.embedding.norm.iter().for_each(|norm| all.norm(norm));
         for layer in &self.layers {
             all.attention(&layer.attention);
-            all.feed_forward(&layer.feed_forward);
+            all.feed_forward(&layer.feed_forward, self.vocab_size);
             match &layer.residual {
                 Residual::Sequential { attention, feed_forward, .. } => {
                     let norms = [&attention.before, &attention.after, &feed_forward.before, &feed_forward.after];
@@ -46,6 +46,12 @@ impl ModelSpec {
                 }
                 Residual::Parallel { norm, feed_forward_norm } => {
                     [Some(norm), feed_forward_norm.as_ref()].into_iter().flatten().for_each(|norm| all.norm(norm));
+                }
+                Residual::Streams { attention, feed_forward } => {
+                    for StreamMix { count, map, norm, .. } in [attention, feed_forward].map(|mix| &**mix) {
+                        all.stream_map(map, &[*count, *count, count * count], count * self.hidden_size);
+                        all.norm(norm);
+                    }
                 }
             }
             if let Some(LayerInput { gate, projection, norm, .. }) = &layer.ending.input {
@@ -58,6 +64,9 @@ impl ModelSpec {
             all.add(table.clone(), &[*rows, projection.output]);
             all.linear(projection);
             all.norm(norm);
+        }
+        if let Some(Streams { count, gather, .. }) = &self.streams {
+            all.stream_map(gather, &[*count], count * self.hidden_size);
         }
         all.norm(&self.final_norm);
         if !self.head.tied {
@@ -139,7 +148,7 @@ impl Inventory {
         self.tensors.insert(name, shape.to_vec());
     }
 
-    fn feed_forward(&mut self, spec: &FeedForward) {
+    fn feed_forward(&mut self, spec: &FeedForward, vocab_size: i64) {
         match spec {
             FeedForward::Plain { up, down, .. } => [up, down].into_iter().for_each(|linear| self.linear(linear)),
             FeedForward::Gated { projection, down, .. } => {
@@ -149,22 +158,26 @@ impl Inventory {
                 }
                 self.linear(down);
             }
-            FeedForward::Experts(experts) => self.experts(experts),
+            FeedForward::Experts(experts) => self.experts(experts, vocab_size),
             FeedForward::Sum(branches) => {
                 for Branch { norms, feed_forward } in branches {
                     [&norms.before, &norms.after].into_iter().flatten().for_each(|norm| self.norm(norm));
-                    self.feed_forward(feed_forward);
+                    self.feed_forward(feed_forward, vocab_size);
                 }
             }
         }
     }
 
-    fn experts(&mut self, Experts { router, projection, down, shared, .. }: &Experts) {
+    fn experts(&mut self, Experts { router, projection, down, shared, .. }: &Experts, vocab_size: i64) {
         self.linear_as(&router.linear, Role::Router);
         router.norm.iter().for_each(|own| self.norm(&own.norm));
-        if let Routing::Largest { correction, expert_scale, .. } = &router.routing {
-            let of_experts = [correction, expert_scale].into_iter().flatten();
-            of_experts.for_each(|name| self.add(name.clone(), &[router.linear.output]));
+        match &router.routing {
+            Routing::Largest { correction, expert_scale, .. } => {
+                let of_experts = [correction, expert_scale].into_iter().flatten();
+                of_experts.for_each(|name| self.add(name.clone(), &[router.linear.output]));
+            }
+            Routing::OfToken { chosen, table, .. } => self.add(table.clone(), &[vocab_size, *chosen]),
+            Routing::SparseMixer { .. } => {}
         }
         match projection {
             ExpertGateUp::Separate { gate, up } => [gate, up].into_iter().for_each(|linear| self.expert_linear(linear)),
@@ -172,7 +185,7 @@ impl Inventory {
         }
         self.expert_linear(down);
         if let Some(shared) = shared {
-            self.feed_forward(&shared.feed_forward);
+            self.feed_forward(&shared.feed_forward, vocab_size);
             shared.gate.iter().for_each(|gate| self.linear(gate));
         }
     }
@@ -216,6 +229,7 @@ impl Inventory {
         match spec {
             Attention::Grouped(grouped) => self.grouped(grouped),
             Attention::DeltaNet(net) => self.delta_net(net),
+            Attention::Compressed(compressed) => self.compressed(compressed),
             Attention::Latent(LatentAttention { query, down, norm, up, output, .. }) => {
                 match query {
                     LatentQuery::Direct(linear) => self.linear(linear),
@@ -228,6 +242,39 @@ impl Inventory {
                 self.norm(norm);
             }
         }
+    }
+
+    /// Numbers of so many `kinds`, each with a factor of its own, of `input` numbers.
+    fn stream_map(&mut self, spec: &StreamMap, kinds: &[i64], input: i64) {
+        let numbers = kinds.iter().sum();
+        self.add(spec.function.clone(), &[numbers, input]);
+        self.add(spec.base.clone(), &[numbers]);
+        self.add(spec.scale.clone(), &[kinds.len() as i64]);
+    }
+
+    fn compressed(&mut self, spec: &CompressedAttention) {
+        [&spec.query_down, &spec.query_up, &spec.key_value].into_iter().for_each(|linear| self.linear(linear));
+        let norms = [&spec.query_norm, &spec.query_head_norm, &spec.key_value_norm];
+        norms.into_iter().for_each(|norm| self.norm(norm));
+        self.add(spec.sinks.clone(), &[spec.heads]);
+        match &spec.entries {
+            Entries::None => {}
+            Entries::All(compressor) => self.compressor(compressor, Role::Linear),
+            Entries::Chosen { compressor, indexer } => {
+                self.compressor(compressor, Role::Linear);
+                self.compressor(&indexer.compressor, Role::Indexer);
+                [&indexer.query, &indexer.weights].into_iter().for_each(|linear| self.linear_as(linear, Role::Indexer));
+            }
+        }
+        self.linear_as(&spec.group, Role::Blocks);
+        self.linear(&spec.output);
+    }
+
+    fn compressor(&mut self, spec: &Compressor, role: Role) {
+        self.linear_as(&spec.key_value, role.clone());
+        self.linear_as(&spec.gate, role);
+        self.add(spec.bias.clone(), &[spec.rate, spec.gate.output]);
+        self.norm(&spec.norm);
     }
 
     fn grouped(&mut self, spec: &GroupedAttention) {

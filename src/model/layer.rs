@@ -10,6 +10,7 @@ use super::linear::Linear;
 use super::load::Reader;
 use super::router::{Balance, Router};
 use super::spec::{self, LayerSpec};
+use super::streams::StreamMix;
 use crate::Result;
 use crate::ops::{self, Documents, Norm, rope::Rotation};
 
@@ -34,6 +35,7 @@ pub(super) struct Layer {
 enum Residual {
     Sequential { attention: Around, feed_forward: Around, multiplier: f64 },
     Parallel { norm: Norm, feed_forward_norm: Option<Norm> },
+    Streams { attention: Box<StreamMix>, feed_forward: Box<StreamMix> },
 }
 
 /// Norms before and after a half.
@@ -57,6 +59,8 @@ pub(super) struct Stream<'a> {
 /// What every block of a forward shares.
 pub(super) struct Context<'a> {
     pub(super) documents: &'a Documents,
+    /// Of the tokens (T), i64.
+    pub(super) ids: &'a Tensor,
     /// (T), i64, from each document's start.
     pub(super) positions: &'a Tensor,
     pub(super) rotation: Option<&'a Rotation>,
@@ -83,6 +87,10 @@ impl Layer {
                 norm: read.norm(norm)?,
                 feed_forward_norm: read.optional_norm(feed_forward_norm.as_ref())?,
             },
+            spec::Residual::Streams { attention, feed_forward } => Residual::Streams {
+                attention: Box::new(StreamMix::load(attention, read)?),
+                feed_forward: Box::new(StreamMix::load(feed_forward, read)?),
+            },
         };
         let attention = Attention::load(spec, read)?;
         let shared = attention.reads().and_then(|slot| before.iter().find(|b| b.attention.fills() == Some(slot)));
@@ -98,7 +106,7 @@ impl Layer {
         })
     }
 
-    /// The stream (T, D) after this block.
+    /// The stream (T, D), or its copies (T, M, D), after this block.
     pub(super) fn forward(
         &self,
         h: &Tensor,
@@ -140,6 +148,11 @@ impl Layer {
                 let norm = feed_forward_norm.as_ref().unwrap_or(norm);
                 self.feed_forward.forward(Stream { h, norm: Some(norm), residual: Some(&attended) }, context)
             }
+            Residual::Streams { attention, feed_forward } => {
+                let attend = |stream: Stream<'_>| self.attention.forward(stream, context, handed_on, cache);
+                let h = attention.around(h, attend);
+                feed_forward.around(&h, |stream| self.feed_forward.forward(stream, context))
+            }
         }
     }
 
@@ -147,7 +160,8 @@ impl Layer {
     pub(super) fn forward_recomputed(&self, h: &Tensor, context: &Context<'_>, handed_on: &mut HandedOn) -> Tensor {
         let trained: Vec<&Tensor> = self.linears().into_iter().flat_map(Linear::trained).collect();
         let layer = self.clone();
-        let (documents, positions) = (context.documents.clone(), context.positions.shallow_clone());
+        let documents = context.documents.clone();
+        let (ids, positions) = (context.ids.shallow_clone(), context.positions.shallow_clone());
         let rotation = context.rotation.map(Rotation::shallow_clone);
         let (kind, dropout_seed, balance) = (context.kind, context.dropout_seed, context.balance.cloned());
         let (reads, fills) = (self.attention.reads(), self.attention.fills());
@@ -162,6 +176,7 @@ impl Layer {
             }
             let context = Context {
                 documents: &documents,
+                ids: &ids,
                 positions: &positions,
                 rotation: rotation.as_ref(),
                 input: rest.first(),

@@ -6,10 +6,10 @@ use super::linear::{Linear, Weight};
 use super::names::Names;
 use super::sites::expert;
 use super::spec::{ExpertLinear, LinearSpec, NormKind, NormSpec, Stored};
-use crate::Result;
 use crate::ops::Norm;
 use crate::quant::Scheme;
 use crate::weights::Checkpoint;
+use crate::{Error, Fault, Result};
 
 /// Where weights come from and what they become.
 pub(super) struct Reader<'a> {
@@ -38,6 +38,27 @@ impl Reader<'_> {
         let tensor = self.checkpoint.tensor(&self.names.stored(name), kind, self.device)?;
         (self.read)(tensor.numel() as u64);
         Ok(tensor)
+    }
+
+    /// Whole numbers from 0 on, below `limit`.
+    ///
+    /// Errors: [`Error::Model`] for a number that is not, and for a table of other numbers.
+    pub(super) fn table(&self, name: &str, limit: i64) -> Result<Tensor> {
+        let stored = self.names.stored(name);
+        if self.checkpoint.whole_kind(&stored).is_none() {
+            let found = self.checkpoint.stored_as(&stored).unwrap_or("nothing");
+            let what = format!("is stored as {found}; whole numbers expected");
+            return Err(Error::Model(Fault::new(stored, what).hint("fetch the model again")));
+        }
+        let table = self.tensor_as(name, Kind::Int64)?;
+        let wrong = table.lt(0).logical_or(&table.ge(limit));
+        if table.numel() > 0 && wrong.any().int64_value(&[]) != 0 {
+            let found = table.masked_select(&wrong).int64_value(&[0]);
+            let what = format!("holds {found}; a whole number from 0 to {} expected", limit - 1);
+            let fault = Fault::new(stored, what);
+            return Err(Error::Model(fault.hint("config.json and the weights do not belong together")));
+        }
+        Ok(table)
     }
 
     pub(super) fn linear(&self, spec: &LinearSpec) -> Result<Linear> {

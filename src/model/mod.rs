@@ -4,7 +4,7 @@
 //! no padding), L tokens of one document, S rows picked from T (or keys in sight), B sequences of a cache, D model width,
 //! N heads, K key/value heads, G heads to a group, H head size, F hidden width of the feed-forward, E experts, C of them chosen,
 //! V vocabulary, R rank. Of latent attention: Z width of the latent, U elements of a head that do not rotate, P those that do,
-//! W elements of a value.
+//! W elements of a value. Of several copies of the stream: M copies.
 
 pub mod families;
 pub mod names;
@@ -14,6 +14,7 @@ pub mod spec;
 mod attention;
 mod cache;
 mod decoder;
+mod entries;
 mod experts;
 mod feed_forward;
 mod fit;
@@ -26,6 +27,7 @@ mod mask;
 mod position;
 mod recurrent;
 mod router;
+mod streams;
 
 pub use crate::ops::Documents;
 pub use cache::Cache;

@@ -113,9 +113,14 @@ impl ModelSpec {
     /// Settles what only the files can say: which of its layouts they have, and whether a head is among them.
     pub(super) fn settle(&mut self, checkpoint: &Checkpoint) {
         let has = |names: &Names, name: &str| checkpoint.shape(&names.stored(name)).is_some();
-        let of = |layout| Names { layout, ..self.names.clone() };
-        let layouts = 0..self.names.layouts.len();
-        self.names.layout = layouts.map(of).find(|names| has(names, &self.embedding.weight)).map_or(0, |n| n.layout);
+        if self.names.layouts.len() > 1 {
+            let tensors = self.tensors();
+            let missing = |layout: &usize| {
+                let names = Names { layout: *layout, ..self.names.clone() };
+                tensors.keys().filter(|name| !has(&names, name)).count()
+            };
+            self.names.layout = (0..self.names.layouts.len()).min_by_key(missing).unwrap_or(0);
+        }
         if self.names.own_head_if_stored && has(&self.names, &format!("{}.weight", self.head.name)) {
             self.head.tied = false;
         }

@@ -24,6 +24,8 @@ pub(super) struct Router {
     correction: Option<Tensor>,
     /// The weights of each expert are multiplied by it (E), fp32.
     expert_scale: Option<Tensor>,
+    /// The experts of each token id (V, C), i64.
+    of_token: Option<Tensor>,
     balance: f64,
 }
 
@@ -36,6 +38,7 @@ impl Clone for Router {
             routing: self.routing.clone(),
             correction: self.correction.as_ref().map(Tensor::shallow_clone),
             expert_scale: self.expert_scale.as_ref().map(Tensor::shallow_clone),
+            of_token: self.of_token.as_ref().map(Tensor::shallow_clone),
             ..*self
         }
     }
@@ -46,7 +49,11 @@ impl Router {
         let kind = if spec.wide { Kind::Float } else { read.kind };
         let (correction, expert_scale) = match &spec.routing {
             Routing::Largest { correction, expert_scale, .. } => (correction.as_ref(), expert_scale.as_ref()),
-            Routing::SparseMixer { .. } => (None, None),
+            Routing::OfToken { .. } | Routing::SparseMixer { .. } => (None, None),
+        };
+        let of_token = match &spec.routing {
+            Routing::OfToken { table, .. } => Some(read.table(table, spec.linear.output)?),
+            Routing::Largest { .. } | Routing::SparseMixer { .. } => None,
         };
         let of_experts = |name: Option<&String>| name.map(|name| read.tensor_as(name, Kind::Float)).transpose();
         let norm = spec.norm.as_ref().map(|own| {
@@ -60,6 +67,7 @@ impl Router {
             routing: spec.routing.clone(),
             correction: of_experts(correction)?,
             expert_scale: of_experts(expert_scale)?,
+            of_token,
             balance: spec.balance,
         })
     }
@@ -90,25 +98,23 @@ impl Router {
         let logits = products.to_kind(Kind::Float); // (T, E)
         let (chosen, weights) = match &self.routing {
             Routing::Largest { chosen, scores, groups, normalised, scale, .. } => {
-                let scores = match scores {
-                    Scores::Softmax => logits.softmax(-1, Kind::Float),
-                    Scores::Sigmoid => logits.sigmoid(),
-                };
+                let scores = scores.of(&logits);
                 let index = tch::no_grad(|| match (&self.correction, groups) {
                     // The order of the scores, before they are rounded to 0 or 1.
                     (None, None) => logits.detach().topk(*chosen, -1, true, true).1,
                     _ => self.largest(&scores.detach(), *chosen, *groups),
                 });
-                let weights = scores.gather(1, &index, false); // (T, C)
-                let weights = match normalised {
-                    Some(eps) => &weights / (weights.sum_dim_intlist([1i64].as_slice(), true, Kind::Float) + *eps),
-                    None => weights,
-                };
-                let weights = if *scale == 1.0 { weights } else { weights * *scale };
+                let weights = weights(&scores, &index, *normalised, *scale);
                 let weights = match &self.expert_scale {
                     Some(scale) => weights * scale.take(&index), // (T, C)
                     None => weights,
                 };
+                (index, weights)
+            }
+            Routing::OfToken { scores, normalised, scale, .. } => {
+                let table = self.of_token.as_ref().expect("read with the weights");
+                let index = table.index_select(0, context.ids); // (T, C)
+                let weights = weights(&scores.of(&logits), &index, Some(*normalised), *scale);
                 (index, weights)
             }
             Routing::SparseMixer { jitter } => sparse_mixer(&logits, *jitter),
@@ -116,11 +122,20 @@ impl Router {
         // The gradient of the balancing loss enters where the logits are, so that it is there however the block is run.
         let weights = match context.balance {
             Some(balance) if self.balance > 0.0 => {
-                balance.enter(&logits, &chosen, weights, context.documents, self.balance)
+                let counted = self.counted(&logits, &chosen);
+                balance.enter(&logits, &counted, weights, context.documents, self.balance)
             }
             _ => weights,
         };
         (chosen, weights)
+    }
+
+    /// The experts that the balancing loss counts: those of the largest logits, whatever is added to scores for the choice.
+    fn counted(&self, logits: &Tensor, chosen: &Tensor) -> Tensor {
+        match &self.correction {
+            Some(_) => logits.detach().topk(chosen.size()[1], -1, true, true).1,
+            None => chosen.shallow_clone(),
+        }
     }
 
     /// Index (T, C) of the largest scores (T, E). No graph.
@@ -139,6 +154,28 @@ impl Router {
         };
         scores.topk(chosen, -1, true, true).1
     }
+}
+
+impl Scores {
+    /// Scores (T, E) of logits (T, E).
+    fn of(self, logits: &Tensor) -> Tensor {
+        match self {
+            Self::Softmax => logits.softmax(-1, Kind::Float),
+            Self::Sigmoid => logits.sigmoid(),
+            // Below, the score is 0 to any precision that matters, and its slope would be 0 / 0.
+            Self::SqrtSoftplus => logits.clamp_min(-80.0).softplus().sqrt(),
+        }
+    }
+}
+
+/// The scores (T, E) of the experts in `index` (T, C), divided by their sum plus `normalised` if given, times `scale`: (T, C).
+fn weights(scores: &Tensor, index: &Tensor, normalised: Option<f64>, scale: f64) -> Tensor {
+    let weights = scores.gather(1, index, false);
+    let weights = match normalised {
+        Some(eps) => &weights / (weights.sum_dim_intlist([1i64].as_slice(), true, Kind::Float) + eps),
+        None => weights,
+    };
+    if scale == 1.0 { weights } else { weights * scale }
 }
 
 /// The inference form of SparseMixer: the largest logit, and the largest of the others, each weighed by a softmax over the logits

@@ -20,6 +20,10 @@ pub enum Role {
     Linear,
     /// Chooses experts.
     Router,
+    /// Block-diagonal: PEFT knows it as a parameter only.
+    Blocks,
+    /// Chooses what is looked at: no gradient reaches it.
+    Indexer,
     /// Makes logits.
     Head,
     /// One linear of every expert.

@@ -34,6 +34,7 @@ pub(super) use by_kind;
 
 mod activation;
 mod loss;
+pub(super) mod streams;
 
 pub(super) use activation::{gated, gated_backward};
 pub(super) use loss::softmax_cross_entropy;

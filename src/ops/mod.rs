@@ -5,6 +5,8 @@
 //! tests. Shape letters are those of [`crate::model`].
 
 pub mod attention;
+pub mod block_projection;
+pub mod compress;
 pub mod convolution;
 mod cpu;
 pub mod cross_entropy;
@@ -17,10 +19,13 @@ pub mod projection;
 pub mod recompute;
 pub mod rope;
 pub mod split;
+pub mod streams;
 #[cfg(test)]
 pub(crate) mod testing;
 
-pub use attention::{Alibi, Scoring, attention, attention_to_cache};
+pub use attention::{Alibi, Scoring, attention, attention_to_cache, choose_entries};
+pub use block_projection::block_projection;
+pub use compress::compress;
 pub use convolution::Convolution;
 pub use cross_entropy::{LogitMap, cross_entropy};
 pub use delta_net::{DeltaGates, delta_rule, delta_rule_continued, delta_rule_step};

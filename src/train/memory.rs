@@ -5,14 +5,15 @@
 //! norm statistics. A block that reads another's k and v keeps none of its own; one with an input of its own keeps the stream,
 //! what the gate gives and what is added once more. A delta-net keeps q, k, v before their convolution and after it, the output's
 //! gate, what its heads read and that normed; and in fp32 two gates of each head, norm statistics, and its state every
-//! [`DELTA_RUN`] tokens. Recomputed, it keeps the stream once. The most that is alive beside that is one block's worth of
+//! [`DELTA_RUN`] tokens. Of several copies of the stream, each half keeps all, and what it gives. Recomputed, it keeps the stream once. The most that is alive beside that is one block's worth of
 //! gradients and the head's chunk of logits.
 
 use tch::{Device, Kind};
 
 use crate::model::ModelSpec;
 use crate::model::spec::{
-    Attention, DeltaNet, ExpertGateUp, Experts, FeedForward, GateUp, GroupedAttention, LatentQuery, Projection, Routing,
+    Attention, CompressedAttention, DeltaNet, ExpertGateUp, Experts, FeedForward, GateUp, GroupedAttention,
+    LatentQuery, Projection, Residual, Routing,
 };
 use crate::ops::delta_net::TOKENS_OF_A_RUN as DELTA_RUN;
 use crate::recipe::Recompute;
@@ -60,7 +61,8 @@ pub fn caches_dequantised(spec: &ModelSpec, kind: Kind, device: Device) -> bool 
 fn fewest(spec: &ModelSpec, kind: Kind, tokens: u64, budget: u64) -> usize {
     let element = kind.elt_size_in_bytes() as u64;
     let kept: Vec<u64> = spec.layers.iter().map(|layer| kept_bytes(layer, spec.hidden_size as u64, element)).collect();
-    let recomputed = spec.hidden_size as u64 * element;
+    let copies = spec.streams.as_ref().map_or(1, |streams| streams.count as u64);
+    let recomputed = copies * spec.hidden_size as u64 * element;
     // While a block runs backward: its activations, and as much again of gradients.
     let working = 2 * kept.iter().max().copied().unwrap_or(0) * tokens + 3 * (64 << 20);
     let need = |n: usize| {
@@ -91,9 +93,22 @@ fn kept_bytes(layer: &crate::model::spec::LayerSpec, hidden: u64, element: u64) 
             let values = value_heads * value_size;
             (2 * (2 * key_heads * key_size + values) + 3 * values, 5 * value_heads + values * key_size / DELTA_RUN)
         }
+        Attention::Compressed(compressed) => {
+            // Query before its norm and after it, output before it is turned back and after it, the latent, the key twice, k and g.
+            let CompressedAttention { heads, head_size, query_down, group, entries, .. } = &**compressed;
+            let of_windows = entries.compressor().map_or(0, |c| c.key_value.output + c.gate.output);
+            (4 * heads * head_size + query_down.output + 2 * head_size + of_windows + group.output, 3 * heads)
+        }
+    };
+    let (copies, weights) = match &layer.residual {
+        Residual::Sequential { .. } | Residual::Parallel { .. } => (0, 0),
+        // Before each half the copies, what it gives, and in fp32 the numbers of its map three times over.
+        Residual::Streams { attention, .. } => {
+            (2 * (attention.count as u64 + 1) * hidden, 6 * (2 + attention.count) * attention.count)
+        }
     };
     let input = layer.ending.input.as_ref().map_or(0, |input| 2 * (input.gate.input + input.gate.output));
-    (2 * hidden + (attention + wide + input) as u64) * element + (statistics as u64 + 4) * 4
+    (2 * hidden + copies + (attention + wide + input) as u64) * element + ((statistics + weights) as u64 + 4) * 4
 }
 
 /// Elements a token keeps of gate and up; of the experts it goes through, also their shared input.
@@ -109,7 +124,7 @@ fn feed_forward_width(feed_forward: &FeedForward) -> i64 {
                 ExpertGateUp::Fused { linear, .. } => linear.output,
             };
             let chosen = match router.routing {
-                Routing::Largest { chosen, .. } => chosen,
+                Routing::Largest { chosen, .. } | Routing::OfToken { chosen, .. } => chosen,
                 Routing::SparseMixer { .. } => 2,
             };
             let shared = shared.as_ref().map_or(0, |shared| feed_forward_width(&shared.feed_forward));

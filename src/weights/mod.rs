@@ -161,6 +161,14 @@ impl Checkpoint {
         })
     }
 
+    /// The number type of a tensor of whole numbers; `None` for any other, and when there is no such tensor.
+    pub fn whole_kind(&self, name: &str) -> Option<Kind> {
+        match self.find(name)?.form {
+            Form::Plain(dtype) => dtype.kind.filter(|kind| storage::whole(*kind)),
+            Form::Blocks(..) | Form::Scaled(..) | Form::Mxfp4(_) => None,
+        }
+    }
+
     /// What the user should know about this model's files, in plain sentences.
     pub fn notices(&self) -> &[String] {
         &self.notices
@@ -189,7 +197,7 @@ impl Checkpoint {
             }
             Form::Mxfp4(scales) => {
                 let beside = self.source_of(scales.file, &scales.name, scales.offset);
-                quantised::mxfp4::read(source, beside, &stored.shape, kind)?
+                scales.read(source, beside, &stored.shape, kind)?
             }
             Form::Bitsandbytes(codes, packed, parts) => {
                 let files = (&self.files[..], &self.opened[..]);

@@ -144,7 +144,7 @@ pub(super) fn read_plain(source: Source, dtype: &Dtype, shape: &[i64], kind: Kin
 }
 
 /// Whether a kind holds whole numbers only.
-fn whole(kind: Kind) -> bool {
+pub(super) fn whole(kind: Kind) -> bool {
     matches!(kind, Kind::Bool | Kind::Uint8 | Kind::Int8 | Kind::Int16 | Kind::Int | Kind::Int64)
 }
 

@@ -1,5 +1,7 @@
 //! How tokens look at each other: built from its spec, walked forward.
 
+mod compressed;
+mod compressor;
 mod delta_net;
 mod grouped;
 mod latent;
@@ -12,9 +14,12 @@ use super::linear::Linear;
 use super::load::Reader;
 use super::spec::{self, LayerSpec};
 use crate::Result;
+use compressed::CompressedAttention;
 use delta_net::DeltaNet;
 use grouped::GroupedAttention;
 use latent::LatentAttention;
+
+pub(super) use compressor::Compressor;
 
 /// Keys and values that blocks hand on to later ones, by slot: (T, K, H) each, rotated, of the tokens of this forward.
 #[derive(Debug, Default)]
@@ -41,6 +46,7 @@ pub(super) enum Attention {
     Grouped(Box<GroupedAttention>),
     Latent(Box<LatentAttention>),
     DeltaNet(Box<DeltaNet>),
+    Compressed(Box<CompressedAttention>),
 }
 
 impl Attention {
@@ -51,6 +57,9 @@ impl Attention {
             }
             spec::Attention::Latent(latent) => Ok(Self::Latent(Box::new(LatentAttention::load(latent, spec, read)?))),
             spec::Attention::DeltaNet(net) => Ok(Self::DeltaNet(Box::new(DeltaNet::load(net, read)?))),
+            spec::Attention::Compressed(compressed) => {
+                Ok(Self::Compressed(Box::new(CompressedAttention::load(compressed, spec, read)?)))
+            }
         }
     }
 
@@ -66,6 +75,7 @@ impl Attention {
             Self::Grouped(grouped) => grouped.forward(stream, context, handed_on, cache.map(LayerCache::keys_values)),
             Self::Latent(latent) => latent.forward(stream, context, cache.map(LayerCache::keys_values)),
             Self::DeltaNet(net) => net.forward(stream, context, cache.map(LayerCache::recurrent)),
+            Self::Compressed(compressed) => compressed.forward(stream, context, cache.map(LayerCache::compressed)),
         }
     }
 
@@ -73,7 +83,7 @@ impl Attention {
     pub(super) fn fills(&self) -> Option<usize> {
         match self {
             Self::Grouped(grouped) => grouped.hands_on,
-            Self::Latent(_) | Self::DeltaNet(_) => None,
+            Self::Latent(_) | Self::DeltaNet(_) | Self::Compressed(_) => None,
         }
     }
 
@@ -81,7 +91,7 @@ impl Attention {
     pub(super) fn reads(&self) -> Option<usize> {
         match self {
             Self::Grouped(grouped) => grouped.reads(),
-            Self::Latent(_) | Self::DeltaNet(_) => None,
+            Self::Latent(_) | Self::DeltaNet(_) | Self::Compressed(_) => None,
         }
     }
 
@@ -91,6 +101,7 @@ impl Attention {
             Self::Grouped(grouped) => grouped.linears(),
             Self::Latent(latent) => latent.linears(),
             Self::DeltaNet(net) => net.linears(),
+            Self::Compressed(compressed) => compressed.linears(),
         }
     }
 
@@ -100,6 +111,7 @@ impl Attention {
             Self::Grouped(grouped) => grouped.linears_mut(),
             Self::Latent(latent) => latent.linears_mut(),
             Self::DeltaNet(net) => net.linears_mut(),
+            Self::Compressed(compressed) => compressed.linears_mut(),
         }
     }
 
@@ -109,6 +121,7 @@ impl Attention {
             Self::Grouped(grouped) => LayerCache::KeysValues(grouped.cache(sequences, options)),
             Self::Latent(latent) => LayerCache::KeysValues(latent.cache(sequences, options)),
             Self::DeltaNet(net) => LayerCache::Recurrent(net.cache(sequences, options)),
+            Self::Compressed(compressed) => LayerCache::Compressed(compressed.cache(sequences, options)),
         }
     }
 }

@@ -27,6 +27,7 @@ pub(super) fn model(
         max_position_embeddings: config.size_or("max_position_embeddings", 2048)?,
         embedding,
         layer_inputs: None,
+        streams: None,
         layers,
         final_norm,
         head: HeadSpec { name: head.into(), tied: config.flag_or("tie_word_embeddings", tied)?, bias: false, map },

@@ -282,7 +282,11 @@ pub(super) fn chosen(config: &Config<'_>, field: &str, default: i64, count: i64)
 
 /// The number of experts.
 pub(super) fn count(config: &Config<'_>, field: &str, default: i64) -> Result<i64> {
-    let count = config.size_or(field, default)?;
+    credible(config.size_or(field, default)?, field)
+}
+
+/// A number of experts that `field` may well mean.
+pub(super) fn credible(count: i64, field: &str) -> Result<i64> {
     if count > MOST_EXPERTS {
         let what = format!("{count} experts; no model has more than {MOST_EXPERTS}");
         return Err(Error::Model(Fault::new(format!("config.json: {field}"), what)));

@@ -5,6 +5,7 @@ mod block;
 mod cohere;
 mod config;
 mod deepseek;
+mod deepseek_v4;
 mod experts;
 mod fused;
 mod gemma;
@@ -85,6 +86,7 @@ const FAMILIES: &[Family] = &[
     Family { model_type: "starcoder2", known_as: "StarCoder 2", spec: layer_norm::starcoder2 },
     Family { model_type: "deepseek_v2", known_as: "DeepSeek V2, V2-Lite, V2.5", spec: deepseek::v2 },
     Family { model_type: "deepseek_v3", known_as: "DeepSeek V3, V3.1, R1, Moonlight", spec: deepseek::v3 },
+    Family { model_type: "deepseek_v4", known_as: "DeepSeek V4 Flash, Pro", spec: deepseek_v4::deepseek_v4 },
     Family { model_type: "gpt_neox", known_as: "GPT-NeoX, Pythia", spec: layer_norm::gpt_neox },
     Family { model_type: "stablelm", known_as: "StableLM", spec: layer_norm::stablelm },
     Family { model_type: "phi", known_as: "Phi-1.5, Phi-2", spec: layer_norm::phi },

@@ -1,6 +1,6 @@
 //! How tokens look at each other, and who at whom.
 
-use super::{DeltaNet, LinearSpec, NormSpec};
+use super::{CompressedAttention, DeltaNet, LinearSpec, NormSpec};
 
 /// How tokens look at each other.
 #[derive(Debug, Clone, PartialEq)]
@@ -11,6 +11,8 @@ pub enum Attention {
     Latent(LatentAttention),
     /// A state instead of keys and values (arXiv:2412.06464).
     DeltaNet(DeltaNet),
+    /// Of the latest tokens, and of windows of earlier ones compressed to entries.
+    Compressed(Box<CompressedAttention>),
 }
 
 /// Grouped heads.

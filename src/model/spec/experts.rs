@@ -64,6 +64,19 @@ pub enum Routing {
         /// Tensor name of what each expert's weight is multiplied by at last (E).
         expert_scale: Option<String>,
     },
+    /// Those that a table names for the token's id.
+    OfToken {
+        /// How many.
+        chosen: i64,
+        /// Tensor name of the table (V, chosen), whole numbers.
+        table: String,
+        /// From products to scores.
+        scores: Scores,
+        /// Weights are divided by their sum, to which this is added.
+        normalised: f64,
+        /// Weights are then multiplied by this.
+        scale: f64,
+    },
     /// Two, by the inference form of SparseMixer (arXiv:2409.12136): each weighed among the scores that are near its own.
     SparseMixer {
         /// Scores further apart than twice this share are not near.
@@ -78,6 +91,8 @@ pub enum Scores {
     Softmax,
     /// Of each expert alone.
     Sigmoid,
+    /// The square root of the softplus, of each expert alone.
+    SqrtSoftplus,
 }
 
 /// Groups of experts, of which the best are kept.

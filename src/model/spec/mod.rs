@@ -6,17 +6,21 @@
 //! Residual::Parallel:     h ──┬─ norm ─ attention ──────(+)──>
 //!                             ├─ norm ─ feed-forward ────┤
 //!                             └──────────────────────────┘
+//! Residual::Streams:      h ═╤═ gather ─ norm ─ attention ─ spread ═(+)═╤═ gather ─ norm ─ feed-forward ─ spread ═(+)══>
+//!                             ╘════════════ mix ════════════════════╛   ╘══════════════ mix ═══════════════════════╛
 //! Ending:                 h ──┬─ gate ─ activation ─ x own input ─ projection ─ norm ──(+)── x scale ──>
 //!                             └─────────────────────────────────────────────────────────┘
 //! ```
 
 mod attention;
+mod compressed;
 mod delta_net;
 mod experts;
 mod feed_forward;
 mod layer_inputs;
 mod position;
 mod residual;
+mod streams;
 
 use super::names::Names;
 use crate::ops::LogitMap;
@@ -24,6 +28,7 @@ use crate::ops::LogitMap;
 pub use attention::{
     Attention, GroupedAttention, LatentAttention, LatentQuery, Mask, Projection, QueryKeyNorm, Temperature,
 };
+pub use compressed::{CompressedAttention, Compressor, Entries, Indexer};
 pub use delta_net::{DeltaNet, DeltaProjection};
 pub use experts::{
     ExpertGateUp, ExpertLinear, Experts, Groups, Router, RouterNorm, Routing, Scores, SharedExpert, Stored,
@@ -32,6 +37,7 @@ pub use feed_forward::{Branch, FeedForward, GateUp};
 pub use layer_inputs::{LayerInput, LayerInputs};
 pub use position::{Position, Rope, RopeScaling};
 pub use residual::{Around, Ending, Residual};
+pub use streams::{StreamMap, StreamMix, Streams};
 
 /// A whole decoder.
 #[derive(Debug, Clone, PartialEq)]
@@ -48,6 +54,8 @@ pub struct ModelSpec {
     pub embedding: EmbeddingSpec,
     /// From token ids to what each block is told of them besides the stream.
     pub layer_inputs: Option<LayerInputs>,
+    /// Where there are several copies of the stream ([`Residual::Streams`]).
+    pub streams: Option<Streams>,
     /// The blocks, in order.
     pub layers: Vec<LayerSpec>,
     /// After the last block.

@@ -25,7 +25,7 @@ pub enum Position {
 pub struct Rope {
     /// Base of the wavelengths.
     pub theta: f64,
-    /// How many of a head's H elements rotate: the first ones, but the last ones in latent attention.
+    /// How many of a head's H elements rotate: the first ones, but the last ones in latent and compressed attention.
     pub rotated: i64,
     /// Which of them turn together.
     pub layout: RopeLayout,

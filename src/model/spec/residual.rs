@@ -1,6 +1,6 @@
 //! What becomes of the stream in a block.
 
-use super::{LayerInput, NormSpec};
+use super::{LayerInput, NormSpec, StreamMix};
 
 /// How a block's two halves are added to the stream.
 #[derive(Debug, Clone, PartialEq)]
@@ -20,6 +20,13 @@ pub enum Residual {
         norm: NormSpec,
         /// Before the feed-forward.
         feed_forward_norm: Option<NormSpec>,
+    },
+    /// One after the other, on several copies of the stream.
+    Streams {
+        /// Around attention.
+        attention: Box<StreamMix>,
+        /// Around the feed-forward.
+        feed_forward: Box<StreamMix>,
     },
 }
 

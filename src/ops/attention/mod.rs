@@ -6,6 +6,8 @@
 //! not a plain scaled product) is computed in plain products, some queries at a time.
 
 mod blocks;
+mod choice;
+pub mod entries;
 mod flash;
 mod plain;
 
@@ -13,6 +15,8 @@ use tch::{Device, Kind, Tensor};
 
 use super::{Documents, cpu};
 use crate::torch_ext::custom;
+
+pub use choice::choose_entries;
 
 /// How scores are made of the products of queries and keys.
 #[derive(Debug)]

@@ -3,7 +3,7 @@
 //! `quantization_config {"quant_method": "fp8", "weight_block_size": [128, 128]}`: beside `X.weight` (out, in) in fp8 lies
 //! `X.weight_scale_inv` (out / 128, in / 128, rounded up), and element (i, j) stands for
 //! `f32(weight[i, j]) * scale_inv[i / 128, j / 128]` (DeepSeek V3's technical report, arXiv:2412.19437, section 3.3, and its
-//! `weight_dequant`). Without a block size one scale is that of the whole weight. A checkpoint shows the weights alone, under
+//! `weight_dequant`). DeepSeek V4 calls the scales `X.scale` and stores exponents alone (F8_E8M0). Without a block size one scale is that of the whole weight. A checkpoint shows the weights alone, under
 //! their names.
 
 use std::collections::{HashMap, HashSet};
@@ -15,13 +15,15 @@ use regex::Regex;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
-use super::{method, quantisation};
+use super::{method, mxfp4, quantisation};
 use crate::weights::storage::{self, Dtype, PIECE, Source};
 use crate::weights::{Form, Stored};
 use crate::{Error, Fault, Result};
 
 /// After the name of a weight: its scales.
 const SCALE: &str = "_scale_inv";
+/// After the name of a module: the same.
+const OF_MODULE: &str = ".scale";
 /// Of what goes into a linear, for servers that compute in fp8.
 const ACTIVATION_SCALE: &str = ".activation_scale";
 /// Numbers per parallel task, about.
@@ -73,7 +75,9 @@ pub(super) fn pair(
     for tensor in &tensors {
         let Some(dtype) = fp8(tensor) else { continue };
         let name = format!("{}{SCALE}", tensor.name);
-        let Some(scale) = by_name.get(name.as_str()) else {
+        let other = tensor.name.strip_suffix(".weight").map(|module| format!("{module}{OF_MODULE}"));
+        let found = by_name.get(name.as_str()).or_else(|| by_name.get(other.as_deref()?));
+        let Some(scale) = found else {
             if scheme.is_left(tensor.name.trim_end_matches(".weight")) {
                 continue;
             }
@@ -90,6 +94,7 @@ pub(super) fn pair(
             return Err(fault(scale, what, fetch));
         }
         let Form::Plain(dtype) = scale.form else { unreachable!("nothing is paired before") };
+        let name = scale.name.clone();
         taken.insert(name.clone());
         let (shape, file, offset) = (scale.shape.clone(), scale.file, scale.offset);
         let stored = Scales { name, dtype, shape, file, offset, block: scheme.block };
@@ -201,9 +206,7 @@ impl Scales {
         scales: Source,
         kind: Kind,
     ) -> Result<Tensor> {
-        let factors = storage::read_plain(scales, self.dtype, &self.shape, Kind::Float)?;
-        let factors: Vec<f32> =
-            storage::bytes(&factors).as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+        let factors = self.factors(scales)?;
         let [rows, columns] = [0, 1].map(|i| shape[i] as usize);
         let [high, wide] = self.block.unwrap_or([rows.max(1), columns.max(1)]);
         let across = columns.div_ceil(wide);
@@ -237,6 +240,18 @@ impl Scales {
         )?;
         weight.finite(damaged.into_inner(), written)?;
         storage::convert(weight, tensor, kind)
+    }
+}
+
+impl Scales {
+    fn factors(&self, scales: Source) -> Result<Vec<f32>> {
+        if self.dtype.name == mxfp4::EXPONENTS {
+            let mut exponents = vec![0u8; self.shape.iter().product::<i64>() as usize];
+            scales.read(&mut exponents, 0)?;
+            return Ok(exponents.into_iter().map(mxfp4::power).collect());
+        }
+        let factors = storage::read_plain(scales, self.dtype, &self.shape, Kind::Float)?;
+        Ok(storage::bytes(&factors).as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
     }
 }
 

@@ -34,7 +34,7 @@ pub(crate) fn prove_readable(config: &Value) -> Result<()> {
 
 /// Puts quantised weights and their scales together, where `config` says that there are such; other models are left as they are.
 ///
-/// Errors: what [`bitsandbytes::pair`], [`fp8::pair`] and [`mxfp4::pair`] find wrong.
+/// Errors: what [`bitsandbytes::pair`], [`fp8::pair`], [`mxfp4::pair_rows`] and [`mxfp4::pair`] find wrong.
 pub(super) fn pair(
     config: &Value,
     (files, opened): (&[PathBuf], &[File]),
@@ -43,6 +43,7 @@ pub(super) fn pair(
 ) -> Result<Vec<Stored>> {
     let tensors = bitsandbytes::pair(config, (files, opened), tensors, notices)?;
     let tensors = fp8::pair(config, files, tensors, notices)?;
+    let tensors = mxfp4::pair_rows(config, files, tensors, notices)?;
     mxfp4::pair(config, files, tensors, notices)
 }
 

@@ -1,8 +1,11 @@
-//! Weights in MXFP4, as gpt-oss is published.
+//! Weights in MXFP4, as gpt-oss and DeepSeek V4 are published.
 //!
 //! `quantization_config {"quant_method": "mxfp4"}`: `X_blocks` (E, out, in / 32, 16), u8, holds two numbers to a byte, the low half
 //! first, and `X_scales` (E, out, in / 32), u8, an exponent for each 32: a number is `fp4 * 2^(scale - 127)` (OCP Microscaling
 //! Formats 1.0, sections 5.3.3 and 5.4.1). Together they are shown as `X` (E, in, out), the layout of the model without them.
+//!
+//! Among fp8 weights, `X.weight` (out, in / 2), i8, holds two numbers to a byte in the same way, and `X.scale` (out, in / 32), F8_E8M0, the
+//! exponents. They are shown as `X.weight` (out, in).
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
@@ -12,7 +15,7 @@ use rayon::prelude::*;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
-use super::{method, quantisation};
+use super::{fp8, method, quantisation};
 use crate::weights::storage::{self, Source};
 use crate::weights::{Form, Stored};
 use crate::{Error, Fault, Result};
@@ -22,6 +25,8 @@ pub(super) const METHOD: &str = "mxfp4";
 
 const BLOCKS: &str = "_blocks";
 const SCALES: &str = "_scales";
+/// How the format calls scales that are exponents alone.
+pub(super) const EXPONENTS: &str = "F8_E8M0";
 /// Numbers to a scale.
 const BLOCK: usize = 32;
 /// What the 16 codes stand for: a sign, two bits of exponent, one of mantissa.
@@ -38,6 +43,8 @@ pub(in crate::weights) struct Scales {
     pub file: usize,
     /// First byte in the file.
     pub offset: u64,
+    /// Whether what is shown is (E, in, out) of blocks (E, out, in), rather than as it is stored.
+    transposed: bool,
 }
 
 /// Puts blocks and their scales together, where `config` says that there are such.
@@ -89,15 +96,10 @@ pub(super) fn pair(
             return fault(tensor, format!("{name} is there as plain numbers, too"));
         }
         taken.insert(own.name.clone());
-        let own = Scales { name: own.stored_name.clone(), file: own.file, offset: own.offset };
+        let own = Scales { name: own.stored_name.clone(), file: own.file, offset: own.offset, transposed: true };
         scales.insert(tensor.name.clone(), own);
     }
-    if !scales.is_empty() {
-        notices.push(format!(
-            "the base holds weights in MXFP4 ({}): they are read as plain numbers, and a merged model is written so",
-            scales.len()
-        ));
-    }
+    notices.extend(notice(scales.len()));
     let shown = tensors.into_iter().filter(|tensor| !taken.contains(&tensor.name)).map(|mut tensor| {
         if let Some(scales) = scales.remove(&tensor.name) {
             let [experts, rows, blocks, _] = tensor.shape[..] else { unreachable!("checked above") };
@@ -110,13 +112,81 @@ pub(super) fn pair(
     Ok(shown.collect())
 }
 
-/// Reads blocks and their scales as (E, in, out), which is `shape`: exact in every type that `kind` may be, but where a scale is
-/// beyond its range.
-pub(in crate::weights) fn read(blocks: Source, scales: Source, shape: &[i64], kind: Kind) -> Result<Tensor> {
-    let &[experts, columns, rows] = shape else { unreachable!("made with three dimensions") };
+fn notice(weights: usize) -> Option<String> {
+    let what = "they are read as plain numbers, and a merged model is written so";
+    (weights > 0).then(|| format!("the base holds weights in MXFP4 ({weights}): {what}"))
+}
+
+/// Puts rows of two numbers to a byte and their scales together, where `config` says that the model is in fp8.
+///
+/// Errors: rows and scales that do not fit each other.
+pub(super) fn pair_rows(
+    config: &Value,
+    files: &[PathBuf],
+    tensors: Vec<Stored>,
+    notices: &mut Vec<String>,
+) -> Result<Vec<Stored>> {
+    if quantisation(config).is_none_or(|(_, found)| method(found) != Some(fp8::METHOD)) {
+        return Ok(tensors);
+    }
+    let exponents: HashMap<&str, &Stored> = tensors
+        .iter()
+        .filter(|tensor| matches!(tensor.form, Form::Plain(dtype) if dtype.name == EXPONENTS))
+        .map(|tensor| (tensor.name.as_str(), tensor))
+        .collect();
+    let mut scales: HashMap<String, Scales> = HashMap::new();
+    let mut taken: HashSet<String> = HashSet::new();
+    for tensor in &tensors {
+        let Some(module) = tensor.name.strip_suffix(".weight") else { continue };
+        let bytes = matches!(tensor.form, Form::Plain(dtype) if matches!(dtype.kind, Some(Kind::Int8 | Kind::Uint8)));
+        let Some(own) = exponents.get(format!("{module}.scale").as_str()).filter(|_| bytes) else { continue };
+        let expected = match tensor.shape[..] {
+            [rows, half] if half * 2 % BLOCK as i64 == 0 => vec![rows, half * 2 / BLOCK as i64],
+            _ => Vec::new(),
+        };
+        if own.shape != expected {
+            let place = format!("{}: {}", files[own.file].display(), own.stored_name);
+            let what = format!(
+                "is {:?} for a weight of {:?}; a scale for {BLOCK} numbers, two to a byte, expected",
+                own.shape, tensor.shape
+            );
+            let hint = "is the download complete? fetch the model again, or name its unquantised version";
+            return Err(Error::Model(Fault::new(place, what).hint(hint)));
+        }
+        taken.insert(own.name.clone());
+        let own = Scales { name: own.stored_name.clone(), file: own.file, offset: own.offset, transposed: false };
+        scales.insert(tensor.name.clone(), own);
+    }
+    notices.extend(notice(scales.len()));
+    let shown = tensors.into_iter().filter(|tensor| !taken.contains(&tensor.name)).map(|mut tensor| {
+        if let Some(scales) = scales.remove(&tensor.name) {
+            tensor.shape[1] *= 2;
+            tensor.form = Form::Mxfp4(scales);
+        }
+        tensor
+    });
+    Ok(shown.collect())
+}
+
+impl Scales {
+    /// Reads blocks and these scales as `shape`, (E, in, out) or (out, in): exact in every type that `kind` may be, but where a scale is
+    /// beyond its range.
+    pub(in crate::weights) fn read(&self, blocks: Source, scales: Source, shape: &[i64], kind: Kind) -> Result<Tensor> {
+        match *shape {
+            [experts, columns, rows] if self.transposed => {
+                let tensor = read(blocks, scales, &[experts, rows, columns], kind)?;
+                storage::convert(blocks, tensor.transpose(1, 2).contiguous(), kind)
+            }
+            _ => storage::convert(blocks, read(blocks, scales, shape, kind)?, kind),
+        }
+    }
+}
+
+/// Reads blocks and their scales as they lie, in fp32 or a half type that is asked for.
+fn read(blocks: Source, scales: Source, shape: &[i64], kind: Kind) -> Result<Tensor> {
     let written = if matches!(kind, Kind::BFloat16 | Kind::Half) { kind } else { Kind::Float };
     let size = written.elt_size_in_bytes();
-    let mut tensor = storage::allocate(&[experts, rows, columns], written)?;
+    let mut tensor = storage::allocate(shape, written)?;
     let damaged = AtomicUsize::new(0);
     storage::bytes_mut(&mut tensor).par_chunks_mut(TASK * BLOCK * size).enumerate().try_for_each_init(
         || (Vec::new(), Vec::new()),
@@ -141,11 +211,11 @@ pub(in crate::weights) fn read(blocks: Source, scales: Source, shape: &[i64], ki
         },
     )?;
     blocks.finite(damaged.into_inner(), written)?;
-    storage::convert(blocks, tensor.transpose(1, 2).contiguous(), kind)
+    Ok(tensor)
 }
 
 /// `2^(exponent - 127)`; the largest exponent stands for no number.
-fn power(exponent: u8) -> f32 {
+pub(super) fn power(exponent: u8) -> f32 {
     match exponent {
         0 => f32::from_bits(1 << 22), // 2^-127 is subnormal
         255 => f32::NAN,

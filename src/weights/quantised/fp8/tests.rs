@@ -90,6 +90,33 @@ fn tasks_and_pieces_meet_at_the_right_scales() {
     assert!(checkpoint.notices()[0].starts_with("the base holds weights in fp8 (1)"));
 }
 
+/// As DeepSeek V4 has them: beside the module's name, exponents alone.
+#[test]
+fn scales_may_be_exponents_under_the_name_of_the_module() {
+    use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
+    let weight = pair_of("odd").remove(0).1; // (140, 131)
+    let exponents: [u8; 4] = [127, 120, 130, 0];
+    let factors = [1.0f64, 2f64.powi(-7), 8.0, 2f64.powi(-127)];
+    let folder = tempfile::tempdir().unwrap();
+    let config = json!({"model_type": "deepseek_v4", "quantization_config": blocks()});
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    let views = [
+        ("odd.scale", TensorView::new(Dtype::F8_E8M0, vec![2, 2], &exponents).unwrap()),
+        ("odd.weight", TensorView::new(Dtype::F8_E4M3, vec![140, 131], storage::bytes(&weight)).unwrap()),
+    ];
+    serialize_to_file(views, None, &folder.path().join("model.safetensors")).unwrap();
+    let checkpoint = open(&folder).unwrap();
+    assert_eq!(checkpoint.names(), ["odd.weight"]);
+    let expected = weight.to_kind(Kind::Double);
+    for (i, factor) in factors.into_iter().enumerate() {
+        let (row, column) = (i as i64 / 2 * 128, i as i64 % 2 * 128);
+        let mut part = expected.slice(0, row, Some(row + 128), 1).slice(1, column, Some(column + 128), 1);
+        let _ = part.g_mul_scalar_(factor);
+    }
+    let found = checkpoint.tensor("odd.weight", Kind::Float, Device::Cpu).unwrap();
+    assert_eq!(found, expected.to_kind(Kind::Float));
+}
+
 #[test]
 fn weights_and_scales_that_do_not_go_together_are_named() {
     let [weight, scales] = <[_; 2]>::try_from(pair_of("odd")).unwrap();

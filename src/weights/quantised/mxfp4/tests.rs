@@ -71,3 +71,39 @@ fn a_scale_that_is_no_number_is_an_error() {
     let found = open(&tensors).unwrap().tensor(NAME, Kind::Float, Device::Cpu).unwrap_err().to_string();
     assert!(found.contains("finite") || found.contains("NaN"), "{found}");
 }
+
+/// A model in fp8 whose `a.weight` lies in rows beside `a.scale`, whose shape is `scale_shape`.
+fn rows(codes: &Tensor, exponents: &Tensor, scale_shape: &[usize]) -> Result<Checkpoint> {
+    use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
+    let folder = tempfile::tempdir().unwrap();
+    let quantisation = json!({"quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [128, 128]});
+    let config = json!({"model_type": "deepseek_v4", "quantization_config": quantisation});
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    let shape: Vec<usize> = codes.size().iter().map(|n| *n as usize).collect();
+    let views = [
+        ("a.scale", TensorView::new(Dtype::F8_E8M0, scale_shape.to_vec(), storage::bytes(exponents)).unwrap()),
+        ("a.weight", TensorView::new(Dtype::I8, shape, storage::bytes(codes)).unwrap()),
+    ];
+    serialize_to_file(views, None, &folder.path().join("model.safetensors")).unwrap();
+    Checkpoint::open(&BaseSource::Folder(folder.path().to_path_buf()))
+}
+
+/// DeepSeek V4's experts: the numbers of gpt-oss's blocks, as they lie.
+#[test]
+fn rows_beside_their_exponents_are_the_numbers_of_transformers() {
+    let fixture = fixture();
+    let [blocks, exponents] = ["blocks", "scales"]
+        .map(|part| fixture.tensor(part, Kind::Uint8, Device::Cpu).unwrap().select(0, 0).contiguous());
+    let codes = blocks.flatten(1, 2); // (out, in / 2)
+    let shape: Vec<usize> = exponents.size().iter().map(|n| *n as usize).collect();
+    let checkpoint = rows(&codes, &exponents, &shape).unwrap();
+    assert_eq!(checkpoint.names(), ["a.weight"]);
+    for (kind, name) in [(Kind::Float, "float32"), (Kind::BFloat16, "bfloat16")] {
+        let expected = fixture.tensor(name, kind, Device::Cpu).unwrap().select(0, 0).tr().contiguous(); // (out, in)
+        assert_eq!(checkpoint.shape("a.weight"), Some(expected.size()));
+        assert_eq!(checkpoint.tensor("a.weight", kind, Device::Cpu).unwrap(), expected, "{name}");
+    }
+    let flat = [shape[0] * shape[1], 1];
+    let found = rows(&codes, &exponents, &flat).unwrap_err().to_string();
+    assert!(found.contains("a.scale: is") && found.contains("two to a byte"), "{found}");
+}

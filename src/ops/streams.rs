@@ -1,0 +1,331 @@
+//! Several copies of the stream (arXiv:2409.19606, arXiv:2512.24880): what is read from M copies h (T, M, D), and how what a half of
+//! a block gives is written back to them. What is computed, [`crate::model::spec::StreamMix`] says.
+//!
+//! Kept for backward are the copies themselves, which both operations share, and the few numbers of each token's weights, in fp32.
+//! The rounds that normalise a token's M x M matrix are made again in backward and walked back one by one.
+
+use tch::{Kind, Tensor};
+
+use super::cpu;
+use crate::torch_ext::custom;
+
+/// From the copies of a token to numbers: `scale * (function (h / rms(h))) + base`, h flattened.
+#[derive(Debug)]
+pub struct StreamMap {
+    /// (numbers, M D), fp32.
+    pub function: Tensor,
+    /// (numbers), fp32.
+    pub base: Tensor,
+    /// (numbers), fp32: each number's own factor.
+    pub scale: Tensor,
+    /// Added to the mean square.
+    pub eps: f64,
+}
+
+/// A map, and what its numbers become.
+#[derive(Debug)]
+pub struct Streams {
+    /// To M numbers for reading alone, or M + M + M M for reading, writing and mixing.
+    pub map: StreamMap,
+    /// Added to weights.
+    pub floor: f64,
+    /// How often the columns of the mixing matrix are normalised.
+    pub rounds: i64,
+}
+
+/// How a half writes to the copies: each token's own weights, fp32.
+#[derive(Debug)]
+pub struct Spread {
+    /// (T, M): what the half gives goes to copy m with this weight.
+    pub post: Tensor,
+    /// (T, M, M): element (k, m) is how much of copy k goes to copy m.
+    pub mix: Tensor,
+}
+
+impl Clone for StreamMap {
+    /// Another handle to the same tensors.
+    fn clone(&self) -> Self {
+        Self {
+            function: self.function.shallow_clone(),
+            base: self.base.shallow_clone(),
+            scale: self.scale.shallow_clone(),
+            ..*self
+        }
+    }
+}
+
+impl Clone for Streams {
+    /// Another handle to the same tensors.
+    fn clone(&self) -> Self {
+        Self { map: self.map.clone(), ..*self }
+    }
+}
+
+/// What a map's backward reads besides h.
+struct Mapped {
+    /// (T, numbers): function h, before it is normed.
+    products: Tensor,
+    /// (T, 1): 1 / rms.
+    inverse: Tensor,
+}
+
+impl StreamMap {
+    /// The numbers (T, numbers). No graph.
+    fn forward(&self, h: &Tensor) -> (Tensor, Mapped) {
+        let wide = h.flatten(1, 2).to_kind(Kind::Float); // (T, M D)
+        let mean_square = wide.norm_scalaropt_dim(2, [1i64].as_slice(), true).square() / wide.size()[1] as f64;
+        let inverse = (mean_square + self.eps).rsqrt();
+        let products = wide.mm(&self.function.tr());
+        (&products * &inverse * &self.scale + &self.base, Mapped { products, inverse })
+    }
+
+    /// From the gradient of the numbers that of h, as `product` (T, M D) `+ factor` (T, 1) `h`, fp32.
+    ///
+    /// With z = function h and r = 1 / rms(h): `dh = (r scale dn) function - (r^3 / (M D)) (scale dn . z) h`.
+    fn backward(&self, dnumbers: &Tensor, kept: &Mapped) -> (Tensor, Tensor) {
+        let scaled = dnumbers * &self.scale;
+        let along = (&scaled * &kept.products).sum_dim_intlist([1i64].as_slice(), true, Kind::Float); // (T, 1)
+        let factor = along * kept.inverse.pow_tensor_scalar(3) / -(self.function.size()[1] as f64);
+        ((scaled * &kept.inverse).mm(&self.function), factor)
+    }
+}
+
+impl Streams {
+    /// The M copies of `h` (T, M, D) read as one (T, D), by a map to M numbers.
+    pub fn gather(&self, h: &Tensor) -> Tensor {
+        let (x, pre, kept) = tch::no_grad(|| {
+            let (numbers, kept) = self.map.forward(h);
+            let pre = numbers.sigmoid() + self.floor;
+            (read(h, &pre), pre, kept)
+        });
+        let (streams, h_kept) = (self.clone(), h.detach());
+        custom(c"engraft::gather_streams", &[h], vec![x], move |grads| {
+            let dnumbers = products_with_copies(&grads[0], &h_kept) * sigmoid_slope(&(&pre - streams.floor));
+            vec![Some(read_gradient(streams.map.backward(&dnumbers, &kept), &grads[0], &h_kept, &pre))]
+        })
+        .remove(0)
+    }
+
+    /// What a half reads of the M copies of `h` (T, M, D), (T, D), and how it is to write to them.
+    pub fn enter(&self, h: &Tensor) -> (Tensor, Spread) {
+        let copies = h.size()[1];
+        let (outputs, pre, kept) = tch::no_grad(|| {
+            let (numbers, kept) = self.map.forward(h);
+            let [a, b, c] = self.parts(&numbers, copies);
+            let pre = a.sigmoid() + self.floor;
+            let mix = self.normalised(&c, copies, &mut |_| ());
+            let mix = mix.permute([2, 0, 1]).contiguous(); // (T, M, M)
+            (vec![read(h, &pre), b.sigmoid() * 2.0, mix], pre, (kept, numbers))
+        });
+        let (streams, h_kept, post) = (self.clone(), h.detach(), outputs[1].shallow_clone());
+        let mut outputs = custom(c"engraft::enter_streams", &[h], outputs, move |grads| {
+            let [dx, dpost, dmix] = grads else { unreachable!("three outputs") };
+            let (kept, numbers) = kept;
+            let da = products_with_copies(dx, &h_kept) * sigmoid_slope(&(&pre - streams.floor));
+            let db = dpost * sigmoid_slope(&(post * 0.5)) * 2.0;
+            let [_, _, c] = streams.parts(&numbers, copies);
+            let dc = streams.normalised_backward(dmix, &c, copies); // (T, M M)
+            let dnumbers = Tensor::cat(&[da, db, dc], 1);
+            vec![Some(read_gradient(streams.map.backward(&dnumbers, &kept), dx, &h_kept, &pre))]
+        });
+        let mix = outputs.pop().expect("three outputs");
+        let post = outputs.pop().expect("three outputs");
+        (outputs.pop().expect("three outputs"), Spread { post, mix })
+    }
+
+    /// a and b (T, M), and c (T, M M).
+    fn parts(&self, numbers: &Tensor, copies: i64) -> [Tensor; 3] {
+        let parts = numbers.split_with_sizes([copies, copies, copies * copies], 1);
+        parts.try_into().expect("three parts")
+    }
+
+    /// The mixing matrices (M, M, T) of c (T, M M), tokens last so that sums over copies run over whole rows of tokens; every step is
+    /// shown to `step`.
+    fn normalised(&self, c: &Tensor, copies: i64, step: &mut dyn FnMut(Step)) -> Tensor {
+        let rows = c.tr().contiguous().view([copies, copies, -1]).softmax(1, Kind::Float); // (M, M, T)
+        step(Step { dim: 1, after: rows.shallow_clone(), sum: None });
+        let mut mix = rows + self.floor;
+        for dim in (0..2 * self.rounds - 1).map(|i| i % 2) {
+            let sum = mix.sum_dim_intlist([dim].as_slice(), true, Kind::Float) + self.floor;
+            mix = mix.g_div(&sum); // not in place: the step before is kept
+            step(Step { dim, after: mix.shallow_clone(), sum: Some(sum) });
+        }
+        mix
+    }
+
+    /// dc (T, M M) from the gradient of the mixing matrices (T, M, M).
+    fn normalised_backward(&self, dmix: &Tensor, c: &Tensor, copies: i64) -> Tensor {
+        let mut steps = Vec::new();
+        let _ = self.normalised(c, copies, &mut |step| steps.push(step));
+        let mut grad = dmix.permute([1, 2, 0]).contiguous(); // (M, M, T)
+        for Step { dim, after, sum } in steps.into_iter().rev() {
+            let along = (&grad * &after).sum_dim_intlist([dim].as_slice(), true, Kind::Float);
+            grad = match sum {
+                // y = x / (sum x + floor): dx = (dy - sum(dy y)) / (sum x + floor).
+                Some(sum) => (grad - along) / sum,
+                // y = softmax(x): dx = y (dy - sum(dy y)).
+                None => (grad - along) * after,
+            };
+        }
+        grad.view([copies * copies, -1]).tr()
+    }
+}
+
+/// One of the steps that make a mixing matrix.
+struct Step {
+    /// Along which it normalises.
+    dim: i64,
+    /// The matrix after it.
+    after: Tensor,
+    /// What was divided by; none for the softmax.
+    sum: Option<Tensor>,
+}
+
+/// The copies after a half gave `y` (T, D) for what it read of the copies `h` (T, M, D): `h'_m = post_m y + sum_k mix[k, m] h_k`.
+pub fn spread(h: &Tensor, y: &Tensor, Spread { post, mix }: &Spread) -> Tensor {
+    let output = tch::no_grad(|| {
+        if cpu::serves(&[h, y]) {
+            return cpu::streams::spread(h, y, post, mix);
+        }
+        let kind = h.kind();
+        let mixed = mix.to_kind(kind).transpose(1, 2).bmm(h); // (T, M, D)
+        mixed + post.to_kind(kind).unsqueeze(2) * y.unsqueeze(1)
+    });
+    let saved = [h, y, post, mix].map(Tensor::detach);
+    custom(c"engraft::spread_streams", &[h, y, post, mix], vec![output], move |grads| {
+        let [h, y, post, mix] = saved;
+        let (grad, kind) = (&grads[0], h.kind());
+        if cpu::serves(&[grad, &h, &y]) {
+            return cpu::streams::spread_backward(grad, &h, &y, &post, &mix).map(Some).into();
+        }
+        let dh = mix.to_kind(kind).bmm(grad); // (T, M, D)
+        let dy = post.to_kind(kind).unsqueeze(1).bmm(grad).squeeze_dim(1); // (T, D)
+        let dpost = grad.bmm(&y.unsqueeze(2)).squeeze_dim(2).to_kind(Kind::Float); // (T, M)
+        let dmix = h.bmm(&grad.transpose(1, 2)).to_kind(Kind::Float); // (T, M, M)
+        vec![Some(dh), Some(dy), Some(dpost), Some(dmix)]
+    })
+    .remove(0)
+}
+
+/// `sum_m pre_m h_m` (T, D), summed in fp32.
+fn read(h: &Tensor, pre: &Tensor) -> Tensor {
+    if cpu::serves(&[h]) {
+        return cpu::streams::read(h, pre);
+    }
+    let weighed = |m: i64| h.select(1, m).to_kind(Kind::Float) * pre.narrow(1, m, 1);
+    (1..h.size()[1]).fold(weighed(0), |sum, m| sum + weighed(m)).to_kind(h.kind())
+}
+
+/// dpre (T, M), fp32, of [`read`].
+fn products_with_copies(dx: &Tensor, h: &Tensor) -> Tensor {
+    if cpu::serves(&[dx, h]) {
+        return cpu::streams::products_with_copies(dx, h);
+    }
+    h.bmm(&dx.unsqueeze(2)).squeeze_dim(2).to_kind(Kind::Float)
+}
+
+/// dh (T, M, D): of [`read`], and of a map's `(product, factor)`.
+fn read_gradient((product, factor): (Tensor, Tensor), dx: &Tensor, h: &Tensor, pre: &Tensor) -> Tensor {
+    if cpu::serves(&[dx, h]) {
+        return cpu::streams::read_gradient(&product, &factor, pre, h, dx);
+    }
+    let through_map = product.view_as(h) + h.to_kind(Kind::Float) * factor.unsqueeze(2);
+    (through_map + pre.unsqueeze(2) * dx.to_kind(Kind::Float).unsqueeze(1)).to_kind(h.kind())
+}
+
+/// The derivative of a sigmoid whose value is `s`.
+fn sigmoid_slope(s: &Tensor) -> Tensor {
+    s * (s.ones_like() - s)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{check, randn};
+
+    const T: i64 = 9;
+    const M: i64 = 3;
+    const D: i64 = 16;
+
+    fn streams(numbers: i64) -> Streams {
+        let map = StreamMap {
+            function: randn(&[numbers, M * D], 1) * 0.15,
+            base: randn(&[numbers], 2) * 0.3,
+            scale: randn(&[numbers], 3) * 0.2 + 1.0,
+            eps: 1e-6,
+        };
+        Streams { map, floor: 1e-2, rounds: 3 }
+    }
+
+    /// The slow twin: what is read, and the weights to write with.
+    fn twin(h: &Tensor, streams: &Streams) -> (Tensor, Vec<Tensor>) {
+        let flat = h.to_kind(Kind::Float).view([T, M * D]);
+        let rms = (flat.square().mean_dim([1i64].as_slice(), true, Kind::Float) + streams.map.eps).sqrt();
+        let numbers = (flat / rms).matmul(&streams.map.function.tr()) * &streams.map.scale + &streams.map.base;
+        let pre = numbers.narrow(1, 0, M).sigmoid() + streams.floor;
+        let x = (pre.unsqueeze(2) * h.to_kind(Kind::Float)).sum_dim_intlist([1i64].as_slice(), false, Kind::Float);
+        if numbers.size()[1] == M {
+            return (x, Vec::new());
+        }
+        let post = numbers.narrow(1, M, M).sigmoid() * 2.0;
+        let mut mix = numbers.narrow(1, 2 * M, M * M).reshape([T, M, M]).softmax(-1, Kind::Float) + streams.floor;
+        for round in 0..streams.rounds {
+            if round > 0 {
+                mix = &mix / (mix.sum_dim_intlist([-1i64].as_slice(), true, Kind::Float) + streams.floor);
+            }
+            mix = &mix / (mix.sum_dim_intlist([-2i64].as_slice(), true, Kind::Float) + streams.floor);
+        }
+        (x, vec![post, mix])
+    }
+
+    #[test]
+    fn reading_alone_equals_plain_autograd() {
+        let streams = streams(M);
+        check(&[randn(&[T, M, D], 4)], |_, x| vec![streams.gather(&x[0])], |_, x| vec![twin(&x[0], &streams).0]);
+    }
+
+    #[test]
+    fn reading_with_the_weights_to_write_equals_plain_autograd() {
+        let streams = streams(2 * M + M * M);
+        check(
+            &[randn(&[T, M, D], 4)],
+            |_, x| {
+                let (y, Spread { post, mix }) = streams.enter(&x[0]);
+                vec![y, post, mix]
+            },
+            |_, x| {
+                let (y, rest) = twin(&x[0], &streams);
+                std::iter::once(y).chain(rest).collect()
+            },
+        );
+    }
+
+    #[test]
+    fn writing_equals_plain_autograd() {
+        check(
+            &[randn(&[T, M, D], 1), randn(&[T, D], 2), randn(&[T, M], 3), randn(&[T, M, M], 4)],
+            |_, x| {
+                let [post, mix] = [&x[2], &x[3]].map(|t| t.to_kind(Kind::Float));
+                vec![spread(&x[0], &x[1], &Spread { post, mix })]
+            },
+            |_, x| vec![x[2].unsqueeze(2) * x[1].unsqueeze(1) + x[3].transpose(1, 2).matmul(&x[0])],
+        );
+    }
+
+    #[test]
+    fn a_block_that_reads_and_writes_equals_plain_autograd() {
+        let streams = streams(2 * M + M * M);
+        check(
+            &[randn(&[T, M, D], 4)],
+            |_, x| {
+                let (y, weights) = streams.enter(&x[0]);
+                vec![spread(&x[0], &y.tanh(), &weights)]
+            },
+            |_, x| {
+                let (y, weights) = twin(&x[0], &streams);
+                let h = x[0].to_kind(Kind::Float);
+                vec![weights[0].unsqueeze(2) * y.tanh().unsqueeze(1) + weights[1].transpose(1, 2).matmul(&h)]
+            },
+        );
+    }
+}
