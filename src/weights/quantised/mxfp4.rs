@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
-use super::{method, quantisation};
+use super::{method, power, quantisation};
 use crate::weights::storage::{self, Source};
 use crate::weights::{Form, Stored};
 use crate::{Error, Fault, Result};
@@ -142,15 +142,6 @@ pub(in crate::weights) fn read(blocks: Source, scales: Source, shape: &[i64], ki
     )?;
     blocks.finite(damaged.into_inner(), written)?;
     storage::convert(blocks, tensor.transpose(1, 2).contiguous(), kind)
-}
-
-/// `2^(exponent - 127)`; the largest exponent stands for no number.
-fn power(exponent: u8) -> f32 {
-    match exponent {
-        0 => f32::from_bits(1 << 22), // 2^-127 is subnormal
-        255 => f32::NAN,
-        _ => f32::from_bits(u32::from(exponent) << 23),
-    }
 }
 
 #[cfg(test)]
