@@ -199,6 +199,19 @@ mod tests {
     }
 
     #[test]
+    fn the_readme_names_every_architecture() {
+        let mut names: Vec<String> = ARCHITECTURES.iter().map(|one| format!("`{}`", one.name)).collect();
+        names.dedup();
+        let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
+        let words = readme.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(
+            words.contains(&format!("is one of {};", names.join(", "))),
+            "README.md: put there {}",
+            names.join(", ")
+        );
+    }
+
+    #[test]
     fn an_architecture_is_told_by_what_it_has() {
         let named = |name, has: &str| Architecture::named(name, |one| one == has).unwrap().model_type;
         assert_eq!((named("olmo2", ""), named("olmo2", "attention.sliding_window")), ("olmo2", "olmo3"));
