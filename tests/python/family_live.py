@@ -92,17 +92,16 @@ class Checks:
         self.variant = families.VARIANTS[folder.name]
 
     def ours(self, model, *adapter):
-        """The executable's logits (T, V), every document on its own."""
-        offsets, out = self.reference["offsets"].tolist(), self.folder / "logits.safetensors"
-        parts = []
-        for begin, end in zip(offsets, offsets[1:]):
-            ids = ",".join(map(str, self.reference["ids"][begin:end].tolist()))
-            executed(self.engraft, "logits", "--model", model, *adapter, "--dtype", "fp32", "--ids", ids, "--out", out)
-            parts.append(load_file(out)["logits"])
-        return torch.cat(parts)
+        """The executable's logits (T, V) of all documents, end to end."""
+        ids, lengths = self.reference["ids"], self.reference["offsets"].diff()
+        ids, lengths = (",".join(map(str, numbers.tolist())) for numbers in (ids, lengths))
+        out = self.folder / "logits.safetensors"
+        command = ["logits", "--model", model, *adapter, "--dtype", "fp32", "--ids", ids, "--lengths", lengths, "--out", out]
+        executed(self.engraft, *command)
+        return load_file(out)["logits"]
 
     def theirs(self, model):
-        """transformers' logits of the same documents."""
+        """transformers' logits of the same documents, every one on its own."""
         with torch.no_grad():
             return families.forward(model.eval(), self.reference["ids"], self.reference["offsets"])
 
@@ -127,8 +126,9 @@ class Checks:
         peft = PeftModel.from_pretrained(families.load(self.variant, folder), run / "adapter")
         self.compare("the adapter it trained, in PEFT", adapted, self.theirs(peft))
         merged = families.load(self.variant, run / "merged")
-        self.compare("its merged model, in transformers", self.ours(run / "merged"), self.theirs(merged))
-        self.compare("merged and adapted", self.ours(run / "merged"), adapted)
+        ours = self.ours(run / "merged")
+        self.compare("its merged model, in transformers", ours, self.theirs(merged))
+        self.compare("merged and adapted", ours, adapted)
 
 
 def made(name, variant, arguments, work):
