@@ -1219,7 +1219,7 @@ def balance(model, ids):
     """The unweighted load-balancing loss of one document; None where transformers has none."""
     try:
         return model(input_ids=ids.unsqueeze(0), use_cache=False, output_router_logits=True).aux_loss
-    except (AttributeError, TypeError):
+    except (AttributeError, TypeError, IndexError):  # the last where no layer has a router
         return None
 
 
