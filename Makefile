@@ -28,7 +28,7 @@ help: ## What there is to make
 	echo "make lint        formatting and clippy, as CI runs them"
 	echo "make fmt         format the sources"
 	echo "make parity      compare with PEFT and transformers, live, on the demo model (installs them into the cache)"
-	echo "                 FAMILY=qwen3 [SEED=1 HIDDEN=48 LAYERS=6 LENGTHS=230,7,90]: one family on a random model of that size"
+	echo "                 FAMILY=qwen3 or qwen3,phi or all [SEED=1 HIDDEN=48 LAYERS=6 LENGTHS=230,7,90]: families on random models of that size"
 	echo "make bench       speed and memory beside PEFT and transformers; results go to bench/results"
 	echo "                 FAMILY=qwen3 or all [HIDDEN=576 LAYERS=6 TOKENS=1024]: speed per FLOP of a family beside Llama's"
 	echo "make datasets    write datasets/ anew from the committed programs, byte for byte"

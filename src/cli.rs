@@ -326,9 +326,12 @@ pub struct Logits {
     /// Which model.
     #[command(flatten)]
     pub model: ModelChoice,
-    /// Token ids of one document
+    /// Token ids of one document, or of several end to end
     #[arg(long, value_name = "ID,ID,...", value_delimiter = ',', required = true)]
     pub ids: Vec<u32>,
+    /// Tokens of each document, which sees nothing of the others; all are one document where not given
+    #[arg(long, value_name = "N,N,...", value_delimiter = ',')]
+    pub lengths: Vec<u32>,
     /// Safetensors file to write: `logits` (T, V), fp32
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,

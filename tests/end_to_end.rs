@@ -406,6 +406,32 @@ fn what_is_wrong_ends_with_its_code_and_leaves_nothing_behind() {
     assert!(!bench.path("deep").exists());
 }
 
+/// Of the base's small files, which are known by their names to those who read them.
+#[test]
+fn a_fault_in_a_small_file_of_the_base_names_its_path() {
+    let bench = Bench::new("max_steps: 2");
+    for (file, from, to, verb) in [
+        ("config.json", "\"hidden_size\":32", "\"hidden_size\":-1", "train"),
+        ("config.json", "\"llama\"", "\"llama\",\"quantization_config\":{\"quant_method\":\"awq\"}", "train"),
+        (
+            "config.json",
+            "\"llama\"",
+            "\"llama\",\"quantization_config\":{\"quant_method\":\"fp8\",\"weight_block_size\":3}",
+            "preview",
+        ),
+        ("tokenizer.json", "{", "[", "train"),
+        ("tokenizer.json", "{", "[", "preview"),
+        ("tokenizer_config.json", "{", "[", "train"),
+    ] {
+        let path = bench.path("base").join(file);
+        let good = std::fs::read_to_string(&path).unwrap();
+        assert!(good.contains(from), "{file} lacks {from}");
+        std::fs::write(&path, good.replace(from, to)).unwrap();
+        bench.fail(&[verb, "recipe.yaml"], 5, &[&format!("error: {}", path.display())]);
+        std::fs::write(&path, good).unwrap();
+    }
+}
+
 /// The events of a run's standard output.
 fn events(out: &[u8]) -> Vec<Value> {
     std::str::from_utf8(out).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()

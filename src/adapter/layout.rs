@@ -19,10 +19,6 @@ use crate::model::spec::Stored;
 use crate::recipe::Targets;
 use crate::{Error, Fault, Result};
 
-/// Names that PEFT takes for experts in models whose checkpoints have experts apart, dense and shared ones included: adapters of
-/// such linears are lost unless they are called parameters.
-const TAKEN_FOR_EXPERTS: &[&str] = &["gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3"];
-
 /// Every tensor of an adapter's file under its key, A before B.
 pub fn tensors(updates: &[Update]) -> Vec<(String, Tensor)> {
     let mut all = Vec::new();
@@ -247,21 +243,22 @@ fn joined(site: &Site, experts: &BTreeMap<i64, &Update>, place: &str) -> Result<
     })
 }
 
-/// Writes into `config` how PEFT is to find the updates of `chosen` (index into `sites`, rank, scale), where experts or routers
-/// are among them: by parameter, which takes no dropout. Otherwise `config` stays as it is.
+/// Writes into `config` how PEFT is to find the updates of `chosen` (index into `sites`, rank, scale), where experts, routers or
+/// what PEFT takes for them are among them: by parameter, which takes no dropout. Otherwise `config` stays as it is.
 ///
 /// # Errors
 /// [`Error::Recipe`] when gate and up, which PEFT fuses, are not adapted alike.
-pub(super) fn describe(config: &mut AdapterConfig, sites: &[Site], chosen: &[(usize, u32, f64)]) -> Result<()> {
-    let apart = sites.iter().any(|site| matches!(site.role, Role::Experts { stored: Stored::Apart, .. }));
+pub(super) fn describe(
+    config: &mut AdapterConfig,
+    sites: &[Site],
+    names: &Names,
+    chosen: &[(usize, u32, f64)],
+) -> Result<()> {
+    let taken = |path: &str| names.taken_for_experts.contains(&path.rsplit('.').next().unwrap_or(path));
     let parameter = |site: &Site| match &site.role {
         Role::Experts { parameter, .. } => Some(parameter.clone()),
         Role::Router | Role::Blocks => Some(format!("{}.weight", site.name)),
-        Role::Linear | Role::Indexer
-            if apart && TAKEN_FOR_EXPERTS.iter().any(|name| site.name.ends_with(&format!(".{name}"))) =>
-        {
-            Some(format!("{}.weight", site.name))
-        }
+        Role::Linear | Role::Indexer if taken(&site.name) => Some(format!("{}.weight", site.name)),
         Role::Linear | Role::Indexer | Role::Head => None,
     };
     if chosen.iter().all(|(index, ..)| parameter(&sites[*index]).is_none()) {
@@ -316,10 +313,10 @@ pub(super) fn describe(config: &mut AdapterConfig, sites: &[Site], chosen: &[(us
     config.alpha_pattern.retain(|(key, _)| !alpha_patterns.contains_key(key));
     config.rank_pattern.extend(rank_patterns);
     config.alpha_pattern.extend(alpha_patterns);
-    let names: Vec<String> = sites.iter().flat_map(Site::modules).collect();
-    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let all: Vec<String> = sites.iter().flat_map(Site::modules).collect();
+    let all: Vec<&str> = all.iter().map(String::as_str).collect();
     config.target_modules =
-        Some(if modules.is_empty() { Targets::Names(Vec::new()) } else { condensed(modules, &names) });
+        Some(if modules.is_empty() { Targets::Names(Vec::new()) } else { condensed(modules, &all) });
     config.target_parameters = Some(parameters.into_keys().collect());
     (config.exclude_modules, config.layers_to_transform, config.layers_pattern) = (None, None, None);
     config.lora_dropout = 0.0;

@@ -100,7 +100,7 @@ impl Adapters {
         let selection = targets::resolve(&sites, recipe)?;
         let mut config = AdapterConfig::new(recipe, &selection);
         let chosen: Vec<(usize, u32, f64)> = selection.targets.iter().map(|t| (t.index, t.r, t.scale)).collect();
-        layout::describe(&mut config, &sites, &chosen)?;
+        layout::describe(&mut config, &sites, &model.spec.names, &chosen)?;
         let device = model.device;
         let mut linears = by_name(model);
         let updates = selection.targets.iter().map(|target| {
@@ -142,7 +142,7 @@ impl Adapters {
         let mut config = AdapterConfig { lora_dropout: dropout, ..loaded.config.clone() };
         let chosen: Vec<(usize, u32, f64)> =
             fitted.iter().map(|(index, update)| (*index, update.rank() as u32, update.scale)).collect();
-        layout::describe(&mut config, sites, &chosen)?;
+        layout::describe(&mut config, sites, &model.spec.names, &chosen)?;
         let theirs: BTreeSet<&str> = loaded.updates.iter().map(|update| update.module.as_str()).collect();
         let otherwise_spelled = fitted.values().any(|update| !theirs.contains(update.module.as_str()));
         let mut linears = by_name(model);

@@ -2,7 +2,6 @@
 
 use std::io::{BufRead, IsTerminal, Write};
 use std::ops::ControlFlow;
-use std::sync::Arc;
 
 use serde_json::{Value, json};
 
@@ -10,7 +9,7 @@ use super::console::Console;
 use super::loading;
 use super::speech::Speaker;
 use crate::cli::Chat;
-use crate::data::{Encoder, Tokenizer};
+use crate::data::Encoder;
 use crate::recipe::DatasetRecipe;
 use crate::{Error, Fault, Result};
 
@@ -20,7 +19,7 @@ pub fn run(arguments: &Chat, out: &mut dyn Write) -> Result<()> {
     loading::use_cpu(None);
     let console = Console::new(false);
     let loaded = loading::chosen(&arguments.model, &console)?;
-    let tokenizer = Arc::new(Tokenizer::new(&loaded.checkpoint.sidecars)?);
+    let tokenizer = loading::tokenizer(&loaded.checkpoint)?;
     let encoder = Encoder::new(tokenizer.clone(), &DatasetRecipe::defaults())?;
     if encoder.template().is_none() {
         let fault =

@@ -33,7 +33,7 @@ pub fn run(arguments: &Eval, out: &mut dyn Write) -> Result<()> {
 
     let checkpoint = loading::checkpoint(&plan.base, &console)?;
     let encoder = loading::encoder(&checkpoint, &plan.dataset)?;
-    let eval = loading::dataset("eval", &plan.eval, &plan, &encoder, &console)?;
+    let eval = loading::dataset("eval", &plan.eval, &plan, &checkpoint, &encoder, &console)?;
     console.say(eval.report());
     let scheme = loading::scheme(&plan, &checkpoint, device, &console)?;
     let mut model = loading::decoder(&checkpoint, plan.kind, device, scheme.as_ref(), &console)?;

@@ -1,8 +1,6 @@
 //! `engraft export`: the outputs of a run from its saved states, without training on: of the last one, or of the best one where
 //! the recipe says so.
 
-use std::sync::Arc;
-
 use tch::Device;
 
 use super::console::{Console, Unit};
@@ -10,7 +8,7 @@ use super::loading;
 use crate::Result;
 use crate::adapter::Adapters;
 use crate::cli::Export;
-use crate::data::{Dataset, Encoder, Tokenizer};
+use crate::data::{Dataset, Encoder};
 use crate::export::manifest;
 use crate::export::run::{self, Finished};
 use crate::objective::{Learner, Supervised};
@@ -27,12 +25,12 @@ pub fn run(arguments: &Export) -> Result<()> {
 
     let checkpoint = loading::checkpoint(&plan.base, &console)?;
     let base_files = manifest::digests(&checkpoint.files, &|_, _| ())?;
-    let tokenizer = Arc::new(Tokenizer::new(&checkpoint.sidecars)?);
+    let tokenizer = loading::tokenizer(&checkpoint)?;
     let encoder = Encoder::dated(tokenizer, &plan.dataset, folder.day.at(0, 0, 0, 0))?;
-    let train = loading::dataset("training", &plan.train, &plan, &encoder, &console)?;
+    let train = loading::dataset("training", &plan.train, &plan, &checkpoint, &encoder, &console)?;
     let eval = match plan.eval.as_slice() {
         [] => None,
-        sources => Some(loading::dataset("eval", sources, &plan, &encoder, &console)?),
+        sources => Some(loading::dataset("eval", sources, &plan, &checkpoint, &encoder, &console)?),
     };
     let identity = Identity {
         recipe: plan.recipe.canonical_json(),

@@ -2,7 +2,6 @@
 
 use std::io::{Read, Write};
 use std::ops::ControlFlow;
-use std::sync::Arc;
 
 use serde_json::json;
 
@@ -10,7 +9,7 @@ use super::console::Console;
 use super::loading;
 use super::speech::Speaker;
 use crate::cli::Generate;
-use crate::data::{BadRow, Encoder, Example, Tokenizer};
+use crate::data::{BadRow, Encoder, Example};
 use crate::recipe::DatasetRecipe;
 use crate::{Error, Fault, Result};
 
@@ -23,7 +22,7 @@ pub fn run(arguments: &Generate, out: &mut dyn Write) -> Result<()> {
     let console = Console::new(arguments.json);
     let prompt = prompt(&arguments.prompt)?;
     let loaded = loading::chosen(&arguments.model, &console)?;
-    let tokenizer = Arc::new(Tokenizer::new(&loaded.checkpoint.sidecars)?);
+    let tokenizer = loading::tokenizer(&loaded.checkpoint)?;
     let encoder = Encoder::new(tokenizer.clone(), &DatasetRecipe::defaults())?;
     let bad = |bad: BadRow| Error::Data(Fault::new("the prompt", bad));
     // Without a template there is only one way to put a prompt.

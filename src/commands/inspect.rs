@@ -85,7 +85,7 @@ fn model(checkpoint: &Checkpoint) -> Value {
             || checkpoint.sidecars.get("tokenizer_config.json").is_some_and(|bytes| String::from_utf8_lossy(bytes).contains("\"chat_template\"")),
     });
     if let Err(error) = spec {
-        facts["why_not"] = json!(error.to_string());
+        facts["why_not"] = json!(checkpoint.located(error).to_string());
     }
     let stored = tensors(checkpoint);
     for key in ["parameters", "stored_as", "files", "bytes"] {

@@ -70,22 +70,29 @@ pub(super) fn scheme(
     Ok(Some(scheme))
 }
 
-/// The tokenizer and encoder of a recipe's dataset, for this base.
-pub(super) fn encoder(checkpoint: &Checkpoint, recipe: &DatasetRecipe) -> Result<Encoder> {
-    Encoder::new(Arc::new(Tokenizer::new(&checkpoint.sidecars)?), recipe)
+/// The tokenizer of a base.
+pub(super) fn tokenizer(checkpoint: &Checkpoint) -> Result<Arc<Tokenizer>> {
+    Tokenizer::new(&checkpoint.sidecars).map(Arc::new).map_err(|error| checkpoint.located(error))
 }
 
-/// Tokenises a dataset, or finds it in the cache.
+/// The tokenizer and encoder of a recipe's dataset, for this base.
+pub(super) fn encoder(checkpoint: &Checkpoint, recipe: &DatasetRecipe) -> Result<Encoder> {
+    Encoder::new(tokenizer(checkpoint)?, recipe)
+}
+
+/// Tokenises a dataset for a base, or finds it in the cache.
 pub(super) fn dataset(
     what: &str,
     sources: &[DataSource],
     plan: &Plan,
+    checkpoint: &Checkpoint,
     encoder: &Encoder,
     console: &Console,
 ) -> Result<Dataset> {
     let stage = console.stage(&format!("tokenising the {what} set"), Unit::Things("rows"));
     let (recipe, seed) = (&plan.dataset, plan.training.seed);
     Dataset::open(sources, recipe, encoder, &cache_dir(), seed, &|done, total| stage.at(done, total))
+        .map_err(|error| checkpoint.located(error))
 }
 
 /// Refuses a recipe without an eval set, for what is about nothing else.

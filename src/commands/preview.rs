@@ -21,7 +21,7 @@ pub fn run(arguments: &Preview, out: &mut dyn Write) -> Result<()> {
     let checkpoint: Checkpoint = loading::checkpoint(&plan.base, &console)?;
     let encoder = loading::encoder(&checkpoint, &plan.dataset)?;
     let (what, sources) = if arguments.eval { ("eval", &plan.eval) } else { ("training", &plan.train) };
-    let dataset = loading::dataset(what, sources, &plan, &encoder, &console)?;
+    let dataset = loading::dataset(what, sources, &plan, &checkpoint, &encoder, &console)?;
     let colour = !arguments.no_color && std::env::var_os("NO_COLOR").is_none() && std::io::stdout().is_terminal();
     let mut text = String::new();
     for item in dataset.examples(arguments.rows) {

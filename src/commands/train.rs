@@ -1,7 +1,6 @@
 //! `engraft train`: from a recipe to an adapter.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use tch::Kind;
 
@@ -9,7 +8,7 @@ use super::console::{Console, Unit};
 use super::loading;
 use crate::adapter::Adapters;
 use crate::cli::Train;
-use crate::data::{Dataset, Encoder, Tokenizer};
+use crate::data::{Dataset, Encoder};
 use crate::export::manifest::{self, FileDigest};
 use crate::export::run::{self, Finished};
 use crate::objective::Supervised;
@@ -41,10 +40,10 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
 
     let checkpoint = loading::checkpoint(&plan.base, &console)?;
     let base_files = hash_in_background(checkpoint.files.clone());
-    let tokenizer = Arc::new(Tokenizer::new(&checkpoint.sidecars)?);
+    let tokenizer = loading::tokenizer(&checkpoint)?;
     let encoder = Encoder::dated(tokenizer, &plan.dataset, folder.day.at(0, 0, 0, 0))?;
     let open = |set: &str, sources: &[DataSource]| -> Result<Dataset> {
-        let dataset = loading::dataset(set, sources, &plan, &encoder, &console)?;
+        let dataset = loading::dataset(set, sources, &plan, &checkpoint, &encoder, &console)?;
         console.say(format_args!("{set} set:\n{}", dataset.report()));
         events.dataset(set, dataset.report());
         Ok(dataset)

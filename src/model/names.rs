@@ -23,6 +23,9 @@ pub struct Names {
     pub among_others: bool,
     /// Whether a head that is in the files is the head, whatever the config says of sharing the embedding's weight.
     pub own_head_if_stored: bool,
+    /// Linears whose paths end so are parts of experts to PEFT wherever they are, also in layers that have none: it goes by the
+    /// model's type. Their adapters are lost unless they are called parameters.
+    pub taken_for_experts: &'static [&'static str],
 }
 
 /// Replaces whole parts of a path, at most once.

@@ -67,7 +67,7 @@ pub(super) fn open(folder: &Path) -> Result<Parts> {
     if let Some(index) = index {
         check_index(folder, &index, &files, &tensors)?;
     }
-    let tensors = quantised::pair(&config, (&files, &opened), tensors, &mut notices)?;
+    let tensors = quantised::pair(&config, (&files, &opened), tensors, &mut notices).map_err(|error| located(folder, error))?;
     Ok(Parts { config, sidecars, files, opened, tensors, notices })
 }
 
@@ -117,6 +117,22 @@ fn weight_files(folder: &Path) -> Result<(Vec<PathBuf>, Option<Index>)> {
     }
     let files = shards.iter().map(|shard| shard_path(folder, &path, shard)).collect::<Result<_>>()?;
     Ok((files, Some(index)))
+}
+
+/// The error with the path of the small file it is about, where it has the file's name alone (`config.json: hidden_size`).
+pub(super) fn located(folder: &Path, error: Error) -> Error {
+    match error {
+        Error::Model(fault) if names_a_sidecar(&fault.place) => {
+            Error::Model(Fault { place: folder.join(&fault.place).display().to_string(), ..fault })
+        }
+        error => error,
+    }
+}
+
+/// Whether a fault's place is a small file, or something in it, without the folder it is in.
+pub(super) fn names_a_sidecar(place: &str) -> bool {
+    let mut names = SIDECARS.into_iter().chain(["config.json"]);
+    names.any(|name| place.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with(':')))
 }
 
 /// What to say about a folder without safetensors.

@@ -174,6 +174,22 @@ impl Checkpoint {
         &self.notices
     }
 
+    /// An error about one of the small files, which those who read them know by name only, with the path it is found under.
+    pub fn located(&self, error: Error) -> Error {
+        match (&self.source, error) {
+            (BaseSource::Gguf(path), Error::Model(fault)) if folder::names_a_sidecar(&fault.place) => {
+                Error::Model(Fault { place: format!("{}: {}", path.display(), fault.place), ..fault })
+            }
+            (BaseSource::Gguf(_), error) => error,
+            (BaseSource::Folder(_) | BaseSource::Hub { .. }, error) => {
+                match self.files.first().and_then(|f| f.parent()) {
+                    Some(folder) => folder::located(folder, error),
+                    None => error,
+                }
+            }
+        }
+    }
+
     /// Reads one tensor (dequantised where stored quantised), converted to `kind` on `device`.
     ///
     /// A tensor stored in `kind` is one parallel read into its own memory. Errors name the file and the tensor: missing, NaN or

@@ -61,6 +61,7 @@ import numpy as np
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -105,8 +106,6 @@ class Variant:
     rules: list = dataclasses.field(default_factory=list)
     # Adapters with these in their keys have no gradient.
     untrained: str = r"(?!)"
-    # Modules without an adapter: PEFT takes their names for experts, also in a model that has none.
-    unadapted: str = r"(?!)"
     # How transformers computes attention.
     attention: str = "eager"
     # The model_type of the config that has this one as its `text_config`.
@@ -662,7 +661,6 @@ VARIANTS = {
             "attention_bias": True,
             "rope_scaling": {**YARN, "mscale": 1.3, "mscale_all_dim": 0.707},
         },
-        unadapted=r"\.mlp\.",
     ),
     "deepseek_v3-dense": Variant(
         "deepseek_v3",
@@ -673,7 +671,6 @@ VARIANTS = {
             "rope_interleave": True,
             "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.9},
         },
-        unadapted=r"\.mlp\.",
     ),
     "deepseek_v4": Variant(
         "deepseek_v4",
@@ -1114,13 +1111,13 @@ class Adapter:
         linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
         if variant.parts:
             linears = {n for n in linears if ".language_model." in n}
-        linears = {n for n in linears if not re.search(variant.unadapted, n)}
         routers = {n for n, m in model.named_modules() if type(m).__name__.endswith("Router") and hasattr(m, "weight")}
         self.experts = [n for n, p in model.named_parameters() if re.search(r"\.experts\.(gate_up|down)_proj$", n)]
-        self.partial = any(re.search(variant.unadapted, n) for n, _ in model.named_modules())
         # Where transformers fuses experts that the checkpoint stores apart, PEFT takes these names for experts wherever
-        # they occur and loses other linears of the same name. They can be had as parameters, under the same keys.
-        taken = r"\.(gate|gate_proj|up_proj|down_proj|w1|w2|w3)$" if self.separate else r"(?!)"
+        # they occur and loses other linears of the same name, also in a model of that type that has no experts. They
+        # can be had as parameters, under the same keys.
+        converted = _MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type) in _MOE_TARGET_MODULE_MAPPING
+        taken = r"\.(gate|gate_proj|up_proj|down_proj|w1|w2|w3)$" if self.separate or converted else r"(?!)"
         self.modules = sorted(n for n in linears - unwrappable(model) if not re.search(taken, n))
         self.parameters = sorted(f"{n}.weight" for n in (linears | routers) - set(self.modules)) + self.experts
         self.routers = {self.key(n) for n in routers}
@@ -1161,7 +1158,7 @@ class Adapter:
         config = LoraConfig(
             r=RANK,
             lora_alpha=ALPHA,
-            target_modules=self.modules if self.parameters or self.partial or self.variant.parts else "all-linear",
+            target_modules=self.modules if self.parameters or self.variant.parts else "all-linear",
             target_parameters=self.parameters or None,
             rank_pattern={k: v * RANK for k, v in doubled.items()},
             alpha_pattern={k: v * ALPHA for k, v in doubled.items()},
@@ -1222,7 +1219,7 @@ def balance(model, ids):
     """The unweighted load-balancing loss of one document; None where transformers has none."""
     try:
         return model(input_ids=ids.unsqueeze(0), use_cache=False, output_router_logits=True).aux_loss
-    except (AttributeError, TypeError):
+    except (AttributeError, TypeError, IndexError):  # the last where no layer has a router
         return None
 
 
@@ -1283,6 +1280,10 @@ def load(variant, work):
     )
     assert not any(found.values()), found
     return model.eval()
+
+
+class Tie(Exception):
+    """Rounding alone may change what a model chooses: a token, or an expert."""
 
 
 def make(name, variant, arguments):
@@ -1359,7 +1360,7 @@ def make(name, variant, arguments):
         flush=True,
     )
     if ahead < 1e-3 or close < 1e-5:
-        sys.exit(f"{name}: too near a tie to be compared; try another --seed")
+        raise Tie(f"{name}: too near a tie to be compared; try another --seed")
 
 
 def as_peft_has_it(name, model, folder, ids, offsets, arguments):
@@ -1391,10 +1392,29 @@ def lengths(text):
     return found
 
 
+def chosen(text):
+    """The variants that `text` names: variants or model_types with commas between them, or all."""
+    asked = text.split(",")
+    known = {"all", *VARIANTS, *(v.model_type for v in VARIANTS.values())}
+    if unknown := sorted(set(asked) - known):
+        raise argparse.ArgumentTypeError(f"no family {', '.join(unknown)}; there are all, {', '.join(VARIANTS)}")
+    return {n: v for n, v in VARIANTS.items() if {"all", n, v.model_type} & set(asked)}
+
+
+def settle():
+    """Settings with which torch computes the same numbers in every run, without what its libraries have to say."""
+    warnings.filterwarnings("ignore")
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+
+
 def main():
     """Makes what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--family", help="only this variant, or all variants of this model_type")
+    parser.add_argument(
+        "--family", type=chosen, default="all", help="only these variants, or all variants of these model_types: qwen3,phi"
+    )
     parser.add_argument("--seed", type=int, default=0, help="another set of weights and documents")
     parser.add_argument("--hidden", type=int, help="hidden_size, rounded up to what the heads allow")
     parser.add_argument("--layers", type=int, help="num_hidden_layers; patterns of layers are repeated")
@@ -1402,16 +1422,10 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, default=FIXTURES)
     parser.add_argument("--weights", action="store_true", help="also write the weights of model and adapters")
     arguments = parser.parse_args()
-    chosen = {n: v for n, v in VARIANTS.items() if arguments.family in (None, n, v.model_type)}
-    if not chosen:
-        parser.error(f"no family {arguments.family}; there are {', '.join(VARIANTS)}")
     if arguments.out == FIXTURES and (arguments.seed or arguments.hidden or arguments.layers or arguments.lengths):
         parser.error("the fixtures have their own seed and sizes: name another --out")
-    warnings.filterwarnings("ignore")
-    transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    for name, variant in chosen.items():
+    settle()
+    for name, variant in arguments.family.items():
         make(name, variant, arguments)
 
 

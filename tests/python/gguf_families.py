@@ -46,6 +46,12 @@ CLASSES = {
     "granite": "GraniteForCausalLM",
     "glm4": "Glm4ForCausalLM",
     "bloom": "BloomForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe-sliding": "Qwen3MoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
+    "phi": "PhiForCausalLM",
+    "mistral3": "Mistral3ForConditionalGeneration",
 }
 # What of a fixture a GGUF file cannot say: fields of the config that differ, and tensors left out.
 CHANGES = {
@@ -61,6 +67,11 @@ CHANGES = {
     "stablelm": ({"qk_layernorm": False}, r"[qk]_layernorm"),
     "falcon": ({"bias": False, "num_kv_heads": 1, "max_position_embeddings": 2048}, r"(query_key_value|dense|dense_h_to_4h|dense_4h_to_h)\.bias"),
     "falcon-grouped": ({"bias": False, "max_position_embeddings": 2048}, r"(query_key_value|dense|dense_h_to_4h|dense_4h_to_h)\.bias"),
+    # Every layer must have experts; Qwen 2's weights are never made to add up to 1, Qwen 3's always.
+    "qwen2_moe": ({"num_hidden_layers": 1, "mlp_only_layers": []}, r"layers\.[12]\."),
+    "qwen3_moe-sliding": ({"use_sliding_window": False, "sliding_window": None, "norm_topk_prob": True}, r"(?!)"),
+    "mixtral": ({"sliding_window": None}, r"(?!)"),
+    "phi": ({"qk_layernorm": False}, r"[qk]_layernorm"),
     "cohere2": ({"attention_bias": False, "rotary_pct": 1.0, "sliding_window_pattern": 4}, r"_proj\.bias"),
 }
 
@@ -84,16 +95,19 @@ def convert(name, base):
     source = FIXTURES / name
     changes, left_out = CHANGES.get(name, ({}, r"(?!)"))
     config = json.loads((source / "config.json").read_text()) | changes | {"architectures": [CLASSES[name]]}
+    size = config.get("text_config", config)["vocab_size"]
     rows = json.loads((source / "tensors.json").read_text())
     with tempfile.TemporaryDirectory() as place:
-        work = pathlib.Path(place)
+        work = pathlib.Path(place) / name  # the file says what folder it was made of
+        work.mkdir()
         (work / "config.json").write_text(json.dumps(config))
         save_file({n: drawn(n, *rest, 0) for n, *rest in rows if not re.search(left_out, n)}, work / "model.safetensors", metadata={"format": "pt"})
         # Gemma 3's converter counts the tokens there.
-        tokens = {"model": {"vocab": dict.fromkeys(map(str, range(config["vocab_size"])))}, "added_tokens": []}
+        tokens = {"model": {"vocab": dict.fromkeys(map(str, range(size)))}, "added_tokens": []}
         (work / "tokenizer.json").write_text(json.dumps(tokens))
         kind = base.get_model_class(CLASSES[name])
-        kind.set_vocab = lambda self: vocabulary(self.gguf_writer, config["vocab_size"])
+        for one in (kind, getattr(kind, "Ministral3Model", kind)):  # which does the work of the other
+            one.set_vocab = lambda self: vocabulary(self.gguf_writer, size)
         model = kind(work, gguf.LlamaFileType.ALL_F32, OUT / f"{name}.gguf", hparams=config, eager=True)
         model.write()
 

@@ -267,7 +267,10 @@ fn build(
     });
     let embedding = assembly::embedding("model.embed_tokens.weight");
     let final_norm = block::norm("model.norm".into(), hidden, eps, NormKind::Rms);
-    assembly::model(config, embedding, layers.collect(), final_norm, ("lm_head", false), LogitMap::PLAIN)
+    let mut spec =
+        assembly::model(config, embedding, layers.collect(), final_norm, ("lm_head", false), LogitMap::PLAIN)?;
+    spec.names.taken_for_experts = experts::TAKEN_FOR_EXPERTS;
+    Ok(spec)
 }
 
 #[cfg(test)]

@@ -57,6 +57,9 @@ pub(super) fn deepseek_v4(config: &Config<'_>) -> Result<ModelSpec> {
     })
 }
 
+/// Every name by which PEFT's tables may know a part of an expert.
+const TAKEN_FOR_EXPERTS: &[&str] = &["gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"];
+
 fn names() -> Names {
     Names {
         // In this order each undoes what the later ones have left: the names of an indexer's compressor are given to the indexer.
@@ -82,6 +85,7 @@ fn names() -> Names {
         ],
         // As published, and as transformers writes it.
         layouts: vec![Vec::new(), vec![Rename::Part("attn.kv_norm", "attn.norm")]],
+        taken_for_experts: TAKEN_FOR_EXPERTS,
         ..Names::default()
     }
 }

@@ -15,6 +15,9 @@ use crate::{Error, Fault, Result};
 /// More experts than any model has.
 const MOST_EXPERTS: i64 = 1 << 16;
 
+/// What PEFT takes for experts in models of the types that transformers reads as it does Qwen 2 MoE.
+pub(super) const TAKEN_FOR_EXPERTS: &[&str] = &["gate", "gate_proj", "up_proj", "down_proj"];
+
 /// `MixtralConfig`: every layer has experts, whose weights add up to 1.
 pub(super) fn mixtral(config: &Config<'_>) -> Result<ModelSpec> {
     refuse_jitter(config)?;
@@ -31,6 +34,7 @@ pub(super) fn mixtral(config: &Config<'_>) -> Result<ModelSpec> {
     let routing = softmax(config, "num_experts_per_tok", 2, count, Some(0.0))?;
     every_block(config, &mut spec, count, &routing)?;
     spec.names.modules.push(Rename::Part("block_sparse_moe.gate", "mlp.gate"));
+    spec.names.taken_for_experts = &["gate", "w1", "w2", "w3"];
     Ok(spec)
 }
 
@@ -160,6 +164,7 @@ pub(super) fn qwen_experts(
     shared: Option<i64>,
     normalised: bool,
 ) -> Result<()> {
+    spec.names.taken_for_experts = TAKEN_FOR_EXPERTS;
     if config.count_or("num_experts", 60)? == 0 {
         return Ok(());
     }

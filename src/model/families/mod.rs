@@ -101,10 +101,10 @@ pub fn supported() -> impl Iterator<Item = (&'static str, &'static str)> {
 
 /// The spec of a checkpoint, from its `config.json`, proved against its tensors.
 ///
-/// Errors: what [`ModelSpec::prove`] finds; a `model_type` that no family answers to (the answer lists those supported), a field
+/// Errors, which name the file: what [`ModelSpec::prove`] finds; a `model_type` that no family answers to (the answer lists those supported), a field
 /// that is missing, out of range or asks for something not supported.
 pub fn spec(checkpoint: &Checkpoint) -> Result<ModelSpec> {
-    let mut spec = from_config(&checkpoint.config)?;
+    let mut spec = from_config(&checkpoint.config).map_err(|error| checkpoint.located(error))?;
     spec.settle(checkpoint);
     spec.prove(checkpoint)?;
     Ok(spec)

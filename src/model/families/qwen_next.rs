@@ -46,7 +46,9 @@ pub(super) fn qwen3_5_moe(config: &Config<'_>) -> Result<ModelSpec> {
 /// `Qwen3_5MoeTextConfig` as transformers saves the text model alone: every expert in tensors of its own.
 pub(super) fn qwen3_5_moe_apart(config: &Config<'_>) -> Result<ModelSpec> {
     let linears = |at: &str, count, hidden, width| Apart::below(at).linears(count, hidden, width);
-    build(config, &Net::separate, &with_experts(config, &linears)?)
+    let mut spec = build(config, &Net::separate, &with_experts(config, &linears)?)?;
+    spec.names.taken_for_experts = experts::TAKEN_FOR_EXPERTS;
+    Ok(spec)
 }
 
 /// The same dense feed-forward in every layer, by where it is.

@@ -106,6 +106,7 @@ pub(super) fn wrapped(config: &Config<'_>, wrapper: &Wrapper) -> Result<ModelSpe
         other_parts: wrapper.other_parts,
         among_others: !wrapper.modules.is_empty(),
         own_head_if_stored: true,
+        taken_for_experts: spec.names.taken_for_experts,
     };
     Ok(spec)
 }

@@ -54,6 +54,13 @@ const SANDWICH: &[Name] = &[
     same("blk.{}.post_ffw_norm", "model.layers.{}.post_feedforward_layernorm"),
 ];
 
+const EXPERTS: &[Name] = &[
+    same("blk.{}.ffn_gate_inp", "model.layers.{}.mlp.gate"),
+    same("blk.{}.ffn_gate_exps", "model.layers.{}.mlp.experts.*.gate_proj"),
+    same("blk.{}.ffn_up_exps", "model.layers.{}.mlp.experts.*.up_proj"),
+    same("blk.{}.ffn_down_exps", "model.layers.{}.mlp.experts.*.down_proj"),
+];
+
 /// Data llama.cpp derives, or that the config is made of.
 const DERIVED: &[&str] =
     &["rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight", "blk.{}.attn_rot_embd"];
@@ -75,7 +82,13 @@ const EQUAL_HEADS: &[Field] = &[
 ];
 const FEED_FORWARD: &[Field] = &[Required("feed_forward_length", "intermediate_size")];
 const RMS: &[Field] = &[Required("attention.layer_norm_rms_epsilon", "rms_norm_eps")];
+const MANY_EXPERTS: &[Field] = &[
+    Required("expert_count", "num_experts"),
+    Required("expert_used_count", "num_experts_per_tok"),
+    RowsOf("moe_intermediate_size", ".experts.0.gate_proj.weight"),
+];
 const SILU: &[Field] = &[Text("hidden_act", "silu")];
+const NO_WINDOW: &[Field] = &[Optional("attention.sliding_window", "sliding_window")];
 const BIASES: &[Field] = &[Has("attention_bias", ".self_attn.q_proj.bias"), Has("mlp_bias", ".mlp.gate_proj.bias")];
 
 const FALCON: &[&[Field]] = &[
@@ -122,7 +135,51 @@ const LLAMA: Architecture = Architecture {
 
 /// The architectures that can be read.
 pub(super) const ARCHITECTURES: &[Architecture] = &[
+    Architecture {
+        only_with: Some("blk.0.ffn_gate_inp.weight"),
+        class: "MixtralForCausalLM",
+        model_type: "mixtral",
+        tensors: &[
+            ENDS,
+            PRE_NORMS,
+            PAIRED_PROJECTIONS,
+            &[
+                same("blk.{}.ffn_gate_inp", "model.layers.{}.block_sparse_moe.gate"),
+                same("blk.{}.ffn_gate_exps", "model.layers.{}.block_sparse_moe.experts.*.w1"),
+                same("blk.{}.ffn_up_exps", "model.layers.{}.block_sparse_moe.experts.*.w3"),
+                same("blk.{}.ffn_down_exps", "model.layers.{}.block_sparse_moe.experts.*.w2"),
+            ],
+        ],
+        fields: &[
+            SIZES,
+            FEED_FORWARD,
+            RMS,
+            SILU,
+            &[
+                Required("expert_count", "num_local_experts"),
+                Required("expert_used_count", "num_experts_per_tok"),
+                Optional("attention.sliding_window", "sliding_window"),
+            ],
+        ],
+        ..LLAMA
+    },
     LLAMA,
+    Architecture {
+        name: "mistral3",
+        only_with: Some("attention.temperature_scale"),
+        class: "Ministral3ForCausalLM",
+        model_type: "ministral3",
+        fields: &[SIZES, FEED_FORWARD, RMS, SILU, NO_WINDOW],
+        ..LLAMA
+    },
+    // Mistral Small 3.1 and 3.2, whose text model is a Mistral.
+    Architecture {
+        name: "mistral3",
+        class: "MistralForCausalLM",
+        model_type: "mistral",
+        fields: &[SIZES, FEED_FORWARD, RMS, SILU, NO_WINDOW],
+        ..LLAMA
+    },
     Architecture { name: "smollm3", class: "SmolLM3ForCausalLM", model_type: "smollm3", ..LLAMA },
     Architecture {
         name: "granite",
@@ -157,6 +214,52 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
         model_type: "qwen3",
         tensors: &[ENDS, PRE_NORMS, PROJECTIONS, HEAD_NORMS, GATED],
         fields: &[SIZES, FEED_FORWARD, RMS, SILU, &[Has("attention_bias", ".self_attn.q_proj.bias")]],
+        ..LLAMA
+    },
+    // A token's weights are never made to add up to 1 here, in Qwen 3 always.
+    Architecture {
+        name: "qwen2moe",
+        class: "Qwen2MoeForCausalLM",
+        model_type: "qwen2_moe",
+        tensors: &[
+            ENDS,
+            PRE_NORMS,
+            PROJECTIONS,
+            EXPERTS,
+            &[
+                same("blk.{}.ffn_gate_shexp", "model.layers.{}.mlp.shared_expert.gate_proj"),
+                same("blk.{}.ffn_up_shexp", "model.layers.{}.mlp.shared_expert.up_proj"),
+                same("blk.{}.ffn_down_shexp", "model.layers.{}.mlp.shared_expert.down_proj"),
+                rows("blk.{}.ffn_gate_inp_shexp", "model.layers.{}.mlp.shared_expert_gate", Rows::One),
+            ],
+        ],
+        fields: &[
+            SIZES,
+            FEED_FORWARD,
+            RMS,
+            SILU,
+            MANY_EXPERTS,
+            &[
+                RowsOf("shared_expert_intermediate_size", ".shared_expert.gate_proj.weight"),
+                Has("qkv_bias", ".self_attn.q_proj.bias"),
+                Field::Fixed("norm_topk_prob", false),
+            ],
+        ],
+        ..LLAMA
+    },
+    Architecture {
+        name: "qwen3moe",
+        class: "Qwen3MoeForCausalLM",
+        model_type: "qwen3_moe",
+        tensors: &[ENDS, PRE_NORMS, PROJECTIONS, HEAD_NORMS, EXPERTS],
+        fields: &[
+            SIZES,
+            FEED_FORWARD,
+            RMS,
+            SILU,
+            MANY_EXPERTS,
+            &[Has("attention_bias", ".self_attn.q_proj.bias"), Field::Fixed("norm_topk_prob", true)],
+        ],
         ..LLAMA
     },
     Architecture {
@@ -231,6 +334,35 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
             ],
         ],
         rotary: Rotary::Share("partial_rotary_factor"),
+        ..LLAMA
+    },
+    Architecture {
+        name: "phi2",
+        class: "PhiForCausalLM",
+        model_type: "phi",
+        tensors: &[&[
+            same("token_embd", "model.embed_tokens"),
+            same("output_norm", "model.final_layernorm"),
+            same("output", "lm_head"),
+            same("blk.{}.attn_norm", "model.layers.{}.input_layernorm"),
+            same("blk.{}.attn_q", "model.layers.{}.self_attn.q_proj"),
+            same("blk.{}.attn_k", "model.layers.{}.self_attn.k_proj"),
+            same("blk.{}.attn_v", "model.layers.{}.self_attn.v_proj"),
+            same("blk.{}.attn_output", "model.layers.{}.self_attn.dense"),
+            same("blk.{}.ffn_up", "model.layers.{}.mlp.fc1"),
+            same("blk.{}.ffn_down", "model.layers.{}.mlp.fc2"),
+        ]],
+        rotary: Rotary::Share("partial_rotary_factor"),
+        fields: &[
+            EQUAL_HEADS,
+            &[
+                Field::KeyHeadsIn("num_key_value_heads", ".0.self_attn.k_proj.weight"),
+                // The metadata say four times the width, whatever it is.
+                RowsOf("intermediate_size", ".0.mlp.fc1.weight"),
+                Required("attention.layer_norm_epsilon", "layer_norm_eps"),
+                Text("hidden_act", "gelu_new"),
+            ],
+        ],
         ..LLAMA
     },
     Architecture {

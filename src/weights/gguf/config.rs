@@ -18,6 +18,8 @@ use crate::{Error, Result};
 const ROPE_FACTORS: &str = "rope_freqs.weight";
 /// LongRoPE's factors, of short documents and of long ones.
 const LONG_ROPE: [&str; 2] = ["rope_factors_short.weight", "rope_factors_long.weight"];
+/// By what queries grow with their positions.
+const TEMPERATURE: &str = "attention.temperature_scale";
 /// The tensors that the config is made of.
 pub(super) const FACTORS: [&str; 3] = [ROPE_FACTORS, LONG_ROPE[0], LONG_ROPE[1]];
 
@@ -56,6 +58,7 @@ pub(super) fn make(
     let key = |name: &str| format!("{}.{name}", architecture.name);
     if let Some(experts) = metadata.integer(&key("expert_count"))?
         && experts > 0
+        && !architecture.has_experts()
     {
         let fault = metadata.fault(&key("expert_count"), format_args!("{experts} experts are not supported from GGUF"));
         return Err(Error::Model(fault.hint("use the model's safetensors")));
@@ -146,10 +149,16 @@ fn field_value(
         }
         Field::Text(to, text) => (to, json!(text)),
         Field::Number(to, number) => (to, json!(number)),
+        Field::Fixed(to, answer) => (to, json!(answer)),
         Field::Has(to, end) => (to, json!(tensors.iter().any(|tensor| tensor.name.ends_with(end)))),
         Field::RowsOf(to, end) => {
             let rows = tensors.iter().find(|tensor| tensor.name.ends_with(end)).and_then(|tensor| tensor.shape.first());
             (to, rows.map_or(Json::Null, |rows| json!(rows)))
+        }
+        Field::KeyHeadsIn(to, end) => {
+            let rows = tensors.iter().find(|tensor| tensor.name.ends_with(end)).and_then(|tensor| tensor.shape.first());
+            let size = head_size(architecture, metadata, heads)?;
+            (to, rows.map_or(Json::Null, |rows| json!(rows / size)))
         }
         Field::HeadSize(to) => (to, json!(head_size(architecture, metadata, heads)?)),
         Field::KeyHeads(to) => (to, json!(heads.key)),
@@ -280,6 +289,14 @@ fn rope_scaling(
             } else if let Some(attention) = metadata.number(&key("scaling.attn_factor"))? {
                 // llama.cpp multiplies the paper's factor by this one; transformers' key replaces it.
                 scaling.insert("attention_factor".into(), json!(attention * (0.1 * factor.ln() + 1.0)));
+            }
+            // llama.cpp divides the scale of 1 by that of this one.
+            if let Some(all) = metadata.number(&key("scaling.yarn_log_multiplier"))? {
+                scaling.insert("mscale".into(), json!(1.0));
+                scaling.insert("mscale_all_dim".into(), json!(all));
+            }
+            if let Some(growth) = metadata.number(&format!("{}.{TEMPERATURE}", architecture.name))? {
+                scaling.insert("llama_4_scaling_beta".into(), json!(growth));
             }
             Ok(Json::Object(scaling))
         }

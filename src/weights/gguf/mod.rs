@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use architectures::ARCHITECTURES;
 use header::Value;
-use names::Architecture;
+use names::{Architecture, Rows};
 pub(super) use quants::Quantisation;
 pub(super) use read::read_blocks;
 
@@ -122,8 +122,28 @@ pub(super) fn open(path: &Path) -> Result<Parts> {
             };
             let plain = if order == Conversion::Same { Dtype::named(entry.quantisation.name) } else { None };
             let form = plain.map_or(Form::Blocks(entry.quantisation, order), Form::Plain);
-            let Entry { name: stored_name, shape, offset, .. } = entry;
-            tensors.push(Stored { name, stored_name, shape, file, offset, form });
+            if name.contains('*') && entry.shape.len() != 3 {
+                return Err(Error::Model(fault(format!("is {:?}; (experts, out, in) expected", entry.shape))));
+            }
+            let Entry { name: stored_name, mut shape, offset, .. } = entry;
+            if rows == Rows::One && shape.len() == 1 {
+                shape.insert(0, 1);
+            }
+            let Some((before, after)) = name.split_once('*') else {
+                tensors.push(Stored { name, stored_name, shape, file, offset, form });
+                continue;
+            };
+            let &[experts, out, columns] = shape.as_slice() else { unreachable!("checked above") };
+            // Rows are whole blocks, so experts are.
+            let bytes = (out * columns) as u64 / entry.quantisation.values as u64 * entry.quantisation.bytes as u64;
+            tensors.extend((0..experts).map(|number| Stored {
+                name: format!("{before}{number}{after}"),
+                stored_name: stored_name.clone(),
+                shape: vec![out, columns],
+                file,
+                offset: offset + number as u64 * bytes,
+                form: plain.map_or(Form::Blocks(entry.quantisation, order), Form::Plain),
+            }));
         }
     }
     let config = config::make(architecture, &metadata, heads, &tensors, &factors)?;

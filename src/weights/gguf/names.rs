@@ -32,7 +32,7 @@ pub(super) struct Architecture {
 pub(super) struct Name {
     /// llama.cpp's.
     pub gguf: &'static str,
-    /// transformers'.
+    /// transformers'; `*` stands for the number of an expert, where llama.cpp has all of them in one tensor (E, out, in).
     pub checkpoint: &'static str,
     /// How llama.cpp's converter orders the rows.
     pub rows: Rows,
@@ -49,6 +49,8 @@ pub(super) enum Rows {
     KeyHeads,
     /// All queries, all keys, all values, where transformers has them head by head.
     Apart,
+    /// As it is: one row, which older converters wrote without saying that it is one.
+    One,
 }
 
 /// How much of each head rotates.
@@ -75,10 +77,14 @@ pub(super) enum Field {
     Text(&'static str, &'static str),
     /// The same number.
     Number(&'static str, f64),
+    /// The same answer.
+    Fixed(&'static str, bool),
     /// Whether there is a tensor whose name ends so.
     Has(&'static str, &'static str),
     /// The rows of the tensor whose name ends so.
     RowsOf(&'static str, &'static str),
+    /// The key heads that the rows of the tensor whose name ends so make, where the metadata counts all heads.
+    KeyHeadsIn(&'static str, &'static str),
     /// The size of a head.
     HeadSize(&'static str),
     /// The number of key heads.
@@ -113,6 +119,11 @@ impl Architecture {
         rows.find_map(|row| Some((translate(row.gguf, row.checkpoint, name)? + suffix, row.rows)))
     }
 
+    /// Whether experts are among its tensors.
+    pub fn has_experts(&self) -> bool {
+        self.tensors.iter().copied().flatten().any(|row| row.checkpoint.contains('*'))
+    }
+
     /// Whether a GGUF tensor is derived data, not a weight.
     pub fn is_derived(&self, gguf: &str) -> bool {
         self.derived.iter().any(|pattern| *pattern == gguf || translate(pattern, pattern, gguf).is_some())
@@ -127,7 +138,7 @@ impl Rows {
             Some(Conversion::Paired { half: (rows / pairs) as usize })
         };
         match self {
-            Rows::Same => Some(Conversion::Same),
+            Rows::Same | Rows::One => Some(Conversion::Same),
             Rows::QueryHeads => paired(heads.query),
             Rows::KeyHeads => paired(heads.key),
             Rows::Apart => {
@@ -188,8 +199,22 @@ mod tests {
     }
 
     #[test]
+    fn the_readme_names_every_architecture() {
+        let mut names: Vec<String> = ARCHITECTURES.iter().map(|one| format!("`{}`", one.name)).collect();
+        names.dedup();
+        let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
+        let words = readme.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(
+            words.contains(&format!("is one of {};", names.join(", "))),
+            "README.md: put there {}",
+            names.join(", ")
+        );
+    }
+
+    #[test]
     fn an_architecture_is_told_by_what_it_has() {
         let named = |name, has: &str| Architecture::named(name, |one| one == has).unwrap().model_type;
         assert_eq!((named("olmo2", ""), named("olmo2", "attention.sliding_window")), ("olmo2", "olmo3"));
+        assert_eq!((named("llama", ""), named("llama", "blk.0.ffn_gate_inp.weight")), ("llama", "mixtral"));
     }
 }

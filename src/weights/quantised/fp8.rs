@@ -3,8 +3,11 @@
 //! `quantization_config {"quant_method": "fp8", "weight_block_size": [128, 128]}`: beside `X.weight` (out, in) in fp8 lies
 //! `X.weight_scale_inv` (out / 128, in / 128, rounded up), and element (i, j) stands for
 //! `f32(weight[i, j]) * scale_inv[i / 128, j / 128]` (DeepSeek V3's technical report, arXiv:2412.19437, section 3.3, and its
-//! `weight_dequant`). DeepSeek V4 calls the scales `X.scale` and stores exponents alone (F8_E8M0). Without a block size one scale is that of the whole weight. A checkpoint shows the weights alone, under
-//! their names.
+//! `weight_dequant`). Without a block size one scale is that of the whole weight. Experts that are stacked in one tensor `X`
+//! (E, out, in) have theirs in `X_scale_inv` (E, out / 128, in / 128); without a block size each expert has one, or one for each
+//! of the parts that its rows divide into (gate and up). Scales stored as F8_E8M0, or as its bytes in U8, are exponents:
+//! `2^(byte - 127)` (OCP Microscaling Formats 1.0, section 5.4.1). DeepSeek V4 calls the
+//! scales of a module's weight `X.scale`. A checkpoint shows the weights alone, under their names.
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
@@ -15,7 +18,7 @@ use regex::Regex;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
-use super::{method, mxfp4, quantisation};
+use super::{method, power, quantisation};
 use crate::weights::storage::{self, Dtype, PIECE, Source};
 use crate::weights::{Form, Stored};
 use crate::{Error, Fault, Result};
@@ -26,6 +29,10 @@ const SCALE: &str = "_scale_inv";
 const OF_MODULE: &str = ".scale";
 /// Of what goes into a linear, for servers that compute in fp8.
 const ACTIVATION_SCALE: &str = ".activation_scale";
+/// The same of stacked experts, after the weight's name.
+const ACTIVATION_SCALES: &str = "_activation_scale";
+/// Types that hold exponents.
+const EXPONENTS: [&str; 2] = ["F8_E8M0", "U8"];
 /// Numbers per parallel task, about.
 const TASK: usize = 1 << 17;
 /// Its `quant_method`.
@@ -41,8 +48,8 @@ pub(in crate::weights) struct Scales {
     pub file: usize,
     /// First byte in the file.
     pub offset: u64,
-    /// Rows and columns of the weight to a scale; `None` where there is one for all.
-    block: Option<[usize; 2]>,
+    /// Rows and columns of a weight (out, in) to a scale.
+    block: [usize; 2],
 }
 
 /// Puts fp8 weights and their scales together, where `config` says that there are such; other models are left as they are.
@@ -84,20 +91,20 @@ pub(super) fn pair(
             let what = format!("is stored as {}, but its scales, {name}, are missing", dtype.name);
             return Err(fault(tensor, what, fetch));
         };
-        let expected = scheme.scales_of(&tensor.shape);
-        let fits = if expected.is_empty() { scale.shape.iter().all(|n| *n == 1) } else { scale.shape == expected };
-        if tensor.shape.len() != 2 || !fits {
+        let Some(block) = scheme.block(&tensor.shape, &scale.shape) else {
             let what = format!(
-                "is {:?} for a weight of {:?}; {expected:?} expected by {place}.weight_block_size",
-                scale.shape, tensor.shape
+                "is {:?} for a weight of {:?}; {:?} expected by {place}.weight_block_size",
+                scale.shape,
+                tensor.shape,
+                scheme.scales_of(&tensor.shape)
             );
             return Err(fault(scale, what, fetch));
-        }
+        };
         let Form::Plain(dtype) = scale.form else { unreachable!("nothing is paired before") };
         let name = scale.name.clone();
         taken.insert(name.clone());
         let (shape, file, offset) = (scale.shape.clone(), scale.file, scale.offset);
-        let stored = Scales { name, dtype, shape, file, offset, block: scheme.block };
+        let stored = Scales { name, dtype, shape, file, offset, block };
         scales.insert(tensor.name.clone(), stored);
     }
     for tensor in tensors.iter().filter(|tensor| !taken.contains(&tensor.name)) {
@@ -112,7 +119,11 @@ pub(super) fn pair(
     let quantised = |module: &str| scales.contains_key(&format!("{module}.weight"));
     let of_inputs: HashSet<String> = tensors
         .iter()
-        .filter(|tensor| tensor.name.strip_suffix(ACTIVATION_SCALE).is_some_and(quantised))
+        .filter(|tensor| {
+            let stacked = tensor.name.strip_suffix(ACTIVATION_SCALES);
+            tensor.name.strip_suffix(ACTIVATION_SCALE).is_some_and(quantised)
+                || stacked.is_some_and(|weight| scales.contains_key(weight))
+        })
         .map(|tensor| tensor.name.clone())
         .collect();
     if !scales.is_empty() {
@@ -179,10 +190,32 @@ impl Scheme {
         Ok(Self { block, left })
     }
 
-    /// The shape of the scales of a weight; empty where there is one for all.
+    /// The shape of the scales of a weight (out, in), or of stacked ones (E, out, in); empty where there is one for all.
     fn scales_of(&self, weight: &[i64]) -> Vec<i64> {
-        let Some(block) = self.block else { return Vec::new() };
-        weight.iter().zip(block).map(|(size, block)| (*size as usize).div_ceil(block) as i64).collect()
+        let (stack, of_one) = weight.split_at(weight.len().saturating_sub(2));
+        match self.block {
+            None if stack.is_empty() => Vec::new(),
+            None => stack.iter().copied().chain([1, 1]).collect(),
+            Some(block) => {
+                let across = of_one.iter().zip(block).map(|(size, block)| (*size as usize).div_ceil(block) as i64);
+                stack.iter().copied().chain(across).collect()
+            }
+        }
+    }
+
+    /// Rows and columns to a scale, where weight and scales go together.
+    fn block(&self, weight: &[i64], scales: &[i64]) -> Option<[usize; 2]> {
+        let (&[.., rows, columns], 2 | 3) = (weight, weight.len()) else { return None };
+        let whole = [rows.max(1) as usize, columns.max(1) as usize];
+        match (self.block, weight, scales) {
+            (Some(block), ..) => (scales == self.scales_of(weight)).then_some(block),
+            (None, [_, _], _) => scales.iter().all(|n| *n == 1).then_some(whole),
+            (None, [experts, ..], &[stack, high, wide]) => {
+                let divide = high > 0 && wide > 0 && rows % high == 0 && columns % wide == 0;
+                (stack == *experts && divide).then(|| [whole[0] / high as usize, whole[1] / wide as usize])
+            }
+            (None, ..) => None,
+        }
     }
 
     /// Whether a module was left as it is: named whole, by how its path begins or ends, or by a regular expression for its
@@ -207,9 +240,10 @@ impl Scales {
         kind: Kind,
     ) -> Result<Tensor> {
         let factors = self.factors(scales)?;
-        let [rows, columns] = [0, 1].map(|i| shape[i] as usize);
-        let [high, wide] = self.block.unwrap_or([rows.max(1), columns.max(1)]);
-        let across = columns.div_ceil(wide);
+        let &[.., rows, columns] = shape else { unreachable!("two or three dimensions were proved") };
+        let [rows, columns] = [rows as usize, columns as usize];
+        let [high, wide] = self.block;
+        let (down, across) = (rows.div_ceil(high), columns.div_ceil(wide));
         let table = numbers(dtype)?;
 
         let written = if matches!(kind, Kind::BFloat16 | Kind::Half) { kind } else { Kind::Float };
@@ -223,9 +257,11 @@ impl Scales {
             |(stored, numbers), (number, out)| {
                 stored.resize(out.len() / size, 0);
                 weight.read(stored, (number * together * columns) as u64)?;
-                let rows = stored.chunks(columns).zip(out.chunks_mut(columns * size)).enumerate();
-                for (row, (stored, out)) in rows {
-                    let factors = &factors[(number * together + row) / high * across..][..across];
+                let lines = stored.chunks(columns).zip(out.chunks_mut(columns * size)).enumerate();
+                for (line, (stored, out)) in lines {
+                    let line = number * together + line;
+                    let (expert, row) = (line / rows, line % rows);
+                    let factors = &factors[(expert * down + row / high) * across..][..across];
                     for (piece, (stored, out)) in stored.chunks(PIECE).zip(out.chunks_mut(PIECE * size)).enumerate() {
                         let numbers = &mut numbers[..stored.len()];
                         for (i, (number, byte)) in numbers.iter_mut().zip(stored).enumerate() {
@@ -241,14 +277,15 @@ impl Scales {
         weight.finite(damaged.into_inner(), written)?;
         storage::convert(weight, tensor, kind)
     }
-}
 
-impl Scales {
+    /// The scales as numbers.
     fn factors(&self, scales: Source) -> Result<Vec<f32>> {
-        if self.dtype.name == mxfp4::EXPONENTS {
-            let mut exponents = vec![0u8; self.shape.iter().product::<i64>() as usize];
+        if EXPONENTS.contains(&self.dtype.name) {
+            let mut exponents = vec![0; self.shape.iter().product::<i64>() as usize];
             scales.read(&mut exponents, 0)?;
-            return Ok(exponents.into_iter().map(mxfp4::power).collect());
+            let factors: Vec<f32> = exponents.into_iter().map(power).collect();
+            scales.finite(factors.iter().filter(|factor| !factor.is_finite()).count(), Kind::Float)?;
+            return Ok(factors);
         }
         let factors = storage::read_plain(scales, self.dtype, &self.shape, Kind::Float)?;
         Ok(storage::bytes(&factors).as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())

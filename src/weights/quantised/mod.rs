@@ -57,3 +57,12 @@ fn quantisation(config: &Value) -> Option<(&'static str, &Value)> {
 fn method(quantisation: &Value) -> Option<&str> {
     quantisation.get("quant_method").and_then(Value::as_str)
 }
+
+/// `2^(exponent - 127)`; the largest exponent stands for no number.
+fn power(exponent: u8) -> f32 {
+    match exponent {
+        0 => f32::from_bits(1 << 22), // 2^-127 is subnormal
+        255 => f32::NAN,
+        _ => f32::from_bits(u32::from(exponent) << 23),
+    }
+}

@@ -15,7 +15,7 @@ use rayon::prelude::*;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
-use super::{fp8, method, quantisation};
+use super::{fp8, method, power, quantisation};
 use crate::weights::storage::{self, Source};
 use crate::weights::{Form, Stored};
 use crate::{Error, Fault, Result};
@@ -26,7 +26,7 @@ pub(super) const METHOD: &str = "mxfp4";
 const BLOCKS: &str = "_blocks";
 const SCALES: &str = "_scales";
 /// How the format calls scales that are exponents alone.
-pub(super) const EXPONENTS: &str = "F8_E8M0";
+const EXPONENTS: &str = "F8_E8M0";
 /// Numbers to a scale.
 const BLOCK: usize = 32;
 /// What the 16 codes stand for: a sign, two bits of exponent, one of mantissa.
@@ -212,15 +212,6 @@ fn read(blocks: Source, scales: Source, shape: &[i64], kind: Kind) -> Result<Ten
     )?;
     blocks.finite(damaged.into_inner(), written)?;
     Ok(tensor)
-}
-
-/// `2^(exponent - 127)`; the largest exponent stands for no number.
-pub(super) fn power(exponent: u8) -> f32 {
-    match exponent {
-        0 => f32::from_bits(1 << 22), // 2^-127 is subnormal
-        255 => f32::NAN,
-        _ => f32::from_bits(u32::from(exponent) << 23),
-    }
 }
 
 #[cfg(test)]

@@ -70,6 +70,68 @@ fn numbers_are_those_of_torch_bit_for_bit() {
     }
 }
 
+/// Scales that are exponents, as such and as bytes, and stacked experts: `tests/python/fp8_scales.py` writes them and what
+/// transformers makes of them.
+#[test]
+fn exponents_and_stacked_experts_are_those_of_transformers_bit_for_bit() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/fp8_experts.safetensors");
+    let expected = Checkpoint::open_file(&path).unwrap();
+    let cases = [("exponents.weight", true), ("bytes.weight", true), ("stacked", true), ("parts", false)];
+    for (weight, blocks) in cases {
+        let folder = tempfile::tempdir().unwrap();
+        let size = if blocks { json!([4, 8]) } else { Value::Null };
+        let quantisation = json!({"quant_method": "fp8", "weight_block_size": size});
+        let config = json!({"model_type": "llama", "quantization_config": quantisation});
+        std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+        // Without the cases that have their scales otherwise.
+        let others: Vec<String> = cases.iter().filter(|(_, b)| *b != blocks).map(|(n, _)| (*n).to_string()).collect();
+        only(&path, &folder.path().join("model.safetensors"), |name| {
+            !others.iter().any(|other| name.starts_with(other))
+        });
+        let checkpoint = open(&folder).unwrap();
+        assert!(!checkpoint.names().iter().any(|name| name.ends_with("_scale_inv")), "{:?}", checkpoint.names());
+        for (kind, name) in [(Kind::Float, "float32"), (Kind::BFloat16, "bfloat16")] {
+            let expected = expected.tensor(&format!("{weight}.{name}"), kind, Device::Cpu).unwrap();
+            let found = checkpoint.tensor(weight, kind, Device::Cpu).unwrap();
+            assert_eq!(
+                (found.size(), storage::bytes(&found)),
+                (expected.size(), storage::bytes(&expected)),
+                "{weight}"
+            );
+        }
+    }
+}
+
+/// Writes those tensors of a file whose names `keep` takes, also of types that are none of libtorch's here.
+fn only(from: &Path, to: &Path, keep: impl Fn(&str) -> bool) {
+    let bytes = std::fs::read(from).unwrap();
+    let file = ::safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let kept = file.tensors().into_iter().filter(|(name, _)| keep(name));
+    ::safetensors::serialize_to_file(kept, None, to).unwrap();
+}
+
+#[test]
+fn scales_of_stacked_experts_that_do_not_fit_and_exponents_that_are_none_are_named() {
+    let weight = Tensor::ones([2, 6, 4], (Kind::Float, Device::Cpu)).to_kind(Kind::Float8e4m3fn);
+    let with = |scales: Tensor, size: Value| {
+        let tensors = [("x.experts".to_string(), weight.shallow_clone()), ("x.experts_scale_inv".to_string(), scales)];
+        model(&tensors, &json!({"quant_method": "fp8", "weight_block_size": size}))
+    };
+    let ones = |shape: &[i64]| Tensor::ones(shape, (Kind::Float, Device::Cpu));
+    for (scales, size, expected) in [
+        (ones(&[2, 1]), json!([4, 4]), "is [2, 1] for a weight of [2, 6, 4]; [2, 2, 1] expected"),
+        (ones(&[1, 2, 1]), json!([4, 4]), "is [1, 2, 1] for a weight of [2, 6, 4]; [2, 2, 1] expected"),
+        (ones(&[2, 4, 1]), Value::Null, "is [2, 4, 1] for a weight of [2, 6, 4]; [2, 1, 1] expected"),
+        (ones(&[1]), Value::Null, "is [1] for a weight of [2, 6, 4]; [2, 1, 1] expected"),
+    ] {
+        let found = open(&with(scales, size)).unwrap_err().to_string();
+        assert!(found.contains(expected), "{found}");
+    }
+    let folder = with(Tensor::full([2, 1, 1], 255, (Kind::Uint8, Device::Cpu)), Value::Null);
+    let error = open(&folder).unwrap().tensor("x.experts", Kind::Float, Device::Cpu).unwrap_err().to_string();
+    assert!(error.contains("x.experts_scale_inv: 2 values are NaN or infinite as F32"), "{error}");
+}
+
 /// Rows are read many at a time, long ones in pieces.
 #[test]
 fn tasks_and_pieces_meet_at_the_right_scales() {
@@ -176,14 +238,18 @@ fn scales_of_activations_are_passed_over_and_said_to_be() {
     let mut tensors = pair_of("whole");
     tensors.push(("whole.activation_scale".into(), Tensor::from(0.5f32)));
     tensors.push(("other.activation_scale".into(), Tensor::from(0.5f32)));
+    let experts = Tensor::ones([2, 3, 4], (Kind::Float, Device::Cpu));
+    tensors.push(("experts.up_proj".into(), experts.to_kind(Kind::Float8e4m3fn)));
+    tensors.push(("experts.up_proj_scale_inv".into(), experts.narrow(1, 0, 1).narrow(2, 0, 1).contiguous()));
+    tensors.push(("experts.up_proj_activation_scale".into(), Tensor::from_slice(&[0.5f32, 0.5])));
     let folder =
         model(&tensors, &json!({"quant_method": "fp8", "weight_block_size": null, "activation_scheme": "static"}));
     let checkpoint = open(&folder).unwrap();
     let mut names = checkpoint.names();
     names.sort_unstable();
-    assert_eq!(names, ["other.activation_scale", "whole.weight"]);
+    assert_eq!(names, ["experts.up_proj", "other.activation_scale", "whole.weight"]);
     assert!(
-        checkpoint.notices()[1].starts_with("the base holds scales of activations (1)"),
+        checkpoint.notices()[1].starts_with("the base holds scales of activations (2)"),
         "{:?}",
         checkpoint.notices()
     );
