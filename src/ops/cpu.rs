@@ -76,7 +76,9 @@ macro_rules! by_kind {
 pub(super) use by_kind;
 
 mod activation;
+pub(super) mod gate_up;
 mod loss;
+pub(super) mod rows;
 
 pub(super) use activation::{gated, gated_backward};
 pub(super) use loss::softmax_cross_entropy;
