@@ -18,7 +18,8 @@ to make again is counted, too.
 
 A family is slow where its FLOP per second of the processors' time, of all threads, are less than 0.85 of Llama's: on a machine
 that has other work, that is steadier than by the clock, which is shown beside it. Llama beside itself shows what the machine's
-noise is. Families that engraft does not know are named and left out.
+noise is. Families that engraft does not know are named and left out; of models that see or hear, the language model is measured
+under its own name.
 """
 
 import argparse
@@ -107,6 +108,8 @@ def realistic(variant, hidden, layers):
             options[key] = sizes[key]
     if "n_group" in options and of["n_group"] > 1:
         options |= {"n_group": 4, "topk_group": 2}
+    if of.get("first_k_dense_replace", 0) >= of["num_hidden_layers"]:
+        options["first_k_dense_replace"] = layers
     for key in ("partial_rotary_factor", "rotary_pct"):
         options |= {key: PART} if options.get(key, 1.0) < 1.0 else {}
     rotated = round(HEAD * options.get("partial_rotary_factor", 1.0))
@@ -374,7 +377,7 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, help="a JSON file for the results")
     arguments = parser.parse_args()
     asked = set(arguments.family.split(","))
-    chosen = [n for n, v in families.VARIANTS.items() if asked & {"all", n, v.model_type}]
+    chosen = [n for n, v in families.VARIANTS.items() if asked & {"all", n, v.model_type} and not v.parts]
     if unknown := {a for a in asked if a != "all" and not any(a in (n, v.model_type) for n, v in families.VARIANTS.items())}:
         parser.error(f"no family {', '.join(sorted(unknown))}; there are {', '.join(families.VARIANTS)}")
     if arguments.hidden % HEAD or arguments.hidden < HEAD:
