@@ -2,33 +2,43 @@
 
 The models are random, made of the variants of tests/python/families.py at realistic sizes: heads of 64, the same width, depth,
 vocabulary and rows for all. engraft trains r=16 on all linears of each, in processes that take turns with those of Llama
-(A B A B), so that whatever else the machine does hurts both. Every step has the same rows, of the lengths in ROWS, whose second
+(A B B A), so that whatever else the machine does hurts both. Every step has the same rows, of the lengths in ROWS, whose second
 halves are trained, so that all steps cost the same and the fastest quarter of them is what the machine can do. Per family:
 
-    FLOP = 4 P N + 6 A N + 4 P_h S + 14 attention + 18 states
+    FLOP = 4 P N + 6 A N + 4 P_h S + 14 attention + delta
     P    numbers in the matrices a token meets: of experts those that it is sent to; A likewise of the adapter
     P_h  numbers in the head; N tokens, of which S are trained
     attention = over layers: heads x (query head + value head) / 2 x pairs of tokens that see each other
-    states    = over delta-net layers: value heads x key head x value head x N
+    delta     = over delta-net layers: N x (value heads x (22 p h + 14 C h + 2/3 C^2) + key heads x 14 C p)
 
 Backward through a frozen matrix costs one product, through an adapter two; attention has two products forward, five backward.
-A family is slow where its FLOP/s are less than 0.85 of Llama's; Llama beside itself shows what the machine's noise is. Families
-that engraft does not know are named and left out.
+A delta-net with keys of p and values of h goes by chunks of C tokens (arXiv:2412.06464): what is learned, read and written, of
+each 2 p h or 2 C h; keys with keys and queries with keys; the triangle's inverse. Of the two, as of attention, what backward has
+to make again is counted, too.
+
+A family is slow where its FLOP per second of the processors' time, of all threads, are less than 0.85 of Llama's: on a machine
+that has other work, that is steadier than by the clock, which is shown beside it. Llama beside itself shows what the machine's
+noise is. Families that engraft does not know are named and left out; of models that see or hear, the language model is measured
+under its own name.
 """
 
 import argparse
 import copy
+import dataclasses
 import datetime
 import json
 import math
 import os
 import pathlib
 import re
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
+import time
 
-from run import HERE, ROOT, child, describe_machine
+from run import ROOT, describe_machine
 
 sys.path.insert(0, str(ROOT / "tests/python"))
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -47,6 +57,8 @@ BOUND = 0.85
 ROWS = [512, 232, 128, 88, 64]
 # Longer than some documents, shorter than others, as the fixtures' windows are.
 WINDOW = 256
+# Tokens of a delta-net's chunk.
+CHUNK = 64
 EXPERTS, CHOSEN = 8, 2
 # What rotates of a head where not all of it does.
 PART = 0.5
@@ -96,6 +108,8 @@ def realistic(variant, hidden, layers):
             options[key] = sizes[key]
     if "n_group" in options and of["n_group"] > 1:
         options |= {"n_group": 4, "topk_group": 2}
+    if of.get("first_k_dense_replace", 0) >= of["num_hidden_layers"]:
+        options["first_k_dense_replace"] = layers
     for key in ("partial_rotary_factor", "rotary_pct"):
         options |= {key: PART} if options.get(key, 1.0) < 1.0 else {}
     rotated = round(HEAD * options.get("partial_rotary_factor", 1.0))
@@ -192,19 +206,20 @@ def flops(config, model, adapter, lengths):
         query, value = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
     types = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    attention = states = 0
+    attention = delta = 0
     for layer in range(layers):
         kind = types[layer] if types else "sliding_attention" if window else "full_attention"
         if kind == "linear_attention":
-            size = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
-            states += size * tokens
+            key, value_size = config.linear_key_head_dim, config.linear_value_head_dim
+            of_values = 22 * key * value_size + 14 * CHUNK * value_size + 2 / 3 * CHUNK**2
+            delta += tokens * (config.linear_num_value_heads * of_values + config.linear_num_key_heads * 14 * CHUNK * key)
             continue
         seen = window if kind == "sliding_attention" else None
         chunk = config.attention_chunk_size if kind == "chunked_attention" else None
         attention += heads * (query + value) / 2 * sum(pairs(n, seen, chunk) for n in lengths)
     return {
         "matrices": 4 * base * tokens, "adapter": 6 * low_rank * tokens, "head": 4 * config.vocab_size * hidden * trained,
-        "attention": 14 * attention, "states": 18 * states,
+        "attention": 14 * attention, "delta": delta,
     }  # fmt: skip
 
 
@@ -216,8 +231,48 @@ class Unknown(Exception):
     """engraft does not know this family."""
 
 
+@dataclasses.dataclass
+class Steps:
+    """Seconds of every timed step, by the clock and by the processors."""
+
+    clock: list = dataclasses.field(default_factory=list)
+    processors: list = dataclasses.field(default_factory=list)
+
+    def add(self, more):
+        """Those of one more process."""
+        self.clock += more.clock
+        self.processors += more.processors
+
+
+def processor_seconds(process):
+    """Of all its threads, in user and kernel, so far."""
+    fields = pathlib.Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def steps_logged(metrics):
+    """What a run has written of its steps so far, whole lines only."""
+    text = metrics.read_text() if metrics.exists() else ""
+    return [m for m in map(json.loads, text[: text.rfind("\n") + 1].splitlines()) if "loss" in m]
+
+
+def watch(command, metrics):
+    """Runs a command to its end; its errors, and the processors' seconds when each step was logged."""
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        seconds, size = [], 0
+        while process.poll() is None:
+            now = metrics.stat().st_size if metrics.exists() else 0
+            if now != size:
+                spent, size = processor_seconds(process), now
+                seconds += [spent] * (len(steps_logged(metrics)) - len(seconds))
+            time.sleep(0.003)
+        errors.seek(0)
+        return errors.read() if process.returncode else None, seconds
+
+
 def train(arguments, model, rows, lengths, run):
-    """Seconds of every timed step of one process."""
+    """The timed steps of one process."""
     count = arguments.warmup + arguments.steps
     settings = [
         f"base_model={model}", f"dtype={arguments.dtype}", "device=cpu", f"adapter.r={RANK}", f"adapter.lora_alpha={2 * RANK}",
@@ -229,19 +284,19 @@ def train(arguments, model, rows, lengths, run):
     ]  # fmt: skip
     command = [str(arguments.engraft), "train", str(ROOT / "recipes/quickstart.yaml"), "--overwrite"]
     command += [part for setting in settings for part in ("--set", setting)]
-    try:
-        child(command)
-    except SystemExit as error:
-        text = str(error)
-        if "not supported" in text or "unsupported" in text or "not understood" in text:
-            raise Unknown(next(line for line in text.splitlines() if "error" in line)) from None
-        raise
-    logged = [m for m in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in m]
+    metrics = run / "metrics.jsonl"
+    metrics.unlink(missing_ok=True)
+    errors, processors = watch(command, metrics)
+    if errors is not None:
+        if "not supported" in errors or "unsupported" in errors or "not understood" in errors:
+            raise Unknown(next(line for line in errors.splitlines() if "error" in line))
+        sys.exit(f"{' '.join(command)}\n{errors}")
+    logged = steps_logged(metrics)
     tokens = logged[-1]["tokens"]
-    if len(logged) != count or tokens != count * sum(lengths):
+    if len(logged) != count or len(processors) < count - 1 or tokens != count * sum(lengths):
         sys.exit(f"{model.name}: {len(logged)} steps of {tokens} tokens, expected {count} of {count * sum(lengths)} in all")
-    elapsed = [m["elapsed_seconds"] for m in logged]
-    return [b - a for a, b in zip(elapsed, elapsed[1:])][arguments.warmup - 1 :]
+    between = lambda times: [b - a for a, b in zip(times, times[1:])][arguments.warmup - 1 :]  # noqa: E731
+    return Steps(between([m["elapsed_seconds"] for m in logged]), between(processors))
 
 
 def fastest(seconds):
@@ -259,34 +314,38 @@ class Contender:
         options = realistic(variant, arguments.hidden, arguments.layers)
         self.config = write_model(variant, options, self.folder)
         self.run = work / f"{name}-run"
+        self.steps = Steps()
 
     def measure(self, arguments, rows, lengths):
-        """Steps of one more process."""
-        return train(arguments, self.folder, rows, lengths, self.run)
-
-    def flops(self, lengths):
-        """Of a step, by part."""
-        model, adapter = self.folder / "model.safetensors", self.run / "adapter/adapter_model.safetensors"
-        return flops(self.config, model, adapter, lengths)
+        """One more process."""
+        self.steps.add(train(arguments, self.folder, rows, lengths, self.run))
+        self.flops = flops(self.config, self.folder / "model.safetensors", self.run / "adapter/adapter_model.safetensors", lengths)
 
 
 def compare(name, llama, arguments, work, rows, lengths):
     """One family's row of the table, or None where engraft does not know it."""
-    family = llama if name == llama.name else Contender(name, arguments, work)
-    ours, theirs = [], []
+    llama.steps = Steps()
+    family = Contender(name, arguments, work) if name != llama.name else copy.copy(llama)
+    family.steps = Steps()
     try:
-        for _ in range(arguments.rounds):
-            theirs += llama.measure(arguments, rows, lengths)
-            ours += family.measure(arguments, rows, lengths)
+        for turn in [llama, family, family, llama] * arguments.rounds:
+            turn.measure(arguments, rows, lengths)
     except Unknown as unknown:
         print(f"  --  {name}: {unknown}", flush=True)
         return None
-    parts, of_llama = family.flops(lengths), llama.flops(lengths)
-    rate = sum(parts.values()) / fastest(ours)
-    ratio = rate / (sum(of_llama.values()) / fastest(theirs))
+    finally:
+        if family.folder != llama.folder:
+            shutil.rmtree(family.folder)
+    parts, of_llama = family.flops, sum(llama.flops.values())
+    flop = sum(parts.values())
+    rate = lambda seconds, count: count / fastest(seconds)  # noqa: E731
     row = {
-        "family": name, "gflop": sum(parts.values()) / 1e9, "parts": parts, "milliseconds": 1e3 * fastest(ours),
-        "gflops": rate / 1e9, "ratio": ratio, "llama_milliseconds": 1e3 * fastest(theirs),
+        "family": name, "gflop": flop / 1e9, "parts": parts,
+        "milliseconds": 1e3 * fastest(family.steps.clock), "llama_milliseconds": 1e3 * fastest(llama.steps.clock),
+        "processor_milliseconds": 1e3 * fastest(family.steps.processors),
+        "llama_processor_milliseconds": 1e3 * fastest(llama.steps.processors),
+        "ratio": rate(family.steps.processors, flop) / rate(llama.steps.processors, of_llama),
+        "ratio_by_clock": rate(family.steps.clock, flop) / rate(llama.steps.clock, of_llama),
     }  # fmt: skip
     print(line(row), flush=True)
     return row
@@ -295,8 +354,10 @@ def compare(name, llama, arguments, work, rows, lengths):
 def line(row):
     """A row for a person."""
     return (
-        f"{'ok  ' if row['ratio'] >= BOUND else 'SLOW'}  {row['family']:22} {row['gflop']:7.1f} GFLOP {row['milliseconds']:7.0f} ms"
-        f" {row['gflops']:6.1f} GFLOP/s  {row['ratio']:.2f} of llama's"
+        f"{'ok  ' if row['ratio'] >= BOUND else 'SLOW'}  {row['family']:22} {row['gflop']:7.1f} GFLOP"
+        f" {row['processor_milliseconds']:7.0f} ms of processors, {row['milliseconds']:6.0f} by the clock,"
+        f" beside {row['llama_processor_milliseconds']:.0f} and {row['llama_milliseconds']:.0f}:"
+        f" {row['ratio']:.2f} of llama's speed per FLOP, {row['ratio_by_clock']:.2f} by the clock"
     )
 
 
@@ -311,12 +372,12 @@ def main():
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"], help="of base and activations")
     parser.add_argument("--warmup", type=int, default=3, help="steps before the clock starts")
     parser.add_argument("--steps", type=int, default=8, help="timed steps in each process")
-    parser.add_argument("--rounds", type=int, default=2, help="processes of each family")
+    parser.add_argument("--rounds", type=int, default=1, help="of four processes each: llama, the family twice, llama")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=pathlib.Path, help="a JSON file for the results")
     arguments = parser.parse_args()
     asked = set(arguments.family.split(","))
-    chosen = [n for n, v in families.VARIANTS.items() if asked & {"all", n, v.model_type}]
+    chosen = [n for n, v in families.VARIANTS.items() if asked & {"all", n, v.model_type} and not v.parts]
     if unknown := {a for a in asked if a != "all" and not any(a in (n, v.model_type) for n, v in families.VARIANTS.items())}:
         parser.error(f"no family {', '.join(sorted(unknown))}; there are {', '.join(families.VARIANTS)}")
     if arguments.hidden % HEAD or arguments.hidden < HEAD:

@@ -180,7 +180,7 @@ impl<'a> Plan<'a> {
             let sites = spec.sites().into_iter().filter(|site| match site.role {
                 Role::Router => false,
                 Role::Head => !spec.head.tied,
-                Role::Linear | Role::Experts { .. } => true,
+                Role::Linear | Role::Blocks | Role::Indexer | Role::Experts { .. } => true,
             });
             sites
                 .filter(|site| !scheme.skips(&site.name))

@@ -44,9 +44,9 @@ pub fn write(folder: &Path, checkpoint: &Checkpoint, scheme: &Scheme, progress: 
         all.find(|name| checkpoint.shape(name).is_some())
     };
     let linears = sites.iter().filter(|site| match site.role {
-        Role::Linear => true,
+        Role::Linear | Role::Indexer => true,
         Role::Head => !spec.head.tied,
-        Role::Router | Role::Experts { .. } => false,
+        Role::Router | Role::Blocks | Role::Experts { .. } => false,
     });
     let chosen: HashMap<String, &str> = linears
         .filter(|site| !scheme.skips(&site.name))
@@ -60,7 +60,8 @@ pub fn write(folder: &Path, checkpoint: &Checkpoint, scheme: &Scheme, progress: 
             let own = layout(scheme, name, &shape);
             parts.extend(own.into_iter().map(|(spec, part)| (spec, Source { tensor: name, part: Some(part) })));
         } else {
-            let spec = TensorSpec { name: name.to_string(), kind: scheme.kind, shape };
+            let kind = checkpoint.whole_kind(name).unwrap_or(scheme.kind);
+            let spec = TensorSpec { name: name.to_string(), kind, shape };
             parts.push((spec, Source { tensor: name, part: None }));
         }
     }
@@ -76,7 +77,7 @@ pub fn write(folder: &Path, checkpoint: &Checkpoint, scheme: &Scheme, progress: 
         if let Some(tensor) = waiting.remove(&own.name) {
             return Ok(tensor);
         }
-        let tensor = checkpoint.tensor(source.tensor, scheme.kind, Device::Cpu)?;
+        let tensor = checkpoint.tensor(source.tensor, source.part.map_or(own.kind, |_| scheme.kind), Device::Cpu)?;
         done += tensor.numel() as u64;
         progress(done, total);
         if source.part.is_none() {
@@ -88,7 +89,8 @@ pub fn write(folder: &Path, checkpoint: &Checkpoint, scheme: &Scheme, progress: 
     for (name, bytes) in checkpoint.sidecars.iter().filter(|(name, _)| *name != "config.json") {
         writer::write_file(&staging.path().join(name), bytes)?;
     }
-    let routers = sites.iter().filter(|site| site.role == Role::Router).map(|site| site.name.clone());
+    let routers =
+        sites.iter().filter(|site| matches!(site.role, Role::Router | Role::Blocks)).map(|site| site.name.clone());
     let skipped: Vec<String> = scheme.skip.iter().cloned().chain(routers).collect();
     let mut config = with_dtype(&checkpoint.config, scheme.kind);
     if let Some(fields) = config.as_object_mut() {

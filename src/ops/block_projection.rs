@@ -10,11 +10,12 @@ use crate::torch_ext::{custom, keep_mask};
 pub fn block_projection(x: &Tensor, groups: i64, operand: Operand<'_>) -> Tensor {
     let Operand { weight, bias, low_rank, dropout_seed } = operand;
     assert!(bias.is_none(), "a block-diagonal linear has no bias");
-    let (rows, input) = weight.size2().expect("(G O, I)");
+    let [rows, input] = weight.size()[..] else { unreachable!("(G O, I): checked at load") };
     let (tokens, output, kind) = (x.size()[0], rows / groups, weight.kind());
     let blocks = move |x: &Tensor, width: i64| x.view([tokens, groups, width]).transpose(0, 1); // (G, T, width)
     let together = move |y: Tensor| y.transpose(0, 1).reshape([tokens, -1]);
-    let weight = weight.view([groups, output, input]);
+    let weight = weight.handle();
+    let whole = move || weight.dense().view([groups, output, input]); // made anew where it is quantised
     let update = low_rank.map(|low_rank| Update {
         a: low_rank.a.detach().to_kind(kind),
         scaled_b: (low_rank.b.detach() * low_rank.scale).to_kind(kind).view([groups, output, -1]),
@@ -22,7 +23,7 @@ pub fn block_projection(x: &Tensor, groups: i64, operand: Operand<'_>) -> Tensor
         dropout: dropout_seed.filter(|_| low_rank.dropout > 0.0).map(|seed| (low_rank.dropout, seed)),
     });
     let (y, u) = tch::no_grad(|| {
-        let y = blocks(x, input).bmm(&weight.transpose(1, 2)); // (G, T, O)
+        let y = blocks(x, input).bmm(&whole().transpose(1, 2)); // (G, T, O)
         match &update {
             None => (together(y), None),
             Some(update) => {
@@ -36,7 +37,7 @@ pub fn block_projection(x: &Tensor, groups: i64, operand: Operand<'_>) -> Tensor
     let x = x.detach();
     custom(c"engraft::block_projection", &inputs, vec![y], move |grads| {
         let dy = blocks(&grads[0].contiguous(), output); // (G, T, O)
-        let dx = dy.bmm(&weight); // (G, T, I)
+        let dx = dy.bmm(&whole()); // (G, T, I)
         let (Some(update), Some(u)) = (update, u) else { return vec![Some(together(dx))] };
         let du = dy.bmm(&update.scaled_b); // (G, T, R)
         let through_a = together(du.matmul(&update.a));
@@ -94,7 +95,7 @@ mod tests {
                         scale: 1.5,
                         dropout,
                     });
-                    let weight = weight(kind);
+                    let weight = weight(kind).into();
                     let low_rank = low_rank.as_ref();
                     let operand = Operand { weight: &weight, bias: None, low_rank, dropout_seed: Some(5) };
                     vec![block_projection(&x[0], groups, operand)]

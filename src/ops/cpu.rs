@@ -33,7 +33,9 @@ macro_rules! by_kind {
 pub(super) use by_kind;
 
 mod activation;
+pub(super) mod gate_up;
 mod loss;
+pub(super) mod rows;
 pub(super) mod streams;
 
 pub(super) use activation::{gated, gated_backward};

@@ -71,15 +71,9 @@ pub fn filled_pair<T: Element, U: Element>(
     second: &[i64],
     fill: impl Fn(Range<usize>, &mut [T], &mut [U]) + Sync,
 ) -> [Tensor; 2] {
-    let (first, second) = (Blank::<T>::new(first), Blank::<U>::new(second));
-    assert!(second.is_empty() || second.rows() == first.rows(), "as many rows in both");
-    let grain = (32_768 / (first.width + second.width).max(1)).max(1);
-    parallel_for(first.rows(), grain, |range| {
-        // SAFETY: `parallel_for` hands out every row once.
-        let (a, b) = unsafe { (first.part(&range), second.part(&range)) };
-        fill(range, a, b);
-    });
-    [first.tensor, second.tensor]
+    let ([first], second) =
+        filled_beside([first], second, |rows, [first]: [&mut [T]; 1], second| fill(rows, first, second));
+    [first, second]
 }
 
 /// N new tensors of one shape at once, as [`filled`].
@@ -87,14 +81,26 @@ pub fn filled_many<T: Element, const N: usize>(
     shape: &[i64],
     fill: impl Fn(Range<usize>, [&mut [T]; N]) + Sync,
 ) -> [Tensor; N] {
-    let blanks = [(); N].map(|()| Blank::<T>::new(shape));
-    let grain = (32_768 / (N * blanks[0].width).max(1)).max(1);
-    parallel_for(blanks[0].rows(), grain, |range| {
+    filled_beside([shape; N], &[0], |rows, parts, _: &mut [f32]| fill(rows, parts)).0
+}
+
+/// N new tensors and one of another type at once, as [`filled`]; they have as many rows as the first, or are empty.
+pub fn filled_beside<T: Element, U: Element, const N: usize>(
+    shapes: [&[i64]; N],
+    other: &[i64],
+    fill: impl Fn(Range<usize>, [&mut [T]; N], &mut [U]) + Sync,
+) -> ([Tensor; N], Tensor) {
+    let (blanks, other) = (shapes.map(Blank::<T>::new), Blank::<U>::new(other));
+    let rows = blanks[0].rows();
+    assert!(blanks.iter().all(|blank| blank.is_empty() || blank.rows() == rows), "as many rows in all");
+    assert!(other.is_empty() || other.rows() == rows, "as many rows in all");
+    let width = blanks.iter().map(|blank| blank.width).sum::<usize>() + other.width;
+    parallel_for(rows, (32_768 / width.max(1)).max(1), |range| {
         // SAFETY: `parallel_for` hands out every row once.
-        let parts = blanks.each_ref().map(|blank| unsafe { blank.part(&range) });
-        fill(range, parts);
+        let (parts, part) = unsafe { (blanks.each_ref().map(|blank| blank.part(&range)), other.part(&range)) };
+        fill(range, parts, part);
     });
-    blanks.map(|blank| blank.tensor)
+    (blanks.map(|blank| blank.tensor), other.tensor)
 }
 
 /// A new contiguous CPU tensor that several threads write, each its own rows.

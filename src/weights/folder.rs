@@ -67,7 +67,8 @@ pub(super) fn open(folder: &Path) -> Result<Parts> {
     if let Some(index) = index {
         check_index(folder, &index, &files, &tensors)?;
     }
-    let tensors = quantised::pair(&config, (&files, &opened), tensors, &mut notices).map_err(|error| located(folder, error))?;
+    let tensors =
+        quantised::pair(&config, (&files, &opened), tensors, &mut notices).map_err(|error| located(folder, error))?;
     Ok(Parts { config, sidecars, files, opened, tensors, notices })
 }
 

@@ -165,7 +165,7 @@ impl Checkpoint {
     pub fn whole_kind(&self, name: &str) -> Option<Kind> {
         match self.find(name)?.form {
             Form::Plain(dtype) => dtype.kind.filter(|kind| storage::whole(*kind)),
-            Form::Blocks(..) | Form::Scaled(..) | Form::Mxfp4(_) => None,
+            Form::Blocks(..) | Form::Scaled(..) | Form::Mxfp4(_) | Form::Bitsandbytes(..) => None,
         }
     }
 

@@ -8,18 +8,27 @@ use super::{Stored, exp, multiply_add, sigmoid};
 use crate::ops::gated::Activation;
 use crate::torch_ext::{elements, filled, filled_many};
 
+/// Calls a generic kernel for an activation and the number type of a tensor that the kernels serve; the curve is its first argument.
+macro_rules! by_curve {
+    ($activation:expr, $kind:expr, $kernel:ident($($argument:expr),*)) => {{
+        use $crate::ops::cpu::activation::{Clamped, Gelu, GeluTanh, Sigmoid, Silu};
+        match $activation {
+            Activation::Silu => by_kind!($kind, $kernel(Silu, $($argument),*)),
+            Activation::Gelu => by_kind!($kind, $kernel(Gelu, $($argument),*)),
+            Activation::GeluTanh => by_kind!($kind, $kernel(GeluTanh, $($argument),*)),
+            Activation::Sigmoid => by_kind!($kind, $kernel(Sigmoid, $($argument),*)),
+            Activation::Clamped { limit, slope, offset } => {
+                let clamped = Clamped { limit: limit as f32, slope: slope as f32, offset: offset as f32 };
+                by_kind!($kind, $kernel(clamped, $($argument),*))
+            }
+        }
+    }};
+}
+pub(super) use by_curve;
+
 /// `act(g) * u`, or `act(g)` without u, all (T, F).
 pub(in crate::ops) fn gated(activation: Activation, gate: &Tensor, up: Option<&Tensor>) -> Tensor {
-    match activation {
-        Activation::Silu => by_kind!(gate.kind(), gated_of(Silu, gate, up)),
-        Activation::Gelu => by_kind!(gate.kind(), gated_of(Gelu, gate, up)),
-        Activation::GeluTanh => by_kind!(gate.kind(), gated_of(GeluTanh, gate, up)),
-        Activation::Sigmoid => by_kind!(gate.kind(), gated_of(Sigmoid, gate, up)),
-        Activation::Clamped { limit, slope, offset } => {
-            let clamped = Clamped { limit: limit as f32, slope: slope as f32, offset: offset as f32 };
-            by_kind!(gate.kind(), gated_of(clamped, gate, up))
-        }
-    }
+    by_curve!(activation, gate.kind(), gated_of(gate, up))
 }
 
 /// dg and du (T, F) of [`gated`] from dy (T, F), and y itself again: one exponential serves all three.
@@ -29,20 +38,11 @@ pub(in crate::ops) fn gated_backward(
     gate: &Tensor,
     up: Option<&Tensor>,
 ) -> (Tensor, Option<Tensor>, Tensor) {
-    match activation {
-        Activation::Silu => by_kind!(gate.kind(), gated_backward_of(Silu, dy, gate, up)),
-        Activation::Gelu => by_kind!(gate.kind(), gated_backward_of(Gelu, dy, gate, up)),
-        Activation::GeluTanh => by_kind!(gate.kind(), gated_backward_of(GeluTanh, dy, gate, up)),
-        Activation::Sigmoid => by_kind!(gate.kind(), gated_backward_of(Sigmoid, dy, gate, up)),
-        Activation::Clamped { limit, slope, offset } => {
-            let clamped = Clamped { limit: limit as f32, slope: slope as f32, offset: offset as f32 };
-            by_kind!(gate.kind(), gated_backward_of(clamped, dy, gate, up))
-        }
-    }
+    by_curve!(activation, gate.kind(), gated_backward_of(dy, gate, up))
 }
 
 /// An activation, compiled into the loops that apply it.
-trait Curve: Copy + Sync {
+pub(super) trait Curve: Copy + Sync {
     /// Its value and its derivative at x.
     fn at(self, x: f32, fused: bool) -> (f32, f32);
 
@@ -54,19 +54,19 @@ trait Curve: Copy + Sync {
 }
 
 #[derive(Clone, Copy)]
-struct Silu;
+pub(super) struct Silu;
 #[derive(Clone, Copy)]
-struct Gelu;
+pub(super) struct Gelu;
 #[derive(Clone, Copy)]
-struct GeluTanh;
+pub(super) struct GeluTanh;
 #[derive(Clone, Copy)]
-struct Sigmoid;
+pub(super) struct Sigmoid;
 /// The fields of [`Activation::Clamped`].
 #[derive(Clone, Copy)]
-struct Clamped {
-    limit: f32,
-    slope: f32,
-    offset: f32,
+pub(super) struct Clamped {
+    pub(super) limit: f32,
+    pub(super) slope: f32,
+    pub(super) offset: f32,
 }
 
 impl Curve for Sigmoid {

@@ -127,7 +127,6 @@ impl Chunks {
         let passing = (&total + sight.passing.unsqueeze(-1)).exp().unsqueeze(-1); // (M, N, 1, 1)
         let entering = (&sums + &sight.entering).exp().unsqueeze(-1); // (M, N, C, 1)
         let leaving = (&total - &sums).g_add_(&sight.leaving).exp().unsqueeze(-1); // (M, N, C, 1)
-        let decay = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).g_add_(&sight.within).exp_(); // (M, N, C, C)
 
         // Products once for all value heads of a key head.
         let by_group = |x: &Tensor| x.view([m, key_heads, group, x.size()[2], -1]); // (M, K, G, C, ...)
@@ -136,9 +135,9 @@ impl Chunks {
             (x.unsqueeze(2) * by_group(factor)).view(size) // (M, N, C, ...)
         };
         let products = |x: &Tensor| batched(x).bmm(&batched(&k).transpose(1, 2)).view([m, key_heads, CHUNK, CHUNK]);
-        let keys = spread(&products(&k), &decay).tril_(-1);
-        let seen = spread(&products(&q), &decay);
-        let solved = kernels::inverse(&(&keys * &beta));
+        let kernels::Seen { decay, keys, queries: seen, system } =
+            kernels::seen(&products(&k), &products(&q), &sums, &sight.within, &beta);
+        let solved = kernels::inverse(&system);
         let removing = spread(&k, &(&beta * &entering).neg());
         let reading = spread(&q, &entering);
         let writing = spread(&k, &leaving);
