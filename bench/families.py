@@ -80,7 +80,7 @@ def realistic(variant, hidden, layers):
     groups = 3 if heads % 3 == 0 else 2 if heads % 2 == 0 else 1
 
     def kv_heads(was, tiny_heads):
-        return was if was == 1 and of.get("multi_query") else heads if was == tiny_heads else heads // groups
+        return was if was == 1 and (of.get("multi_query") or "o_groups" in of) else heads if was == tiny_heads else heads // groups
 
     tiny_heads = options.get("num_attention_heads", 0)
     sizes = {

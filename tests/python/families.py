@@ -1018,6 +1018,12 @@ def configuration(variant, hidden, layers):
         for key, value in options.items():
             if key in PER_LAYER and isinstance(value, list):
                 options[key] = [value[i % was] for i in range(layers)]
+        if options.get("first_k_dense_replace") == was:  # no layer has experts
+            options["first_k_dense_replace"] = layers
+        if shared := options.get("num_kv_shared_layers"):  # with a layer of the same kind among those that share nothing
+            kinds = options["layer_types"]
+            fits = lambda n: set(kinds[layers - n :]) <= set(kinds[: layers - n])
+            options["num_kv_shared_layers"] = next(n for n in range(shared, -1, -1) if fits(n))
         options[count] = layers
     return options
 
