@@ -108,7 +108,7 @@ def realistic(variant, hidden, layers):
             options[key] = sizes[key]
     if "n_group" in options and of["n_group"] > 1:
         options |= {"n_group": 4, "topk_group": 2}
-    if of.get("first_k_dense_replace", 0) >= of["num_hidden_layers"]:
+    if "first_k_dense_replace" in of and of["first_k_dense_replace"] >= of["num_hidden_layers"]:
         options["first_k_dense_replace"] = layers
     for key in ("partial_rotary_factor", "rotary_pct"):
         options |= {key: PART} if options.get(key, 1.0) < 1.0 else {}
