@@ -295,17 +295,20 @@ fn merged_onto_the_quantised_numbers_the_model_answers_as_the_trained_one() {
             .collect();
         assert_eq!(2 * updates.len(), saved.len());
         let place = tempfile::tempdir().unwrap();
-        let logits = |onto: Option<&Scheme>| {
-            let merged = place.path().join(if onto.is_some() { "dequantised" } else { "original" });
+        let logits = |checkpoint: &Checkpoint, onto: Option<&Scheme>| {
+            let merged = place.path().join(format!("{}-{}", onto.is_some(), checkpoint.is_quantised()));
             let config = [("config.json".to_string(), checkpoint.sidecars["config.json"].clone())].into();
-            engraft::export::merged::write(&merged, &checkpoint, &updates, onto, Kind::Float, &config, &|_, _| ())
+            engraft::export::merged::write(&merged, checkpoint, &updates, onto, Kind::Float, &config, &|_, _| ())
                 .unwrap();
             let merged = Checkpoint::open(&BaseSource::Folder(merged)).unwrap();
             let model = Decoder::load(&merged, Kind::Float, Device::Cpu, &|_, _| ()).unwrap();
             model.logits(&model.hidden(&batch.ids, &batch.positions, &batch.documents, Forward::default()))
         };
-        assert_close(name, &logits(scheme(name).as_ref()), &reference["logits"], TOLERANCE);
-        let drift = (logits(None) - &reference["logits"]).abs().max().double_value(&[]);
+        let stored = Checkpoint::open(&BaseSource::Folder(folder(name).join("quantised"))).unwrap();
+        assert_close(name, &logits(&checkpoint, scheme(name).as_ref()), &reference["logits"], TOLERANCE);
+        // Stored quantised, its numbers are not quantised once more.
+        assert_close(name, &logits(&stored, scheme(name).as_ref()), &reference["logits"], TOLERANCE);
+        let drift = (logits(&checkpoint, None) - &reference["logits"]).abs().max().double_value(&[]);
         assert!(drift > 0.1, "{name}: the original's numbers are others, yet merging onto them drifts by {drift}");
     }
 }

@@ -41,7 +41,8 @@ pub fn run(arguments: &Export) -> Result<()> {
     };
     identity.check(&ledger.identity, &states.path(ledger.step))?;
 
-    let mut model = loading::decoder(&checkpoint, plan.kind, Device::Cpu, None, &console)?;
+    let scheme = loading::scheme(&plan, &checkpoint, Device::Cpu, &console)?;
+    let mut model = loading::decoder(&checkpoint, plan.kind, Device::Cpu, scheme.as_ref(), &console)?;
     let adapters = Adapters::attach(&mut model, &plan.adapter, plan.training.seed)?;
     let learner = Supervised { model: &model, noise_alpha: 0.0, recomputed_layers: 0 };
     let taken = ledger.taken(plan.training.load_best_model_at_end);
@@ -51,6 +52,7 @@ pub fn run(arguments: &Export) -> Result<()> {
     let finished = Finished {
         plan: &plan,
         checkpoint: &checkpoint,
+        scheme: scheme.as_ref(),
         base_files,
         adapters: &adapters,
         train: &train,

@@ -112,6 +112,7 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
     let finished = Finished {
         plan: &plan,
         checkpoint: &checkpoint,
+        scheme: scheme.as_ref(),
         base_files,
         adapters: &adapters,
         train: &train,

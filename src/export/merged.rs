@@ -23,11 +23,11 @@ use crate::{Error, Fault, Result};
 
 /// Writes the merged model into `folder`, whole or not at all; an earlier one is replaced.
 ///
-/// Tensors keep the checkpoint's names (those of transformers for a GGUF) and are stored as `kind` (tables of whole numbers as they
-/// are), also where the base is
-/// quantised (its scales and its `quantization_config` are gone then), in shards of 5 GB. A head
+/// Tensors keep the checkpoint's names (those of transformers for a GGUF) and are stored as `kind` (tables of whole numbers as
+/// they are), also where the base is quantised (its scales and its `quantization_config` are gone then), in shards of 5 GB. A head
 /// that shares the embedding's weight is not stored, unless an update targets it: then both are stored and the config says they
-/// are no longer tied. `onto` is how the base was quantised when the adapter was trained: the update is folded into those numbers. `sidecars` come from [`super::sidecars`]; `progress` is called with bytes written so far and in all.
+/// are no longer tied. `onto` is how the base was quantised when the adapter was trained: the update is folded into those numbers.
+/// `sidecars` come from [`super::sidecars`]; `progress` is called with bytes written so far and in all.
 ///
 /// Errors: an update that does not fit the base, a merged value that `kind` cannot hold, what the checkpoint finds damaged;
 /// [`Error::Output`] for a folder that cannot be written or is the base's own.
@@ -41,6 +41,8 @@ pub fn write(
     progress: &dyn Fn(u64, u64),
 ) -> Result<()> {
     refuse_base(folder, checkpoint)?;
+    // A base that is stored quantised already reads as the numbers it was trained on.
+    let onto = onto.filter(|_| !checkpoint.is_quantised());
     let plan = Plan::new(checkpoint, updates, onto)?;
     let spec = |t: &Planned<'_>| {
         let kind = checkpoint.whole_kind(t.from).unwrap_or(kind);

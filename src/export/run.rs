@@ -10,6 +10,7 @@ use super::{merged, peft, sidecars};
 use crate::Result;
 use crate::adapter::Adapters;
 use crate::data::Dataset;
+use crate::quant::Scheme;
 use crate::recipe::{Plan, Save};
 use crate::torch_ext::torch_version;
 use crate::train::Outcome;
@@ -21,6 +22,8 @@ pub struct Finished<'a> {
     pub plan: &'a Plan,
     /// Its base.
     pub checkpoint: &'a Checkpoint,
+    /// How the base was quantised; `None` where it was not.
+    pub scheme: Option<&'a Scheme>,
     /// Digests of the base's weight files.
     pub base_files: Vec<FileDigest>,
     /// What it trained.
@@ -59,13 +62,12 @@ pub fn write(finished: &Finished<'_>, save: &[Save], progress: &dyn Fn(&str, u64
                     Some(name) => (Some(name.clone()), plan.recipe.revision.clone()),
                     None => (Some(plan.recipe.base_model.clone()), finished.checkpoint.commit.clone()),
                 };
-                peft::write(&folder, &config, finished.adapters.updates(), plan.scheme.as_ref(), &sidecars)?;
+                peft::write(&folder, &config, finished.adapters.updates(), finished.scheme, &sidecars)?;
             }
             Save::Merged => {
                 let updates = finished.adapters.updates();
                 let at = |done, total| progress(name, done, total);
-                let onto = plan.scheme.as_ref();
-                merged::write(&folder, finished.checkpoint, updates, onto, plan.kind, &sidecars, &at)?;
+                merged::write(&folder, finished.checkpoint, updates, finished.scheme, plan.kind, &sidecars, &at)?;
             }
         }
         written.push(folder);

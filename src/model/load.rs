@@ -85,11 +85,12 @@ impl Reader<'_> {
             return Ok(scheme.store(stored));
         }
         let tensor = self.tensor(name)?;
-        Ok(if self.checkpoint.is_quantised() { Weight::Dense(tensor) } else { self.kept(module, tensor) })
+        Ok(self.kept(module, tensor))
     }
 
     pub(super) fn kept(&self, module: &str, tensor: Tensor) -> Weight {
-        match self.scheme.filter(|scheme| !scheme.skips(module)) {
+        // What a base that is stored quantised has left as it was stays so.
+        match self.scheme.filter(|scheme| !self.checkpoint.is_quantised() && !scheme.skips(module)) {
             Some(scheme) => scheme.keep(&tensor),
             None => Weight::Dense(tensor),
         }

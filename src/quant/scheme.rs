@@ -1,5 +1,7 @@
 //! How a base is quantised while it is loaded.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -32,6 +34,18 @@ pub enum Form {
     },
     /// [`Int8`].
     Int8,
+}
+
+impl fmt::Display for Form {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::FourBit { code, block, double_quant } => {
+                let scales = if *double_quant { "with quantised scales" } else { "with scales in fp32" };
+                write!(f, "{code} in blocks of {block} {scales}")
+            }
+            Self::Int8 => f.write_str("int8"),
+        }
+    }
 }
 
 impl Scheme {

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
 
-use crate::quant::Quantised;
+use crate::quant::{self, Quantised};
 use crate::recipe::BaseSource;
 use crate::{Error, Fault, Result};
 
@@ -235,7 +235,15 @@ impl Checkpoint {
 
     /// Whether weights are stored in a form that [`Checkpoint::quantised`] keeps.
     pub fn is_quantised(&self) -> bool {
-        self.tensors.iter().any(|tensor| matches!(tensor.form, Form::Bitsandbytes(..)))
+        self.quantised_form().is_some()
+    }
+
+    /// The form of the first weight that [`Checkpoint::quantised`] keeps.
+    pub fn quantised_form(&self) -> Option<quant::Form> {
+        self.tensors.iter().find_map(|tensor| match &tensor.form {
+            Form::Bitsandbytes(_, _, parts) => Some(parts.form()),
+            Form::Plain(_) | Form::Blocks(..) | Form::Scaled(..) | Form::Mxfp4(_) => None,
+        })
     }
 
     fn source_of<'a>(&'a self, file: usize, name: &'a str, offset: u64) -> storage::Source<'a> {

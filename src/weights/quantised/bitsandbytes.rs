@@ -15,7 +15,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{method, quantisation};
 use crate::quant::four_bit::{Absmax, BLOCKS, NESTED_BLOCK};
-use crate::quant::{FourBit, FourBitType, Int8, Quantised};
+use crate::quant::{self, FourBit, FourBitType, Int8, Quantised};
 use crate::weights::storage::{self, Dtype, Source};
 use crate::weights::{Form, Stored};
 use crate::{Error, Fault, Result};
@@ -278,6 +278,16 @@ impl Part {
 }
 
 impl Parts {
+    /// The form it was quantised to.
+    pub(in crate::weights) fn form(&self) -> quant::Form {
+        match self {
+            Self::FourBit { code, block, nested, .. } => {
+                quant::Form::FourBit { code: *code, block: *block, double_quant: nested.is_some() }
+            }
+            Self::Int8 { .. } => quant::Form::Int8,
+        }
+    }
+
     /// What the form is called.
     pub(in crate::weights) fn name(&self) -> &'static str {
         match self {
