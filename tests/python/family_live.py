@@ -155,7 +155,7 @@ def checked(name, variant, arguments):
             said = "ok" if good else "FAIL"
         except Exception as error:
             traceback.print_exc()
-            good, said = False, f"FAIL: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            good, said = False, f"FAIL: {str(error).splitlines()[0][:100] if str(error) else type(error).__name__}"
     figures = [*worst.values(), *[None] * (5 - len(worst))]
     cells = "".join("        -" if figure is None else f" {figure:8.1e}" for figure in figures)
     return f"{name:22}{cells} {time.monotonic() - begin:6.0f}  {said}", good
