@@ -69,7 +69,6 @@ impl Reader<'_> {
     }
 
     /// A linear whose weight is never quantised.
-
     pub(super) fn linear_as(&self, spec: &LinearSpec, kind: Kind) -> Result<Linear> {
         let weight = Weight::Dense(self.tensor_as(&format!("{}.weight", spec.name), kind)?);
         let bias = if spec.bias { Some(self.tensor_as(&format!("{}.bias", spec.name), kind)?) } else { None };
