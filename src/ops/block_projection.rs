@@ -3,8 +3,9 @@
 
 use tch::{Kind, Tensor};
 
+use super::dropout::dropped;
 use super::projection::Operand;
-use crate::torch_ext::{custom, keep_mask};
+use crate::torch_ext::custom;
 
 /// Projects x (T, G I) by `operand`, whose weight is (G O, I), without a bias: (T, G O).
 pub fn block_projection(x: &Tensor, groups: i64, operand: Operand<'_>) -> Tensor {
@@ -27,7 +28,7 @@ pub fn block_projection(x: &Tensor, groups: i64, operand: Operand<'_>) -> Tensor
         match &update {
             None => (together(y), None),
             Some(update) => {
-                let u = blocks(&update.dropped(x), input).matmul(&update.a.tr()); // (G, T, R)
+                let u = blocks(&dropped(x, update.dropout), input).matmul(&update.a.tr()); // (G, T, R)
                 (together(y.baddbmm(&u, &update.scaled_b.transpose(1, 2), 1.0, 1.0)), Some(u))
             }
         }
@@ -41,10 +42,11 @@ pub fn block_projection(x: &Tensor, groups: i64, operand: Operand<'_>) -> Tensor
         let (Some(update), Some(u)) = (update, u) else { return vec![Some(together(dx))] };
         let du = dy.bmm(&update.scaled_b); // (G, T, R)
         let through_a = together(du.matmul(&update.a));
-        let dx = together(dx) + update.dropped(&through_a);
+        let dx = together(dx) + dropped(&through_a, update.dropout);
         let rank = du.size()[2];
         let rows = |t: &Tensor, width: i64| t.reshape([groups * tokens, width]);
-        let da = rows(&du, rank).tr().mm(&rows(&blocks(&update.dropped(&x), input), input)).to_kind(Kind::Float);
+        let da =
+            rows(&du, rank).tr().mm(&rows(&blocks(&dropped(&x, update.dropout), input), input)).to_kind(Kind::Float);
         let db = dy.transpose(1, 2).bmm(&u).to_kind(Kind::Float) * update.scale; // (G, O, R)
         vec![Some(dx), Some(da), Some(db.view([groups * output, rank]))]
     })
@@ -61,21 +63,12 @@ struct Update {
     dropout: Option<(f64, u64)>,
 }
 
-impl Update {
-    /// X with elements dropped and the rest scaled up; the same mask for the same seed, so it is never kept.
-    fn dropped(&self, x: &Tensor) -> Tensor {
-        match self.dropout {
-            Some((probability, seed)) => x * keep_mask(x, 1.0 - probability, seed) * (1.0 / (1.0 - probability)),
-            None => x.shallow_clone(),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::ops::LowRank;
     use crate::ops::testing::{check, randn};
+    use crate::torch_ext::keep_mask;
 
     #[test]
     fn equals_the_block_diagonal_matrix_in_plain_autograd() {

@@ -11,6 +11,7 @@ pub mod convolution;
 mod cpu;
 pub mod cross_entropy;
 pub mod delta_net;
+mod dropout;
 pub mod experts;
 pub mod gated;
 pub mod latent;

@@ -8,8 +8,9 @@
 use tch::{Kind, Tensor};
 
 use super::Norm;
+use super::dropout::dropped;
 use crate::quant::Weight;
-use crate::torch_ext::{custom, keep_mask};
+use crate::torch_ext::custom;
 
 /// A low-rank update, trained in fp32.
 #[derive(Debug)]
@@ -195,11 +196,11 @@ impl Group {
         let du: Vec<Tensor> = updates.iter().map(|(update, dy)| dy.mm(&update.scaled_b)).collect(); // (T, R) each
         let da: Vec<Tensor> = if updates.iter().any(|(update, _)| update.dropout.is_some()) {
             for ((update, _), du) in updates.iter().zip(&du).filter(|_| wants_dx) {
-                let through_a = update.dropped(&du.mm(&update.rows_of(a)));
+                let through_a = dropped(&du.mm(&update.rows_of(a)), update.dropout);
                 dx = Some(dx.expect("wanted, so made above") + through_a);
             }
             let x = x(dx.as_ref());
-            updates.iter().zip(&du).map(|((update, _), du)| du.tr().mm(&update.dropped(&x))).collect()
+            updates.iter().zip(&du).map(|((update, _), du)| du.tr().mm(&dropped(&x, update.dropout))).collect()
         } else {
             let du = if du.len() == 1 { du[0].shallow_clone() } else { Tensor::cat(&du, 1) }; // (T, sum of R)
             if wants_dx {
@@ -224,7 +225,7 @@ impl Group {
         if updates.iter().all(|update| update.dropout.is_none()) {
             return x.mm(&a.tr());
         }
-        let parts: Vec<Tensor> = updates.iter().map(|u| u.dropped(x).mm(&u.rows_of(a).tr())).collect();
+        let parts: Vec<Tensor> = updates.iter().map(|u| dropped(x, u.dropout).mm(&u.rows_of(a).tr())).collect();
         Tensor::cat(&parts, 1)
     }
 }
@@ -237,14 +238,6 @@ impl Update {
     fn rows_of(&self, a: &Tensor) -> Tensor {
         a.narrow(0, self.rows.0, self.rows.1)
     }
-
-    /// X with elements dropped and the rest scaled up; the same mask for the same seed, so it is never kept.
-    fn dropped(&self, x: &Tensor) -> Tensor {
-        match self.dropout {
-            Some((probability, seed)) => x * keep_mask(x, 1.0 - probability, seed) * (1.0 / (1.0 - probability)),
-            None => x.shallow_clone(),
-        }
-    }
 }
 
 #[cfg(test)]
@@ -252,6 +245,7 @@ mod tests {
     use super::*;
     use crate::ops::norm::tests::{rms, twin as norm_twin};
     use crate::ops::testing::{check, randn};
+    use crate::torch_ext::keep_mask;
 
     const T: i64 = 19;
     const D: i64 = 24;

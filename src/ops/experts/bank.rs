@@ -3,9 +3,9 @@
 use tch::{Kind, Tensor};
 
 use super::sorted::Sorted;
+use crate::ops::dropout::dropped;
 use crate::ops::projection::Operand;
 use crate::quant::Weight;
-use crate::torch_ext::keep_mask;
 
 /// Handles to frozen tensors, never copies of them.
 pub(super) struct Bank {
@@ -41,7 +41,7 @@ impl Bank {
         let bias = self.bias.as_ref().map(|bias| sorted.spread(bias)); // (S, out)
         let y = sorted.frozen_products(rows, &self.weight, true, bias);
         let Some(update) = &self.update else { return (y, None) };
-        let u = sorted.products(&update.dropped(rows), &update.a.transpose(1, 2), None); // (S, R)
+        let u = sorted.products(&dropped(rows, update.dropout), &update.a.transpose(1, 2), None); // (S, R)
         (sorted.products(&u, &update.scaled_b.transpose(1, 2), Some(y)), Some(u))
     }
 
@@ -51,7 +51,7 @@ impl Bank {
         let Some(update) = &self.update else { return (dx, None) };
         let du = sorted.products(dy, &update.scaled_b, None); // (S, R)
         let dx = match update.dropout {
-            Some(_) => dx + update.dropped(&sorted.products(&du, &update.a, None)),
+            Some(_) => dx + dropped(&sorted.products(&du, &update.a, None), update.dropout),
             None => sorted.products(&du, &update.a, Some(dx)),
         };
         (dx, Some(du))
@@ -67,18 +67,8 @@ impl Bank {
         sorted: &Sorted,
     ) -> Vec<Tensor> {
         let (Some(update), Some(u), Some(du)) = (&self.update, u, du) else { return Vec::new() };
-        let da = sorted.outer_products(&du, &update.dropped(rows)).to_kind(Kind::Float);
+        let da = sorted.outer_products(&du, &dropped(rows, update.dropout)).to_kind(Kind::Float);
         let db = sorted.outer_products(dy, &u).to_kind(Kind::Float) * update.scale;
         vec![da, db]
-    }
-}
-
-impl Update {
-    /// Rows with elements dropped and the rest scaled up; the same mask for the same seed, so it is never kept.
-    fn dropped(&self, rows: &Tensor) -> Tensor {
-        match self.dropout {
-            Some((probability, seed)) => rows * keep_mask(rows, 1.0 - probability, seed) * (1.0 / (1.0 - probability)),
-            None => rows.shallow_clone(),
-        }
     }
 }
