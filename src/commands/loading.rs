@@ -74,9 +74,9 @@ pub(super) fn scheme(
     let cache = plan.recipe.quantization.as_ref().map(|quantization| quantization.cache_dequantized);
     if cache.unwrap_or_default() == CacheDequantized::Auto {
         scheme.whole = caches_dequantised(&families::spec(checkpoint)?, plan.kind, device);
-    }
-    if scheme.whole {
-        console.say(format_args!("the quantised base is kept made whole, which this machine has the memory for"));
+        if scheme.whole {
+            console.say("the quantised base is kept made whole, which this machine has the memory for");
+        }
     }
     Ok(Some(scheme))
 }
@@ -128,30 +128,29 @@ pub(super) fn chosen(choice: &ModelChoice, console: &Console) -> Result<Loaded> 
     let source = BaseSource::find(&choice.model, choice.revision.as_deref(), Path::new("")).map_err(base)?;
     let device = choice.device.find().map_err(|fault| Error::Device(Fault { place: "--device".into(), ..fault }))?;
     let mut checkpoint = checkpoint(&source, console)?;
-    let scheme = choice.adapter.as_deref().map(trained_on).transpose()?.flatten();
+    let loaded = choice.adapter.as_deref().map(LoadedAdapter::read).transpose()?;
+    // Asked on other numbers than it learned on, it would answer differently.
+    let scheme = loaded.as_ref().map(LoadedAdapter::scheme).transpose()?.flatten();
     let kind = scheme.as_ref().map_or(choice.dtype.kind(), |scheme| scheme.kind);
     let mut model = decoder(&checkpoint, kind, device, scheme.as_ref(), console)?;
-    if let Some(folder) = &choice.adapter {
-        let loaded = adapter(&mut model, folder, console)?;
+    if let Some(loaded) = &loaded {
+        put_on(&mut model, loaded, console)?;
         // Asked in another form than it learned, and stopped at other tokens, it would answer as if untrained.
         checkpoint.sidecars = sidecars(&checkpoint, loaded.chat_template()?.as_deref());
     }
     Ok(Loaded { model, checkpoint })
 }
 
-/// How the base of an adapter was quantised: asked on other numbers than it learned on, it would answer differently.
-fn trained_on(folder: &Path) -> Result<Option<Scheme>> {
-    LoadedAdapter::read(folder)?.scheme()
+/// Puts the adapter of a folder on the model.
+pub(super) fn adapter(model: &mut Decoder, folder: &Path, console: &Console) -> Result<()> {
+    put_on(model, &LoadedAdapter::read(folder)?, console)
 }
 
-/// Puts the adapter of a folder on the model.
-pub(super) fn adapter(model: &mut Decoder, folder: &Path, console: &Console) -> Result<LoadedAdapter> {
-    let loaded = LoadedAdapter::read(folder)?;
+fn put_on(model: &mut Decoder, loaded: &LoadedAdapter, console: &Console) -> Result<()> {
     for notice in &loaded.notices {
         console.say(format_args!("note: {notice}"));
     }
-    Adapters::attach_loaded(model, &loaded, 0.0)?;
-    Ok(loaded)
+    Adapters::attach_loaded(model, loaded, 0.0).map(drop)
 }
 
 /// As many CPU threads as asked for, else as many as this process may use (its cgroup's share, too), and memory kept for reuse.

@@ -58,11 +58,11 @@ pub fn write(folder: &Path, checkpoint: &Checkpoint, scheme: &Scheme, progress: 
         let shape = checkpoint.shape(name).unwrap_or_default();
         if chosen.contains_key(name) {
             let own = layout(scheme, name, &shape);
-            parts.extend(own.into_iter().map(|(spec, part)| (spec, Source { tensor: name, part: Some(part) })));
+            parts.extend(own.into_iter().map(|spec| (spec, Source { tensor: name, quantised: true })));
         } else {
             let kind = checkpoint.whole_kind(name).unwrap_or(scheme.kind);
             let spec = TensorSpec { name: name.to_string(), kind, shape };
-            parts.push((spec, Source { tensor: name, part: None }));
+            parts.push((spec, Source { tensor: name, quantised: false }));
         }
     }
     let specs: Vec<TensorSpec> = parts.iter().map(|(spec, _)| spec.clone()).collect();
@@ -77,10 +77,11 @@ pub fn write(folder: &Path, checkpoint: &Checkpoint, scheme: &Scheme, progress: 
         if let Some(tensor) = waiting.remove(&own.name) {
             return Ok(tensor);
         }
-        let tensor = checkpoint.tensor(source.tensor, source.part.map_or(own.kind, |_| scheme.kind), Device::Cpu)?;
+        let tensor =
+            checkpoint.tensor(source.tensor, if source.quantised { scheme.kind } else { own.kind }, Device::Cpu)?;
         done += tensor.numel() as u64;
         progress(done, total);
-        if source.part.is_none() {
+        if !source.quantised {
             return Ok(tensor);
         }
         waiting.extend(made(scheme, source.tensor, &tensor));
@@ -105,46 +106,42 @@ pub fn write(folder: &Path, checkpoint: &Checkpoint, scheme: &Scheme, progress: 
 /// Where a written tensor comes from.
 struct Source<'a> {
     tensor: &'a str,
-    /// Which part of it; `None` where it is written as it is.
-    part: Option<Part>,
+    /// Whether it is one of those that stand for the tensor; otherwise it is the tensor.
+    quantised: bool,
 }
-
-/// A tensor that stands beside others for one weight.
-#[derive(Clone, Copy, PartialEq)]
-struct Part(&'static str);
 
 fn numbers(shape: &[i64]) -> u64 {
     shape.iter().product::<i64>() as u64
 }
 
 /// The tensors that stand for a weight, before their numbers are known.
-fn layout(scheme: &Scheme, name: &str, shape: &[i64]) -> Vec<(TensorSpec, Part)> {
+fn layout(scheme: &Scheme, name: &str, shape: &[i64]) -> Vec<TensorSpec> {
     let n = numbers(shape) as i64;
-    let of = |name: String, part, kind, shape: &[i64]| (TensorSpec { name, kind, shape: shape.to_vec() }, Part(part));
+    let of = |name: String, kind, shape: &[i64]| TensorSpec { name, kind, shape: shape.to_vec() };
     match scheme.form {
         Form::FourBit { code, block, double_quant } => {
             let blocks = (n + block - 1) / block;
             let end = |end: &str| format!("{name}.{end}");
             let absmax = if double_quant { Kind::Uint8 } else { Kind::Float };
             let mut all = vec![
-                of(name.to_string(), "codes", Kind::Uint8, &[(n + 1) / 2, 1]),
-                of(end("absmax"), "absmax", absmax, &[blocks]),
-                of(end("quant_map"), "map", Kind::Float, &[16]),
-                of(end(&format!("quant_state.bitsandbytes__{code}")), "state", Kind::Uint8, &[STATE_BYTES as i64]),
+                of(name.to_string(), Kind::Uint8, &[(n + 1) / 2, 1]),
+                of(end("absmax"), absmax, &[blocks]),
+                of(end("quant_map"), Kind::Float, &[16]),
+                of(end(&format!("quant_state.bitsandbytes__{code}")), Kind::Uint8, &[STATE_BYTES as i64]),
             ];
             if double_quant {
                 let nested = (blocks + NESTED_BLOCK - 1) / NESTED_BLOCK;
-                all.push(of(end("nested_absmax"), "nested absmax", Kind::Float, &[nested]));
-                all.push(of(end("nested_quant_map"), "nested map", Kind::Float, &[256]));
+                all.push(of(end("nested_absmax"), Kind::Float, &[nested]));
+                all.push(of(end("nested_quant_map"), Kind::Float, &[256]));
             }
             all
         }
         Form::Int8 => {
             let module = name.strip_suffix(".weight").unwrap_or(name);
             vec![
-                of(name.to_string(), "codes", Kind::Int8, shape),
-                of(format!("{module}.SCB"), "rows", Kind::Float, &shape[..1]),
-                of(format!("{module}.weight_format"), "format", Kind::Uint8, &[]),
+                of(name.to_string(), Kind::Int8, shape),
+                of(format!("{module}.SCB"), Kind::Float, &shape[..1]),
+                of(format!("{module}.weight_format"), Kind::Uint8, &[]),
             ]
         }
     }

@@ -75,14 +75,6 @@ impl Weight {
             },
         }
     }
-
-    /// Bytes it occupies.
-    pub fn bytes(&self) -> u64 {
-        match self {
-            Self::Dense(weight) => bytes(weight),
-            Self::Quantised(weight) => weight.bytes(),
-        }
-    }
 }
 
 impl From<Tensor> for Weight {
@@ -150,17 +142,4 @@ impl Quantised {
             Self::Experts(experts) => experts.first().map_or(Device::Cpu, Self::device),
         }
     }
-
-    fn bytes(&self) -> u64 {
-        match self {
-            Self::FourBit(weight) => weight.bytes(),
-            Self::Int8(weight) => bytes(&weight.codes) + bytes(&weight.absmax),
-            Self::Experts(experts) => experts.iter().map(Self::bytes).sum(),
-        }
-    }
-}
-
-/// Bytes of a tensor's elements.
-pub(super) fn bytes(tensor: &Tensor) -> u64 {
-    tensor.numel() as u64 * tensor.kind().elt_size_in_bytes() as u64
 }

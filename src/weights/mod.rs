@@ -1,6 +1,6 @@
 //! A base model's files: safetensors shards, GGUF, hub download. Bytes are validated before use; tensors stream.
 //!
-//! [`Checkpoint::open`] reads headers only. [`Checkpoint::tensor`] reads one tensor straight into its own memory, so loading a
+//! [`Checkpoint::open`] reads headers only (and what bitsandbytes keeps of each weight's shape beside it). [`Checkpoint::tensor`] reads one tensor straight into its own memory, so loading a
 //! model peaks at the model plus one tensor. A `Checkpoint` is `Send + Sync`: several threads may read tensors from it.
 
 mod file;

@@ -12,8 +12,7 @@ mod tests;
 
 use tch::{Kind, Tensor};
 
-pub use super::codebook::FourBitType;
-use super::weight::bytes;
+use super::FourBitType;
 use crate::torch_ext::elements;
 
 /// Blocks of this many magnitudes share a scale where magnitudes are quantised themselves.
@@ -115,16 +114,6 @@ impl FourBit {
         let values = values.index_select(0, &halves.view([-1]).narrow(0, 0, n).to_kind(Kind::Int));
         let scales = self.absmax.plain().repeat_interleave_self_int(self.block, 0, None).narrow(0, 0, n);
         (values * scales).to_kind(self.stored).to_kind(self.kind).view(&self.shape[..])
-    }
-
-    /// Bytes of codes and magnitudes.
-    pub fn bytes(&self) -> u64 {
-        bytes(&self.codes)
-            + match &self.absmax {
-                Absmax::Plain(absmax) => bytes(absmax),
-                // The map is one and the same for all weights.
-                Absmax::Nested { codes, absmax, .. } => bytes(codes) + bytes(absmax),
-            }
     }
 }
 
