@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test build lint fmt parity bench datasets fixtures env clean
+.PHONY: help demo test build lint fmt parity bench device-check datasets fixtures env clean
 
 ENGRAFT := target/release/engraft
 # Where cargo is told to build elsewhere, the binary is there.
@@ -32,6 +32,7 @@ help: ## What there is to make
 	echo "                 FAMILY=qwen3 or qwen3,phi or all [SEED=1 HIDDEN=48 LAYERS=6 LENGTHS=230,7,90]: families on random models of that size"
 	echo "make bench       speed and memory beside PEFT and transformers; results go to bench/results"
 	echo "                 FAMILY=qwen3 or all [HIDDEN=576 LAYERS=6 TOKENS=1024]: speed per FLOP of a family beside Llama's"
+	echo "make device-check  on a machine with a GPU: CUDA kernels beside their twins, and their GB/s beside a copy"
 	echo "make datasets    write datasets/ anew from the committed programs, byte for byte"
 	echo "make fixtures    write tests/fixtures anew with transformers, PEFT and gguf"
 	echo "make env         print LIBTORCH for your shell: eval \"\$$(make -s env)\" && cargo build --release"
@@ -94,6 +95,16 @@ bench: ## Speed and memory beside PEFT and transformers; speed per FLOP of the f
 	fi
 	demo_model
 	"$$PYTHON" -B bench/run.py --engraft "$(ENGRAFT)" --model "$$(cache_folder)/models/$$MODEL" $(BENCH)
+
+device-check: ## CUDA kernels beside their twins, and their speed, on a real GPU
+	@source .ci/setup
+	toolchain; libtorch
+	command -v nvidia-smi >/dev/null || die "nvidia-smi is not here, so there is no NVIDIA driver" "run it on a machine with a GPU; make test checks what can be checked without"
+	nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+	cargo build --release --locked
+	$(ENGRAFT) doctor
+	cargo test --release --locked --lib -- ops:: quant:: --nocapture
+	cargo test --release --locked --lib -- ops::cuda::tests::speed_beside_a_copy --ignored --exact --nocapture
 
 datasets: ## The datasets, from their programs
 	@source .ci/setup

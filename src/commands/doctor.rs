@@ -7,6 +7,7 @@ use serde::Serialize;
 use tch::{Cuda, utils};
 
 use crate::cli::Doctor;
+use crate::ops::cuda as kernels;
 use crate::recipe::cache_dir;
 use crate::torch_ext;
 use crate::train::device_name;
@@ -118,6 +119,17 @@ fn cuda() -> Vec<Finding> {
         };
         all.push(finding("cuda", found, ""));
     }
+    let (found, help) = match kernels::prepare(tch::Device::Cuda(0), &cache_dir()) {
+        Ok(()) => ("compiled for the first GPU".into(), String::new()),
+        Err(error) => {
+            let fault = error.faults()[0].clone();
+            (
+                format!("none, libtorch's operations serve: {}", Fault { hint: String::new(), ..fault.clone() }),
+                fault.hint,
+            )
+        }
+    };
+    all.push(finding("cuda kernels", found, &help));
     let cudnn = if Cuda::cudnn_is_available() { utils::version_cudnn().to_string() } else { "none".into() };
     all.push(finding("cudnn", cudnn, ""));
     all
@@ -125,9 +137,7 @@ fn cuda() -> Vec<Finding> {
 
 /// Where the libtorch lies that this program runs with.
 fn libtorch_folder() -> String {
-    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
-    let library = maps.split_whitespace().find(|word| word.ends_with("/libtorch_cpu.so")).map(Path::new);
-    library.and_then(Path::parent).map_or_else(|| "somewhere".into(), |folder| folder.display().to_string())
+    torch_ext::libtorch_folder().map_or_else(|| "somewhere".into(), |folder| folder.display().to_string())
 }
 
 fn libtorch_cuda_is_loaded() -> bool {

@@ -11,6 +11,7 @@ use crate::cli::ModelChoice;
 use crate::data::{Dataset, Encoder, Tokenizer};
 use crate::export::sidecars;
 use crate::model::{Decoder, families};
+use crate::ops::cuda;
 use crate::quant::Scheme;
 use crate::recipe::{BaseSource, CacheDequantized, DataSource, DatasetRecipe, Plan, cache_dir};
 use crate::torch_ext::{catching, keep_freed_memory};
@@ -47,6 +48,9 @@ pub(super) fn decoder(
     scheme: Option<&Scheme>,
     console: &Console,
 ) -> Result<Decoder> {
+    if let Err(error) = cuda::prepare(device, &cache_dir()) {
+        console.say(format_args!("note: without engraft's CUDA kernels, libtorch's operations serve: {error}"));
+    }
     let stage = console.stage("loading the base", Unit::Bytes);
     let progress = |done, total| stage.at(done, total);
     catching("loading the base", || Decoder::load_kept(checkpoint, kind, device, scheme, &progress))

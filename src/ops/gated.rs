@@ -5,8 +5,8 @@
 
 use tch::Tensor;
 
-use super::cpu;
 use super::projection::{Group, Operand, factors};
+use super::{cpu, cuda};
 use crate::torch_ext::custom;
 
 /// What the gate goes through.
@@ -35,6 +35,9 @@ pub enum Activation {
 impl Activation {
     /// `act(gate) * up` (T, F), or `act(gate)` without `up`. No graph.
     pub(super) fn gated(self, gate: &Tensor, up: Option<&Tensor>) -> Tensor {
+        if cuda::serves(&[gate, up.unwrap_or(gate)]) {
+            return cuda::gated(self.curve(), gate, up);
+        }
         if cpu::serves(&[gate, up.unwrap_or(gate)]) {
             return cpu::gated(self, gate, up);
         }
@@ -49,6 +52,9 @@ impl Activation {
         gate: &Tensor,
         up: Option<&Tensor>,
     ) -> (Tensor, Option<Tensor>, Tensor) {
+        if cuda::serves(&[gate, up.unwrap_or(gate), grad]) {
+            return cuda::gated_backward(self.curve(), grad, gate, up);
+        }
         if cpu::serves(&[gate, up.unwrap_or(gate), grad]) {
             return cpu::gated_backward(self, grad, gate, up);
         }
@@ -56,6 +62,17 @@ impl Activation {
         let activated = self.forward(gate);
         let shown = self.up(up);
         (self.backward(&(grad * &shown), gate), Some(self.up_backward(grad * &activated, up)), activated * shown)
+    }
+
+    /// As the CUDA kernels know it.
+    pub(super) fn curve(self) -> cuda::Curve {
+        match self {
+            Self::Silu => cuda::Curve::Silu,
+            Self::Gelu => cuda::Curve::Gelu,
+            Self::GeluTanh => cuda::Curve::GeluTanh,
+            Self::Sigmoid => cuda::Curve::Sigmoid,
+            Self::Clamped { limit, slope, offset } => cuda::Curve::Clamped(limit as f32, slope as f32, offset as f32),
+        }
     }
 
     fn forward(self, x: &Tensor) -> Tensor {

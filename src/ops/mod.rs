@@ -10,6 +10,7 @@ pub mod compress;
 pub mod convolution;
 mod cpu;
 pub mod cross_entropy;
+pub mod cuda;
 pub mod delta_net;
 mod dropout;
 pub mod experts;

@@ -3,7 +3,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::cpu;
+use super::{cpu, cuda};
 use crate::torch_ext::custom;
 
 /// A frozen norm.
@@ -34,6 +34,9 @@ impl Clone for Norm {
 impl Norm {
     /// y (T, D) in x's number type, and of each row its mean (0 for RMSNorm) and 1/deviation: (T, 2) in fp32. No graph.
     pub(crate) fn forward(&self, x: &Tensor) -> (Tensor, Tensor) {
+        if self.runs_on_cuda(&[x]) {
+            return cuda::norm(x, &self.weight, self.bias.as_ref(), self.eps, self.centred);
+        }
         if cpu::serves(&[x]) {
             return cpu::norm(x, &self.weight, self.bias.as_ref(), self.eps, self.centred);
         }
@@ -49,6 +52,9 @@ impl Norm {
 
     /// y again, from x and the kept statistics: cheaper than keeping y.
     pub(crate) fn again(&self, x: &Tensor, stats: &Tensor) -> Tensor {
+        if self.runs_on_cuda(&[x]) {
+            return cuda::norm_again(x, &self.weight, self.bias.as_ref(), stats);
+        }
         if cpu::serves(&[x]) {
             return cpu::norm_again(x, &self.weight, self.bias.as_ref(), stats);
         }
@@ -60,6 +66,9 @@ impl Norm {
     ///
     /// With g = dy * w and n the normed x: `dx = (g - n * mean(g * n)) / deviation`, and for LayerNorm less the mean of g.
     pub(crate) fn backward(&self, dy: &Tensor, x: &Tensor, stats: &Tensor) -> Tensor {
+        if self.runs_on_cuda(&[x, dy]) {
+            return cuda::norm_backward(dy, x, &self.weight, stats, self.centred);
+        }
         if cpu::serves(&[dy, x]) {
             return cpu::norm_backward(dy, x, &self.weight, stats, self.centred);
         }
@@ -86,6 +95,12 @@ impl Norm {
         let size = x.size();
         let width = size[size.len() - 1];
         self.apply(&x.reshape([-1, width])).view(size.as_slice())
+    }
+
+    /// Whether there are CUDA kernels for x (and dy) with this norm.
+    fn runs_on_cuda(&self, x: &[&Tensor]) -> bool {
+        let all: Vec<&Tensor> = [x[0], &self.weight].into_iter().chain(&self.bias).collect();
+        cuda::serves(x) && cuda::holds(&all)
     }
 
     /// w of every row of x: (1, D), or (T, D) where the weights take turns.

@@ -3,7 +3,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::cpu;
+use super::{cpu, cuda};
 use crate::torch_ext::custom;
 
 /// Which elements of the rotated part of a head turn together.
@@ -47,15 +47,25 @@ pub fn rope_last<const X: usize>(x: [&Tensor; X], rotation: &Rotation) -> [Tenso
 /// Rotates from the element on that `first` gives for a head's size.
 fn rotate_from<const X: usize>(x: [&Tensor; X], rotation: &Rotation, first: impl Fn(i64) -> i64) -> [Tensor; X] {
     let first = x.map(|x| first(x.size()[2]));
-    let outputs = tch::no_grad(|| x.iter().zip(first).map(|(x, first)| rotate(x, rotation, first, 1.0)).collect());
+    let outputs = tch::no_grad(|| rotate_all(&x, rotation, &first, 1.0));
     let rotation = rotation.shallow_clone();
     let outputs = custom(c"engraft::rope", &x, outputs, move |grads| {
-        grads.iter().zip(first).map(|(grad, first)| Some(rotate(grad, &rotation, first, -1.0))).collect()
+        let grads: Vec<&Tensor> = grads.iter().collect();
+        rotate_all(&grads, &rotation, &first, -1.0).into_iter().map(Some).collect()
     });
     outputs.try_into().expect("an output for every x")
 }
 
-fn rotate(x: &Tensor, rotation: &Rotation, first: i64, direction: f64) -> Tensor {
+fn rotate_all(x: &[&Tensor], rotation: &Rotation, first: &[i64], direction: f64) -> Vec<Tensor> {
+    let Rotation { layout, cos, sin } = rotation;
+    let angles = cuda::Angles { pairs: *layout == RopeLayout::Pairs, cos, sin };
+    if cuda::rotates(x, angles) {
+        return cuda::rotate(x, angles, first, direction as f32);
+    }
+    x.iter().zip(first).map(|(x, first)| rotate(x, rotation, *first, direction)).collect()
+}
+
+pub(super) fn rotate(x: &Tensor, rotation: &Rotation, first: i64, direction: f64) -> Tensor {
     if cpu::serves(&[x]) {
         return cpu::rotate(x, rotation, first, direction as f32);
     }

@@ -3,6 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::cpu::tests::without_kernels;
+use super::cuda::emulator::emulated;
 use crate::torch_ext::uniform;
 
 /// Roughly normal fp32 values from a seed.
@@ -34,7 +35,7 @@ fn differences(found: &Tensor, expected: &Tensor) -> (f64, f64) {
 }
 
 /// Checks `op` against `twin` in fp32 (1e-5) and in bf16 (against the twin in fp32: 3e-2, and 8e-2 of a row's own size), outputs
-/// and input gradients, with the CPU kernels and with the compositions that serve other devices.
+/// and input gradients, with the CPU kernels, with the compositions that serve other devices, and with the CUDA kernels, emulated.
 ///
 /// Both get leaves with gradient in the given number type and return tensors; the loss is a fixed weighting of them.
 pub(crate) fn check(
@@ -55,18 +56,19 @@ pub(crate) fn check(
         (outputs, gradients)
     };
     let expected = run(Kind::Float, &twin);
-    for (kind, tolerance, kernels) in [
-        (Kind::Float, (1e-5, 3e-5), true),
-        (Kind::BFloat16, (3e-2, 8e-2), true),
-        (Kind::Float, (1e-5, 3e-5), false),
-        (Kind::BFloat16, (3e-2, 8e-2), false),
-    ] {
-        let found = if kernels { run(kind, &op) } else { without_kernels(|| run(kind, &op)) };
+    let (exact, rounded) = ((Kind::Float, (1e-5, 3e-5)), (Kind::BFloat16, (3e-2, 8e-2)));
+    let ways = ["CPU kernels", "compositions", "CUDA kernels"];
+    for ((kind, tolerance), way) in ways.into_iter().flat_map(|way| [(exact, way), (rounded, way)]) {
+        let found = match way {
+            "CPU kernels" => run(kind, &op),
+            "compositions" => without_kernels(|| run(kind, &op)),
+            _ => emulated(|| run(kind, &op)),
+        };
         assert_eq!(found.0.len(), expected.0.len());
         let close = |what: &str, i: usize, found: &Tensor, expected: &Tensor| {
             let (all, row) = differences(found, expected);
             let good = all < tolerance.0 && row < tolerance.1;
-            assert!(good, "{what} {i} in {kind:?} (kernels: {kernels}) is off by {all:e}, its worst row by {row:e}");
+            assert!(good, "{what} {i} in {kind:?} ({way}) is off by {all:e}, its worst row by {row:e}");
         };
         for (i, (f, e)) in found.0.iter().zip(&expected.0).enumerate() {
             close("output", i, f, e);

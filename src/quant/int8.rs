@@ -2,6 +2,8 @@
 
 use tch::{Kind, Tensor};
 
+use crate::ops::cuda;
+
 /// A weight of eight-bit integers.
 #[derive(Debug)]
 pub struct Int8 {
@@ -35,7 +37,41 @@ impl Int8 {
 
     /// The numbers it stands for, in its shape and kind: `codes * absmax / 127`.
     pub fn dequantised(&self) -> Tensor {
+        if let Some(whole) = cuda::int8_dequantise(&self.codes, &self.absmax, self.kind) {
+            return whole.view(&self.shape[..]);
+        }
         let wide = self.codes.to_kind(Kind::Float) * self.absmax.unsqueeze(1) * (1.0 / 127.0);
         wide.to_kind(self.kind).view(&self.shape[..])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+    use crate::ops::cuda::emulator::{on_gpus, plainly};
+    use crate::quant::four_bit::tests::assert_same;
+
+    #[test]
+    fn the_cuda_kernel_equals_its_twin_bit_for_bit() {
+        tch::manual_seed(11);
+        for shape in [[3, 64], [5, 1], [7, 13], [257, 40], [2, 5001]] {
+            let scale = (Tensor::randn([shape[0], 1], (Kind::Float, Device::Cpu)) * 4.0).exp();
+            let values = (Tensor::randn(shape, (Kind::Float, Device::Cpu)) * scale).clamp(-6e4, 6e4);
+            let mut weight = Int8::of(&values);
+            for kind in [Kind::Float, Kind::BFloat16, Kind::Half] {
+                weight.kind = kind;
+                let expected = weight.dequantised();
+                on_gpus(|device| {
+                    let (codes, absmax) = (weight.codes.to_device(device), weight.absmax.to_device(device));
+                    let what = format!("{shape:?} {kind:?} on {device:?}");
+                    let found = cuda::int8_dequantise(&codes, &absmax, kind).expect("served");
+                    assert_same(&found, &expected, &what);
+                    let moved = Int8 { codes, absmax, ..weight.handle() };
+                    assert_same(&plainly(|| moved.dequantised()), &expected, &format!("{what}, its twin"));
+                });
+            }
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! What there is: libtorch, processor, devices and their memory.
 
-use std::ffi::{CStr, c_char, c_int};
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::path::{Path, PathBuf};
 
 use tch::Device;
 
@@ -15,6 +16,7 @@ unsafe extern "C" {
         free: *mut i64,
         total: *mut i64,
     ) -> *mut c_char;
+    fn engraft_cuda_stream(index: c_int, stream: *mut *mut c_void) -> *mut c_char;
     fn engraft_cpu_capability() -> *const c_char;
     fn engraft_torch_version() -> *const c_char;
 }
@@ -48,6 +50,15 @@ pub fn cuda_memory(index: usize) -> Result<CudaMemory> {
     Ok(memory)
 }
 
+/// The stream, a `CUstream`, that this thread's libtorch puts its work on; null is the device's default one. An error where libtorch has
+/// no CUDA.
+pub fn cuda_stream(index: usize) -> Result<*mut c_void> {
+    let mut stream = std::ptr::null_mut();
+    // SAFETY: one place to write to.
+    checked(unsafe { engraft_cuda_stream(index as c_int, &mut stream) })?;
+    Ok(stream)
+}
+
 /// Where a device is, as an index libtorch understands.
 pub fn cuda_index(device: Device) -> Option<usize> {
     match device {
@@ -72,6 +83,15 @@ pub fn keep_freed_memory() {
 pub fn cpu_capability() -> &'static str {
     // SAFETY: a NUL-terminated string that lives as long as the program.
     unsafe { CStr::from_ptr(engraft_cpu_capability()) }.to_str().unwrap_or("unknown")
+}
+
+/// The folder of the libtorch that this program runs with, where the system tells it.
+pub fn libtorch_folder() -> Option<PathBuf> {
+    let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
+    let library = maps.lines().find(|line| line.ends_with("/libtorch_cpu.so"))?;
+    // A path begins at the line's only slash-led column and may hold spaces.
+    let path = &library[library.find('/')?..];
+    Path::new(path).parent().map(Path::to_path_buf)
 }
 
 /// libtorch's version, as in `2.11.0`.

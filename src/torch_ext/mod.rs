@@ -18,7 +18,9 @@ use tch::Tensor;
 use torch_sys::C_tensor;
 
 pub use autograd::{custom, gradients, records_graph};
-pub use device::{CudaMemory, cpu_capability, cuda_index, cuda_memory, keep_freed_memory, torch_version};
+pub use device::{
+    CudaMemory, cpu_capability, cuda_index, cuda_memory, cuda_stream, keep_freed_memory, libtorch_folder, torch_version,
+};
 pub use elements::{Element, elements, elements_mut, filled, filled_beside, filled_many, filled_pair};
 pub use failure::catching;
 pub use flash::{FlashVarlen, flash_varlen, flash_varlen_backward};

@@ -3,6 +3,7 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>
+#include <ATen/DeviceAccelerator.h>
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
@@ -190,6 +191,13 @@ char* engraft_cuda_memory(int index, int64_t* allocated, int64_t* peak, int64_t*
     const auto [available, all] = allocator->getMemoryInfo(static_cast<c10::DeviceIndex>(index));
     *free = static_cast<int64_t>(available);
     *total = static_cast<int64_t>(all);
+  });
+}
+
+char* engraft_cuda_stream(int index, void** stream) {
+  return guarded([&] {
+    TORCH_CHECK(at::getAccelerator() == at::kCUDA, "this libtorch has no CUDA, or the machine no GPU");
+    *stream = at::accelerator::getCurrentStream(static_cast<c10::DeviceIndex>(index)).native_handle();
   });
 }
 

@@ -56,6 +56,9 @@ char* engraft_flash_varlen_backward(at::Tensor* grad, at::Tensor* q, at::Tensor*
 // Bytes: currently allocated, peak allocated, free and total on CUDA device `index`.
 char* engraft_cuda_memory(int index, int64_t* allocated, int64_t* peak, int64_t* free, int64_t* total);
 
+// The CUDA stream that this thread puts work of device `index` on; nullptr is the default one.
+char* engraft_cuda_stream(int index, void** stream);
+
 // Runs body(context, begin, end) over 0..n on libtorch's own CPU threads.
 void engraft_parallel_for(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);
 

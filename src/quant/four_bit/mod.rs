@@ -8,11 +8,12 @@
 mod kernels;
 mod scales;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use tch::{Kind, Tensor};
 
 use super::FourBitType;
+use crate::ops::cuda::{self, FourBitScales};
 use crate::torch_ext::elements;
 
 /// Blocks of this many magnitudes share a scale where magnitudes are quantised themselves.
@@ -84,6 +85,9 @@ impl FourBit {
 
     /// The numbers it stands for, in its shape and kind.
     pub fn dequantised(&self) -> Tensor {
+        if let Some(flat) = self.dequantised_on_cuda() {
+            return flat.view(&self.shape[..]).to_kind(self.kind);
+        }
         if !kernels::serves(self.codes.device(), self.stored) {
             return self.dequantised_plainly();
         }
@@ -100,6 +104,18 @@ impl FourBit {
             }
         };
         flat.view(&self.shape[..]).to_kind(self.kind)
+    }
+
+    /// (n) numbers, where there is a CUDA kernel for them.
+    fn dequantised_on_cuda(&self) -> Option<Tensor> {
+        let scales = match &self.absmax {
+            Absmax::Plain(absmax) => FourBitScales::Plain(absmax),
+            Absmax::Nested { codes, absmax, offset, map } => {
+                FourBitScales::Nested { codes, absmax, map, offset: *offset }
+            }
+        };
+        let size = (self.shape.iter().product(), self.block);
+        cuda::four_bit_dequantise(&self.codes, size, self.code.values(), scales, self.stored)
     }
 
     /// [`FourBit::dequantised`] in libtorch's own operations, for every device.
@@ -142,6 +158,11 @@ impl Absmax {
 /// Codes ((n + 1) / 2) and magnitudes (blocks).
 fn quantise(weight: &Tensor, code: FourBitType, block: i64) -> (Tensor, Tensor) {
     let flat = weight.contiguous().view([-1]);
+    let ladder = code.ladder();
+    let ladder = (ladder.first, &ladder.bounds, &ladder.steps);
+    if let Some(made) = cuda::four_bit_quantise(&flat, block, ladder, kernels::SMALLEST) {
+        return made;
+    }
     if kernels::serves(flat.device(), flat.kind()) {
         return kernels::quantise(&flat, block as usize, code);
     }

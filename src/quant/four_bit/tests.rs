@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
 
 use super::*;
+use crate::ops::cuda::emulator::{on_gpus, plainly};
 
 fn golden() -> BTreeMap<String, Tensor> {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/bnb_quants.safetensors");
@@ -15,7 +16,7 @@ fn golden() -> BTreeMap<String, Tensor> {
 pub(in crate::quant) fn assert_same(found: &Tensor, expected: &Tensor, what: &str) {
     assert_eq!((found.kind(), found.numel()), (expected.kind(), expected.numel()), "{what}");
     let bits = |t: &Tensor| {
-        let t = t.contiguous().view([-1]);
+        let t = t.to_device(Device::Cpu).contiguous().view([-1]);
         match t.kind() {
             Kind::Float => t.view_dtype(Kind::Int),
             Kind::Half | Kind::BFloat16 => t.view_dtype(Kind::Int16),
@@ -32,6 +33,27 @@ pub(in crate::quant) fn assert_same(found: &Tensor, expected: &Tensor, what: &st
 
 fn flat(tensor: &Tensor) -> Tensor {
     tensor.contiguous().view([-1])
+}
+
+/// The same weight on another device.
+fn on(weight: &FourBit, device: Device) -> FourBit {
+    let moved = |tensor: &Tensor| tensor.to_device(device);
+    let absmax = match &weight.absmax {
+        Absmax::Plain(absmax) => Absmax::Plain(moved(absmax)),
+        Absmax::Nested { codes, absmax, offset, map } => {
+            Absmax::Nested { codes: moved(codes), absmax: moved(absmax), offset: *offset, map: moved(map) }
+        }
+    };
+    FourBit { codes: moved(&weight.codes), absmax, ..weight.handle() }
+}
+
+/// Numbers of all magnitudes and signs, denormal ones, zeros and blocks of zeros among them; the sum of all is finite.
+fn wide(n: i64, seed: i64) -> Tensor {
+    tch::manual_seed(seed);
+    let exponents = Tensor::rand([n], (Kind::Float, Device::Cpu)) * 290.0 - 150.0;
+    let values = Tensor::randn([n], (Kind::Float, Device::Cpu)) * exponents.exp2();
+    let at = Tensor::arange(n, (Kind::Int64, Device::Cpu));
+    values.masked_fill(&at.bitwise_and(1023).lt(130), 0.0).clamp(-1e36, 1e36)
 }
 
 #[test]
@@ -63,7 +85,19 @@ fn codes_magnitudes_and_numbers_are_those_of_bitsandbytes() {
             (found.stored, found.kind) = (kind, kind);
             assert_same(&found.dequantised(), expected, &format!("{place} as {short}"));
             assert_same(&found.dequantised_plainly(), expected, &format!("{place} as {short}, plainly"));
+            on_gpus(|device| {
+                let what = format!("{place} as {short} on {device:?}");
+                assert_same(&on(&found, device).dequantised_on_cuda().expect("served"), &flat(expected), &what);
+            });
         }
+        on_gpus(|device| {
+            let what = format!("{place} made on {device:?}");
+            let (codes, absmax) = quantise(&tensor.to_device(device), code, block);
+            assert_same(&codes, &flat(packed), &what);
+            if !nested {
+                assert_same(&absmax, &golden[&format!("{place}.absmax")], &what);
+            }
+        });
         compared += 1;
     }
     assert!(compared > 40, "{compared} cases");
@@ -96,4 +130,51 @@ fn kernels_equal_their_twins_at_every_block_size() {
             }
         }
     }
+}
+
+/// Tails, block borders within a warp's tile and beyond it, scales of two levels, on the GPU that tests emulate and on a real one.
+#[test]
+fn cuda_kernels_equal_the_cpu_at_every_block_size() {
+    for kind in [Kind::Float, Kind::BFloat16, Kind::Half] {
+        for block in BLOCKS {
+            for n in [1, 33, block - 1, 2 * block + 1, 9 * 1024 + 3 * 32, 8 * 1024] {
+                let values = [wide(n, 5), Tensor::randn([n], (Kind::Float, Device::Cpu))].map(|t| t.to_kind(kind));
+                // fp16 has no numbers that large.
+                for (values, code) in values.iter().zip([FourBitType::Nf4, FourBitType::Fp4]) {
+                    let values = values.nan_to_num(0.0, 6e4, -6e4);
+                    let what = format!("{code} {kind:?} block {block}, {n} numbers");
+                    let weights = [false, true].map(|nested| FourBit::of(&values, code, block, nested));
+                    let expected: Vec<Tensor> = weights.iter().map(FourBit::dequantised).collect();
+                    on_gpus(|device| {
+                        let (codes, absmax) = quantise(&values.to_device(device), code, block);
+                        let Absmax::Plain(own) = &weights[0].absmax else {
+                            unreachable!("not asked for double quantisation")
+                        };
+                        assert_same(&codes, &weights[0].codes, &what);
+                        assert_same(&absmax, own, &what);
+                        for (weight, expected) in weights.iter().zip(&expected) {
+                            let weight = on(weight, device);
+                            assert_same(&weight.dequantised_on_cuda().expect("served"), &flat(expected), &what);
+                            let plain = plainly(|| weight.dequantised_plainly());
+                            assert_same(&plain, &flat(expected), &format!("{what}, its twin on {device:?}"));
+                        }
+                    });
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_lies_askew_is_left_to_the_twin() {
+    let weight = FourBit::of(&wide(4096, 7), FourBitType::Nf4, 64, false);
+    let askew = Tensor::cat(&[Tensor::zeros([1], (Kind::Uint8, Device::Cpu)), weight.codes.shallow_clone()], 0)
+        .narrow(0, 1, 2048);
+    let expected = weight.dequantised();
+    let weight = FourBit { codes: askew, ..weight };
+    on_gpus(|device| {
+        // On a real GPU the copy lies well again.
+        assert_eq!(on(&weight, device).dequantised_on_cuda().is_none(), device == Device::Cpu);
+        assert_same(&on(&weight, device).dequantised(), &expected, "askew");
+    });
 }

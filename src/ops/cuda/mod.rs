@@ -1,0 +1,123 @@
+//! CUDA kernels of what libtorch would do in many passes over memory, one pass here: compiled by NVRTC for the device at hand when a
+//! run begins ([`prepare`]), kept in a cache on disk, launched on libtorch's current stream. Nothing of CUDA is needed to build.
+//!
+//! This room depends on `torch_ext` alone: `ops` and `quant` ask it ([`serves`], [`holds`]) before they fall back to the
+//! libtorch compositions that are its kernels' twins. Where a device was not prepared, because NVRTC or a driver is missing, say, those
+//! serve.
+//!
+//! Outputs come from libtorch's caching allocator, in the order of the stream: a weight that is made whole for a product and dropped
+//! behind it leaves its memory to the next one without a wait, which is what a scratch buffer of its own would do.
+//!
+//! # What has been verified
+//! Without a GPU: that every kernel compiles for sm_80, sm_90 and sm_120 without spilling registers, and the four-bit and int8 ones
+//! without a fused multiply-add or a flushed denormal; and what the kernels compute, by their own source on an emulated GPU
+//! (`emulator.h`), through the same Rust code that launches them, against the CPU's kernels and twins. What that cannot show is the
+//! driver's part (contexts, modules, the launch itself), the three instructions that round to bf16 and fp16, and speed:
+//! `make device-check` shows those on a machine with a GPU.
+#![allow(unsafe_code)]
+
+mod cache;
+mod compiler;
+mod device;
+#[cfg(test)]
+pub(crate) mod emulator;
+mod four_bit;
+mod gated;
+mod int8;
+mod launch;
+mod norm;
+mod rope;
+#[cfg(test)]
+mod tests;
+
+use tch::{Device, Kind, Tensor};
+
+pub use device::prepare;
+pub(crate) use four_bit::{Scales as FourBitScales, dequantise as four_bit_dequantise, quantise as four_bit_quantise};
+pub(crate) use gated::{Curve, gated, gated_backward};
+pub(crate) use int8::dequantise as int8_dequantise;
+pub(crate) use norm::{norm, norm_again, norm_backward};
+pub(crate) use rope::{Angles, rotate, rotates};
+
+/// Threads of a block, in every launch: `THREADS` of `number.cuh`.
+const THREADS: i64 = 256;
+
+/// Bytes that kernels read and write at a time, at multiples of as many.
+const VECTOR: i64 = 16;
+
+/// A file of kernels.
+struct Source {
+    file: &'static str,
+    text: &'static str,
+    /// What NVRTC is told besides the architecture.
+    options: &'static [&'static str],
+    /// The kernels in it, each for every type of [`SUFFIXES`].
+    kernels: &'static [&'static str],
+}
+
+/// Numbers as IEEE 754 has them; what follows in a source's options may only say more.
+const IEEE: &[&str] = &["--std=c++17", "--ftz=false", "--prec-div=true", "--prec-sqrt=true", "--fmad=true"];
+/// As [`IEEE`], each operation rounded by itself.
+const EXACT: &[&str] = &["--std=c++17", "--ftz=false", "--prec-div=true", "--prec-sqrt=true", "--fmad=false"];
+
+macro_rules! source {
+    ($file:literal, $options:expr, $kernels:expr) => {
+        Source {
+            file: $file,
+            text: concat!(
+                "#line 1 \"number.cuh\"\n",
+                include_str!("number.cuh"),
+                "#line 1 \"",
+                $file,
+                "\"\n",
+                include_str!($file)
+            ),
+            options: $options,
+            kernels: $kernels,
+        }
+    };
+}
+
+static SOURCES: [Source; 5] = [
+    source!("nf4.cu", EXACT, &["four_bit_dequantise", "four_bit_quantise"]),
+    source!("int8.cu", EXACT, &["int8_dequantise"]),
+    source!("norm.cu", IEEE, &["norm", "norm_again", "norm_backward"]),
+    source!("rope.cu", IEEE, &["rope_halves", "rope_pairs", "rope_halves_odd", "rope_pairs_odd"]),
+    source!("gated.cu", IEEE, &["gated", "gated_backward"]),
+];
+
+/// How a kernel's name ends for the number type it is made for.
+const SUFFIXES: [(Kind, &str); 3] = [(Kind::Float, "f32"), (Kind::BFloat16, "bf16"), (Kind::Half, "f16")];
+
+/// Whether the kernels serve these tensors: [`holds`] them, and they are of one floating type that the kernels know.
+pub(crate) fn serves(tensors: &[&Tensor]) -> bool {
+    let kind = tensors[0].kind();
+    known(kind) && tensors.iter().all(|tensor| tensor.kind() == kind) && holds(tensors)
+}
+
+/// Whether kernels may read these tensors: on one device that was prepared, contiguous, at a multiple of sixteen bytes.
+pub(crate) fn holds(tensors: &[&Tensor]) -> bool {
+    let device = tensors[0].device();
+    ready(device)
+        && tensors.iter().all(|tensor| {
+            tensor.device() == device && tensor.is_contiguous() && tensor.data_ptr() as usize % VECTOR as usize == 0
+        })
+}
+
+/// Whether there are kernels for a floating type.
+pub(crate) fn known(kind: Kind) -> bool {
+    SUFFIXES.iter().any(|(known, _)| *known == kind)
+}
+
+fn ready(device: Device) -> bool {
+    #[cfg(test)]
+    if let Some(ready) = emulator::decides(device) {
+        return ready;
+    }
+    device::is_prepared(device)
+}
+
+/// Numbers in [`VECTOR`] bytes.
+fn length(kind: Kind) -> i64 {
+    if kind == Kind::Float { VECTOR / 4 } else { VECTOR / 2 }
+}
