@@ -5,8 +5,8 @@
 
 use tch::{Kind, Tensor};
 
-use super::cpu;
 use super::projection::{Group, Operand, factors};
+use super::{cpu, cuda};
 use crate::torch_ext::custom;
 
 /// Bytes of fp32 logits that may exist at once.
@@ -97,13 +97,17 @@ fn in_chunks_of(chunk: i64, hidden: &Tensor, head: Operand<'_>, map: LogitMap, t
 }
 
 /// Each row's loss (C, 1), fp32, and, if wanted, the gradient (C, V) of `scale` times it, of products (C, V) and targets (C).
-fn softmax(
+pub(super) fn softmax(
     products: &Tensor,
     map: LogitMap,
     targets: &Tensor,
     scale: f64,
     wants_gradients: bool,
 ) -> (Tensor, Option<Tensor>) {
+    if wants_gradients && cuda::serves(&[products]) {
+        let (losses, gradient) = cuda::softmax_cross_entropy(products, targets, (map.scale, map.soft_cap), scale);
+        return (losses, Some(gradient));
+    }
     if wants_gradients && cpu::serves(&[products]) {
         let (losses, gradient) = cpu::softmax_cross_entropy(products, map, targets, scale);
         return (losses, Some(gradient));

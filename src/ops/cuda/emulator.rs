@@ -1,7 +1,7 @@
 //! The kernels on an emulated GPU (`emulator.h`), for tests: their own source, compiled by the C++ compiler that built engraft.
 
-use std::cell::Cell;
-use std::collections::HashMap;
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeSet, HashMap};
 use std::ffi::{CString, c_uint, c_void};
 use std::path::Path;
 use std::process::Command;
@@ -14,6 +14,12 @@ use crate::ops::cpu::tests::SWITCHED_OFF;
 
 thread_local! {
     static ON: Cell<bool> = const { Cell::new(false) };
+    static LAUNCHED: RefCell<BTreeSet<String>> = const { RefCell::new(BTreeSet::new()) };
+}
+
+/// The emulated kernels that this thread has launched since it asked last, by their full names.
+pub(crate) fn launched() -> BTreeSet<String> {
+    LAUNCHED.take()
 }
 
 /// Runs `body` with tensors on the CPU served by the CUDA kernels.
@@ -67,6 +73,7 @@ type Run = unsafe extern "C" fn(c_uint, c_uint, *mut *mut c_void, *const usize, 
 
 /// Runs a kernel by its full name. One at a time: the emulator has one GPU.
 pub(super) fn run(kernel: &str, blocks: u32, places: &mut [*mut c_void], sizes: &[usize]) {
+    LAUNCHED.with_borrow_mut(|launched| launched.insert(kernel.to_string()));
     static COMPILED: Mutex<Option<HashMap<String, Run>>> = Mutex::new(None);
     // A test that failed while it held the lock left the table as it was.
     let mut compiled = COMPILED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);

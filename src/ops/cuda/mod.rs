@@ -25,6 +25,7 @@ mod four_bit;
 mod gated;
 mod int8;
 mod launch;
+mod loss;
 mod norm;
 mod rope;
 #[cfg(test)]
@@ -36,6 +37,7 @@ pub use device::prepare;
 pub(crate) use four_bit::{Scales as FourBitScales, dequantise as four_bit_dequantise, quantise as four_bit_quantise};
 pub(crate) use gated::{Curve, gated, gated_backward};
 pub(crate) use int8::dequantise as int8_dequantise;
+pub(crate) use loss::softmax_cross_entropy;
 pub(crate) use norm::{norm, norm_again, norm_backward};
 pub(crate) use rope::{Angles, rotate, rotates};
 
@@ -78,12 +80,13 @@ macro_rules! source {
     };
 }
 
-static SOURCES: [Source; 5] = [
+static SOURCES: [Source; 6] = [
     source!("nf4.cu", EXACT, &["four_bit_dequantise", "four_bit_quantise"]),
     source!("int8.cu", EXACT, &["int8_dequantise"]),
     source!("norm.cu", IEEE, &["norm", "norm_again", "norm_backward"]),
     source!("rope.cu", IEEE, &["rope_halves", "rope_pairs", "rope_halves_odd", "rope_pairs_odd"]),
     source!("gated.cu", IEEE, &["gated", "gated_backward"]),
+    source!("loss.cu", IEEE, &["cross_entropy"]),
 ];
 
 /// How a kernel's name ends for the number type it is made for.
@@ -100,7 +103,8 @@ pub(crate) fn holds(tensors: &[&Tensor]) -> bool {
     let device = tensors[0].device();
     ready(device)
         && tensors.iter().all(|tensor| {
-            tensor.device() == device && tensor.is_contiguous() && tensor.data_ptr() as usize % VECTOR as usize == 0
+            let aligned = (tensor.data_ptr() as usize).is_multiple_of(VECTOR as usize);
+            tensor.device() == device && tensor.is_contiguous() && aligned
         })
 }
 

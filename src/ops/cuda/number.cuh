@@ -150,17 +150,26 @@ __device__ void put(T* at, bool whole, int count, const float (&x)[N]) {
     if (i < count) at[i] = rounded<T>(x[i]);
 }
 
-// The sum over `team` neighbouring threads, a power of two up to a warp or a whole block, in the same order every time. Every thread
-// of the block calls it.
-__device__ inline float team_sum(float x, int team) {
+// What `both` makes of the numbers of `team` neighbouring threads, a power of two up to a warp or a whole block, in the same order every
+// time. Every thread of the block calls it.
+template <class F>
+__device__ float of_team(float x, int team, F both) {
   __shared__ float parts[THREADS / WARP];
   for (int offset = (team < WARP ? team : WARP) / 2; offset > 0; offset /= 2)
-    x += __shfl_xor_sync(EVERY_LANE, x, offset);
+    x = both(x, __shfl_xor_sync(EVERY_LANE, x, offset));
   if (team <= WARP) return x;
   if (threadIdx.x % WARP == 0) parts[threadIdx.x / WARP] = x;
   __syncthreads();
-  float sum = 0.0f;
-  for (int i = 0; i < THREADS / WARP; ++i) sum += parts[i];
+  x = parts[0];
+  for (int i = 1; i < THREADS / WARP; ++i) x = both(x, parts[i]);
   __syncthreads();
-  return sum;
+  return x;
+}
+
+__device__ inline float team_sum(float x, int team) {
+  return of_team(x, team, [](float a, float b) { return a + b; });
+}
+
+__device__ inline float team_largest(float x, int team) {
+  return of_team(x, team, [](float a, float b) { return b > a ? b : a; });
 }

@@ -8,6 +8,8 @@ use tch::{Device, Kind, Tensor};
 use super::compiler::{Compiler, Target};
 use super::emulator::{gpu, names, on_gpus, plainly};
 use super::*;
+use crate::ops::LogitMap;
+use crate::ops::cross_entropy::softmax;
 use crate::ops::rope::{RopeLayout, Rotation};
 use crate::ops::testing::randn;
 use crate::ops::{Activation, Norm};
@@ -248,6 +250,53 @@ fn gated_activations_equal_their_twins_with_and_without_up() {
     }
 }
 
+/// Rows by sixteen bytes and not, shorter and longer than a block takes at once.
+#[test]
+fn cross_entropies_and_their_gradients_equal_their_twins() {
+    for kind in KINDS {
+        for width in [7, 64, 501, 2048, 5008] {
+            for (factor, cap) in [(1.0, None), (0.25, None), (1.5, Some(2.0))] {
+                let (products, wide) = both(&[3, width], 8, kind);
+                let (products, wide) = (products * 4.0, wide * 4.0);
+                let targets = Tensor::from_slice(&[0, width - 1, width / 2]);
+                let map = LogitMap { scale: factor, soft_cap: cap };
+                let (losses, gradient) = plainly(|| softmax(&wide, map, &targets, 3.0, true));
+                on_gpus(|device| {
+                    let (products, targets) = (products.to_device(device), targets.to_device(device));
+                    let (own, own_gradient) = softmax_cross_entropy(&products, &targets, (factor, cap), 3.0);
+                    let what = format!("{width} logits, {factor} {cap:?} {kind:?} on {device:?}");
+                    assert!(off(&own, &losses, 0.1) < 2e-5, "loss, {what}: {:e}", off(&own, &losses, 0.1));
+                    let off = off(&own_gradient, gradient.as_ref().unwrap(), 1e-2);
+                    assert!(off < tolerance(kind) + 1e-4, "gradient, {what}: {off:e}");
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_not_finite_is_seen_in_the_loss_and_the_gradient() {
+    on_gpus(|device| {
+        for (wrong, at) in [(f32::NAN, 1), (f32::INFINITY, 1), (f32::NEG_INFINITY, 3)] {
+            let mut logits = [0.5f32; 600];
+            logits[at] = wrong;
+            let products = Tensor::from_slice(&logits).view([1, 600]).to_device(device);
+            let target = Tensor::from_slice(&[3i64]).to_device(device);
+            let (loss, gradient) = softmax_cross_entropy(&products, &target, (1.0, None), 1.0);
+            assert!(!loss.double_value(&[0, 0]).is_finite(), "{wrong} on {device:?}");
+            assert!(gradient.isnan().all().int64_value(&[]) == 1, "{wrong} on {device:?}");
+        }
+        // What is masked out is not broken.
+        let mut logits = [f32::NEG_INFINITY; 600];
+        logits[17] = 2.0;
+        let products = Tensor::from_slice(&logits).view([1, 600]).to_device(device);
+        let (loss, gradient) =
+            softmax_cross_entropy(&products, &Tensor::from_slice(&[17i64]).to_device(device), (1.0, None), 1.0);
+        assert_eq!(loss.double_value(&[0, 0]), 0.0);
+        assert!(gradient.abs().max().double_value(&[]) == 0.0, "{device:?}");
+    });
+}
+
 /// Bytes that each kernel moves in a second, beside those of a copy on the same device, at the shapes of an 8B model.
 #[test]
 #[ignore = "measures a GPU: `make device-check` runs it"]
@@ -310,4 +359,10 @@ fn speed_beside_a_copy() {
     row("SwiGLU", elements * 6.0, &|| drop(Activation::Silu.gated(&gate, Some(&up))));
     row("SwiGLU, backward", elements * 12.0, &|| drop(Activation::Silu.gated_backward(&dy, &gate, Some(&up))));
     row("GeGLU, backward", elements * 12.0, &|| drop(Activation::GeluTanh.gated_backward(&dy, &gate, Some(&up))));
+    let (rows, vocabulary) = (128, 128_256);
+    let products = bf16(&[rows, vocabulary]);
+    let targets = Tensor::zeros([rows], (Kind::Int64, device));
+    let bytes = products.numel() as f64 * 4.0;
+    row("cross-entropy and gradient", bytes, &|| drop(softmax(&products, LogitMap::PLAIN, &targets, 1.0, true)));
+    row("  its twin", bytes, &|| plainly(|| drop(softmax(&products, LogitMap::PLAIN, &targets, 1.0, true))));
 }
