@@ -119,7 +119,7 @@ fn cuda() -> Vec<Finding> {
         };
         all.push(finding("cuda", found, ""));
     }
-    let (found, help) = match kernels::prepare(tch::Device::Cuda(0), &cache_dir()) {
+    let (found, help) = match kernels::prepare(tch::Device::Cuda(0), &cache_dir(), &|_, _| ()) {
         Ok(()) => ("compiled for the first GPU".into(), String::new()),
         Err(error) => {
             let fault = error.faults()[0].clone();

@@ -48,7 +48,10 @@ pub(super) fn decoder(
     scheme: Option<&Scheme>,
     console: &Console,
 ) -> Result<Decoder> {
-    if let Err(error) = cuda::prepare(device, &cache_dir()) {
+    let stage = console.stage("making CUDA kernels", Unit::Things("files"));
+    let made = cuda::prepare(device, &cache_dir(), &|done, total| stage.at(done, total));
+    drop(stage);
+    if let Err(error) = made {
         console.say(format_args!("note: without engraft's CUDA kernels, libtorch's operations serve: {error}"));
     }
     let stage = console.stage("loading the base", Unit::Bytes);

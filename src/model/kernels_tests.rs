@@ -75,7 +75,7 @@ fn a_step_of_whole_models_is_the_same_on_cuda_kernels_and_meets_them_all() {
         for (kind, suffix, tolerance) in [(Kind::Float, "f32", 2e-5), (Kind::BFloat16, "bf16", 3e-2)] {
             let scheme = |kind| Scheme { form, kind, skip: vec!["lm_head".into()], whole: false };
             let expected = step(folder.path(), &scheme(kind), Device::Cpu);
-            let compare = |found: Vec<Tensor>, what: &str| {
+            let compare = |found: Vec<Tensor>, tolerance: f64, what: &str| {
                 assert_eq!(found.len(), expected.len());
                 for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
                     let largest = expected.abs().max().double_value(&[]);
@@ -84,7 +84,7 @@ fn a_step_of_whole_models_is_the_same_on_cuda_kernels_and_meets_them_all() {
                 }
             };
             launched();
-            compare(emulated(|| step(folder.path(), &scheme(kind), Device::Cpu)), "emulated");
+            compare(emulated(|| step(folder.path(), &scheme(kind), Device::Cpu)), tolerance, "emulated");
             let met: BTreeSet<String> = launched();
             let whole = if form == Form::Int8 { "int8_dequantise" } else { "four_bit_dequantise" };
             for kernel in [
@@ -100,7 +100,8 @@ fn a_step_of_whole_models_is_the_same_on_cuda_kernels_and_meets_them_all() {
                 assert!(met.contains(&format!("{kernel}_{suffix}")), "{config}: {kernel} in {kind:?} was not met");
             }
             if let Some(device) = gpu() {
-                compare(step(folder.path(), &scheme(kind), device), "on a GPU");
+                // Products and attention are another library's there.
+                compare(step(folder.path(), &scheme(kind), device), 2.0 * tolerance, "on a GPU");
             }
         }
     }

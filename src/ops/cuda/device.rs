@@ -32,17 +32,18 @@ unsafe impl Send for Prepared {}
 unsafe impl Sync for Prepared {}
 
 /// Makes a device's kernels ready: compiled, or read from the cache under `folder`, and loaded. From then on operations on the device
-/// use them. Of a device other than CUDA's, and the second time, nothing is done.
+/// use them. Of a device other than CUDA's, and the second time, nothing is done. `progress` is told files done and in all: compiling
+/// takes some seconds, the first time.
 ///
 /// # Errors
 /// NVRTC or the driver is missing or refuses. Operations then stay what they are without: libtorch's own.
-pub fn prepare(device: Device, folder: &Path) -> Result<()> {
+pub fn prepare(device: Device, folder: &Path, progress: &dyn Fn(u64, u64)) -> Result<()> {
     let Device::Cuda(index) = device else { return Ok(()) };
     let slot =
         PREPARED.get(index).ok_or_else(|| fault(format!("device {index} is beyond the {DEVICES} that are served")))?;
     if slot.get().is_none() {
         // Of two threads that prepare at once one is late; what it loaded is the same.
-        let _ = slot.set(Prepared::new(index, folder)?);
+        let _ = slot.set(Prepared::new(index, folder, progress)?);
     }
     Ok(())
 }
@@ -52,7 +53,7 @@ pub(super) fn is_prepared(device: Device) -> bool {
 }
 
 impl Prepared {
-    fn new(index: usize, folder: &Path) -> Result<Self> {
+    fn new(index: usize, folder: &Path, progress: &dyn Fn(u64, u64)) -> Result<Self> {
         // SAFETY: loads a library by its name, whose initialisers are those of the driver.
         if !unsafe { sys::is_culib_present() } {
             return Err(fault("there is no libcuda.so.1: the machine has no NVIDIA driver"));
@@ -77,7 +78,8 @@ impl Prepared {
 
         let _entered = Entered::into(context)?;
         let mut kernels = HashMap::new();
-        for source in &SOURCES {
+        for (done, source) in SOURCES.iter().enumerate() {
+            progress(done as u64, SOURCES.len() as u64);
             let place = Place::of(folder, source, target, &compiler, driver);
             let module = module(source, target, &compiler, &place)?;
             for kernel in source.kernels {

@@ -47,7 +47,7 @@ pub(crate) fn gpu() -> Option<Device> {
     let device = Device::Cuda(0);
     tch::Cuda::is_available().then(|| {
         let folder = tempfile::tempdir().unwrap();
-        super::prepare(device, folder.path()).unwrap();
+        super::prepare(device, folder.path(), &|_, _| ()).unwrap();
         device
     })
 }

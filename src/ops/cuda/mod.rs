@@ -6,14 +6,16 @@
 //! serve.
 //!
 //! Outputs come from libtorch's caching allocator, in the order of the stream: a weight that is made whole for a product and dropped
-//! behind it leaves its memory to the next one without a wait, which is what a scratch buffer of its own would do.
+//! behind it leaves its memory to the next one without a wait. That is what a scratch buffer of its own would do, with one difference: the
+//! allocator may keep a block for each size of weight that is in use, and a buffer would be as large as the largest.
 //!
 //! # What has been verified
-//! Without a GPU: that every kernel compiles for sm_80, sm_90 and sm_120 without spilling registers, and the four-bit and int8 ones
-//! without a fused multiply-add or a flushed denormal; and what the kernels compute, by their own source on an emulated GPU
-//! (`emulator.h`), through the same Rust code that launches them, against the CPU's kernels and twins. What that cannot show is the
-//! driver's part (contexts, modules, the launch itself), the three instructions that round to bf16 and fp16, and speed:
-//! `make device-check` shows those on a machine with a GPU.
+//! Without a GPU: every kernel compiles for sm_80, sm_90 and sm_120 and spills no register; all read and write sixteen bytes at a time; the
+//! four-bit and int8 ones have no fused multiply-add and flush no denormal. What the kernels compute is compared with the CPU's kernels and
+//! twins on an emulated GPU (`emulator.h`), which runs their own source, through the Rust code that launches them.
+//!
+//! What that cannot show is the driver's part (contexts, modules, the launch), the four instructions that are written as such (rounding to
+//! bf16 and to fp16, widening fp16, storing sixteen bytes), and speed. `make device-check` shows it on a machine with a GPU.
 #![allow(unsafe_code)]
 
 mod cache;

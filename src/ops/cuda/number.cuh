@@ -97,13 +97,24 @@ __device__ void load(const T* at, float (&x)[8]) {
   }
 }
 
+// One store: the compiler takes some of those that are written as such apart.
+__device__ inline void store_words(void* at, const uint4& words) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(at)), "r"(words.x), "r"(words.y),
+               "r"(words.z), "r"(words.w)
+               : "memory");
+#else
+  *static_cast<uint4*>(at) = words;
+#endif
+}
+
 __device__ inline void store(float* at, const float (&x)[4]) {
   uint4 words;
   words.x = __float_as_uint(x[0]);
   words.y = __float_as_uint(x[1]);
   words.z = __float_as_uint(x[2]);
   words.w = __float_as_uint(x[3]);
-  *reinterpret_cast<uint4*>(at) = words;
+  store_words(at, words);
 }
 
 template <class T>
@@ -113,7 +124,7 @@ __device__ void store(T* at, const float (&x)[8]) {
   words.y = two<T>(x[2], x[3]);
   words.z = two<T>(x[4], x[5]);
   words.w = two<T>(x[6], x[7]);
-  *reinterpret_cast<uint4*>(at) = words;
+  store_words(at, words);
 }
 
 // The first `count` of N numbers, the rest 0; by sixteen bytes where `whole`: all of them, at a multiple of sixteen bytes.

@@ -52,25 +52,49 @@ fn every_kernel_compiles_for_each_architecture_and_keeps_to_registers() {
     }
 }
 
+/// A kernel's assembly for each of its names.
+fn assembly(compiler: &Compiler, source: &Source) -> Vec<(String, String)> {
+    let image = compiler.compile(source, Target::Assembly(80), &[]).unwrap().image;
+    let text = String::from_utf8(image).unwrap();
+    let entries = text.split(".entry ").skip(1);
+    entries.map(|entry| (entry.split('(').next().unwrap_or_default().to_string(), entry.to_string())).collect()
+}
+
+/// Loads and stores that the compiler took apart cost a good part of the memory's speed.
+#[test]
+fn kernels_read_and_write_sixteen_bytes_at_a_time() {
+    let Some(compiler) = compiler() else { return };
+    let mut looked_at = 0;
+    for source in &SOURCES {
+        for (name, text) in assembly(&compiler, source) {
+            // Codes of eight bits come by as many as fill sixteen bytes of numbers; codes of four bits go by four bytes.
+            let reads = name.starts_with("int8") || text.contains("ld.global.v4") || text.contains("ld.global.nc.v4");
+            let writes = name.starts_with("four_bit_quantise") || text.contains("st.global.v4");
+            assert!(reads && writes || name.contains("_odd_"), "{name}");
+            if name.starts_with("four_bit_dequantise_bf16") {
+                assert_eq!(text.matches("st.global.v4").count(), 4, "{name}: a store for each of four rounds");
+            }
+            looked_at += 1;
+        }
+    }
+    assert_eq!(looked_at, SOURCES.iter().map(|source| names(source).count()).sum::<usize>());
+}
+
 /// Bit exactness hangs on it: a fused multiply-add rounds once where the CPU rounds twice.
 #[test]
 fn exact_kernels_have_no_fused_multiply_add_and_flush_no_denormals() {
     let Some(compiler) = compiler() else { return };
-    let assembly = |source: &Source| {
-        let image = compiler.compile(source, Target::Assembly(80), &[]).unwrap().image;
-        String::from_utf8(image).unwrap()
-    };
     for source in &SOURCES {
-        let text = assembly(source);
-        let fused = text.contains("fma.rn.f32");
+        let all = assembly(&compiler, source);
+        if source.options == IEEE {
+            // What is looked for is spelled so.
+            assert!(all.iter().any(|(_, text)| text.contains("fma.rn.f32")), "{}", source.file);
+            continue;
+        }
         // A division to the last bit is made of them, so the quantising half of nf4.cu is not looked at.
-        if source.options == EXACT {
-            let of = |name: &str| text.split(".entry ").filter(|entry| entry.starts_with(name)).collect::<String>();
-            let text = of("four_bit_dequantise") + &of("int8_dequantise");
-            assert!(text.contains("mul.rn.f32") || text.contains("mul.f32"), "{}: {text}", source.file);
-            assert!(!text.contains("fma.") && !text.contains(".ftz"), "{}", source.file);
-        } else {
-            assert!(fused, "{}: what is looked for is spelled so", source.file);
+        for (name, text) in all.iter().filter(|(name, _)| !name.starts_with("four_bit_quantise")) {
+            assert!(text.contains("mul.rn.f32") || text.contains("mul.f32"), "{name}");
+            assert!(!text.contains("fma.") && !text.contains(".ftz"), "{name}");
         }
     }
 }
@@ -105,12 +129,12 @@ fn without_a_driver_preparing_says_so_and_no_kernel_serves() {
         return eprintln!("this machine has a driver: what is said without one was not looked at");
     }
     let folder = tempfile::tempdir().unwrap();
-    assert!(prepare(Device::Cpu, folder.path()).is_ok());
-    let error = prepare(Device::Cuda(0), folder.path()).unwrap_err();
+    assert!(prepare(Device::Cpu, folder.path(), &|_, _| ()).is_ok());
+    let error = prepare(Device::Cuda(0), folder.path(), &|_, _| ()).unwrap_err();
     assert_eq!(error.exit_code(), 8);
     assert!(error.to_string().contains("libcuda.so.1") && error.to_string().contains("help: "), "{error}");
     assert!(!device::is_prepared(Device::Cuda(0)));
-    assert!(prepare(Device::Cuda(1000), folder.path()).unwrap_err().to_string().contains("1000"));
+    assert!(prepare(Device::Cuda(1000), folder.path(), &|_, _| ()).unwrap_err().to_string().contains("1000"));
 }
 
 /// Largest difference from numbers in fp32, as a share of the larger of a number and `floor`.
