@@ -19,7 +19,8 @@ QUICKSTART := recipes/quickstart.yaml
 DEMO_ROWS ?= 40
 PEERS := transformers==5.17.0 peft==0.21.2 safetensors==0.8.0 gguf==0.19.0 numpy==2.4.6
 OPTIMIZERS := bitsandbytes==0.50.2 schedulefree==1.4.1
-QUANTISERS := bitsandbytes==0.50.2 accelerate==1.15.0
+# The last builds AutoAWQ's metadata; the two whose own files are run (AutoGPTQ, AutoAWQ) are fetched by the program that runs them.
+QUANTISERS := bitsandbytes==0.50.2 accelerate==1.15.0 compressed-tensors==0.20.1 wheel==0.48.0
 PYARROW := pyarrow==26.0.1
 
 help: ## What there is to make
@@ -114,7 +115,7 @@ datasets: ## The datasets, from their programs
 fixtures: ## Small models, adapters, templates and quantised blocks with their references
 	@source .ci/setup
 	python_with torch==$$TORCH $(PEERS) $(OPTIMIZERS) $(QUANTISERS)
-	for program in tiny_llama families peft_adapter chat_templates gguf_quants fp8_scales mxfp4_blocks family_templates optimizers bnb_quants qlora; do
+	for program in tiny_llama families peft_adapter chat_templates gguf_quants fp8_scales mxfp4_blocks family_templates optimizers bnb_quants qlora layouts; do
 		say "tests/python/$$program.py"
 		"$$PYTHON" -B tests/python/$$program.py
 	done

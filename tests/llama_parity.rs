@@ -7,14 +7,35 @@ use engraft::adapter::Update;
 use engraft::data::{Batch, Cursor, RowId};
 use engraft::model::{Decoder, Documents, Forward, LowRank, Sampling};
 use engraft::objective::Supervised;
-use engraft::quant::{Form, FourBitType, Scheme};
+use engraft::quant::{Form, FourBitType, Layout, Scheme, Weight};
 use engraft::recipe::{BaseSource, Scheduler, TrainingRecipe};
 use engraft::train::{BatchSource, Events, Identity, Interrupts, Progress, Run, RunFolder, Start, Trainer};
 use engraft::weights::Checkpoint;
 use tch::{Device, Kind, Tensor};
 
-const MODELS: [&str; 8] =
-    ["grouped-tied", "biases-untied", "linear", "dynamic", "yarn", "llama3-wide-heads", "qlora-nf4", "qlora-fp4"];
+const MODELS: [&str; 13] = [
+    "grouped-tied",
+    "biases-untied",
+    "linear",
+    "dynamic",
+    "yarn",
+    "llama3-wide-heads",
+    "qlora-nf4",
+    "qlora-fp4",
+    STORED[0].0,
+    STORED[1].0,
+    STORED[2].0,
+    STORED[3].0,
+    STORED[4].0,
+];
+/// Bases that other tools have quantised (`tests/python/layouts.py`).
+const STORED: [(&str, Layout); 5] = [
+    ("stored-gptq", Layout::Gptq),
+    ("stored-awq", Layout::Awq),
+    ("stored-int4", Layout::CompressedTensors),
+    ("stored-fp8-rows", Layout::CompressedTensors),
+    ("stored-fp8-blocks", Layout::Fp8),
+];
 const TOLERANCE: f64 = 2e-5;
 
 fn folder(name: &str) -> PathBuf {
@@ -43,14 +64,17 @@ fn load(name: &str) -> Decoder {
     Decoder::load_kept(&checkpoint, Kind::Float, Device::Cpu, scheme(name).as_ref(), &|_, _| ()).unwrap()
 }
 
-/// How bitsandbytes quantised the base that PEFT trained on.
+/// How the base was quantised that PEFT trained on: by bitsandbytes, or as its files have it.
 fn scheme(name: &str) -> Option<Scheme> {
+    let scheme = |form| Scheme { form, kind: Kind::Float, skip: vec!["lm_head".into()], whole: false };
+    if let Some((_, layout)) = STORED.iter().find(|(stored, _)| *stored == name) {
+        return Some(scheme(Form::Stored(*layout)));
+    }
     let (code, double_quant) = match name.strip_prefix("qlora-")? {
         "nf4" => (FourBitType::Nf4, true),
         _ => (FourBitType::Fp4, false),
     };
-    let form = Form::FourBit { code, block: 64, double_quant };
-    Some(Scheme { form, kind: Kind::Float, skip: vec!["lm_head".into()], whole: false })
+    Some(scheme(Form::FourBit { code, block: 64, double_quant }))
 }
 
 /// Puts PEFT's adapter on the decoder; gives its leaves by their key.
@@ -215,7 +239,7 @@ impl BatchSource for Recorded {
 
 #[test]
 fn twenty_steps_are_those_of_peft_and_torchs_adamw() {
-    for name in ["grouped-tied", "llama3-wide-heads", "qlora-nf4", "qlora-fp4"] {
+    for name in ["grouped-tied", "llama3-wide-heads", "qlora-nf4", "qlora-fp4", "stored-gptq"] {
         let recorded = Recorded(tensors(&folder(name).join("reference.safetensors")));
         let mut model = load(name);
         let leaves = graft(&mut model, name);
@@ -276,27 +300,108 @@ fn a_base_stored_quantised_is_kept_so_and_answers_as_its_original_quantised_here
     }
 }
 
+/// Kept as they are stored, bases of other tools are what they are as plain numbers, bit for bit; so they are merged onto.
+#[test]
+fn a_base_in_another_tools_layout_is_kept_so_and_merged_onto_its_numbers() {
+    for (name, layout) in STORED {
+        let reference = tensors(&folder(name).join("reference.safetensors"));
+        let batch = documented(&reference, "");
+        let checkpoint = Checkpoint::open(&BaseSource::Folder(folder(name))).unwrap();
+        assert_eq!(checkpoint.quantised_form(), Some(Form::Stored(layout)));
+        let plain = Decoder::load(&checkpoint, Kind::Float, Device::Cpu, &|_, _| ()).unwrap();
+        let kept = load(name);
+        let logits = |model: &Decoder| {
+            model.logits(&model.hidden(&batch.ids, &batch.positions, &batch.documents, Forward::default()))
+        };
+        assert_eq!(logits(&plain), logits(&kept), "{name}");
+        let mut quantised = 0;
+        for (own, other) in kept.linears().into_iter().zip(plain.linears()) {
+            assert!(matches!(other.weight, Weight::Dense(_)), "{name}: {}", other.name);
+            assert_eq!(own.weight.dense(), other.weight.dense(), "{name}: {}", own.name);
+            quantised += usize::from(matches!(own.weight, Weight::Quantised(_)));
+        }
+        assert_eq!(quantised, if name == "stored-int4" { 12 } else { 14 }, "{name}");
+
+        let updates = updates(name, &kept);
+        let place = tempfile::tempdir().unwrap();
+        let config = [("config.json".to_string(), checkpoint.sidecars["config.json"].clone())].into();
+        let write = |checkpoint: &Checkpoint, folder: &Path| {
+            let onto = scheme(name);
+            engraft::export::merged::write(
+                folder,
+                checkpoint,
+                &updates,
+                onto.as_ref(),
+                Kind::Float,
+                &config,
+                &|_, _| (),
+            )
+        };
+        let merged = place.path().join("merged");
+        write(&checkpoint, &merged).unwrap();
+        let merged = Checkpoint::open(&BaseSource::Folder(merged)).unwrap();
+        assert_eq!(merged.quantised_form(), None);
+        assert!(!merged.names().iter().any(|name| name.ends_with(".bias")), "{name}: spare tensors are not written");
+        let model = Decoder::load(&merged, Kind::Float, Device::Cpu, &|_, _| ()).unwrap();
+        assert_close(name, &logits(&model), &reference["logits"], TOLERANCE);
+
+        // What only its own tool makes cannot be made of the merged model's numbers.
+        let error = write(&merged, &place.path().join("again")).unwrap_err().to_string();
+        assert!(error.contains(&format!("trained on a base that is stored as {layout}")), "{error}");
+        let error =
+            Decoder::load_kept(&merged, Kind::Float, Device::Cpu, scheme(name).as_ref(), &|_, _| ()).unwrap_err();
+        assert!(
+            error.to_string().contains(&format!("is stored as plain numbers, but {layout} is asked for")),
+            "{error}"
+        );
+    }
+}
+
+/// A base in eight bits may be quantised to fewer, and to rows of fp8.
+#[test]
+fn a_base_in_fp8_may_be_quantised_again() {
+    let checkpoint = Checkpoint::open(&BaseSource::Folder(folder("stored-fp8-blocks"))).unwrap();
+    let plain = Decoder::load(&checkpoint, Kind::Float, Device::Cpu, &|_, _| ()).unwrap();
+    let four_bit = Form::FourBit { code: FourBitType::Nf4, block: 64, double_quant: true };
+    for form in [four_bit, Form::Fp8] {
+        let scheme = Scheme { form, ..scheme("stored-fp8-blocks").unwrap() };
+        let model = Decoder::load_kept(&checkpoint, Kind::Float, Device::Cpu, Some(&scheme), &|_, _| ()).unwrap();
+        for (own, other) in model.linears().into_iter().zip(plain.linears()) {
+            if scheme.skips(&own.name) {
+                assert_eq!(own.weight.dense(), other.weight.dense(), "{}", own.name);
+            } else {
+                assert_eq!(own.weight.dense(), scheme.numbers(&other.weight.dense()), "{}", own.name);
+                assert!(matches!(own.weight, Weight::Quantised(_)), "{}", own.name);
+            }
+        }
+    }
+}
+
+/// The adapter of a fixture as what is merged.
+fn updates(name: &str, model: &Decoder) -> Vec<Update> {
+    let saved = tensors(&folder(name).join("adapter/adapter_model.safetensors"));
+    let sites = model.spec.sites().into_iter();
+    let updates: Vec<Update> = sites
+        .filter_map(|site| {
+            let key = |side: &str| format!("base_model.model.{}.lora_{side}.weight", site.name);
+            let (a, b) = (saved.get(&key("A"))?.copy(), saved[&key("B")].copy());
+            Some(Update { module: site.name.clone(), role: site.role.clone(), a, b, scale: 2.0 })
+        })
+        .collect();
+    assert_eq!(2 * updates.len(), saved.len());
+    updates
+}
+
 #[test]
 fn merged_onto_the_quantised_numbers_the_model_answers_as_the_trained_one() {
     for name in ["qlora-nf4", "qlora-fp4"] {
         let reference = tensors(&folder(name).join("reference.safetensors"));
         let batch = documented(&reference, "");
         let checkpoint = Checkpoint::open(&BaseSource::Folder(folder(name))).unwrap();
-        let spec = load(name).spec;
-        let saved = tensors(&folder(name).join("adapter/adapter_model.safetensors"));
-        let updates: Vec<Update> = spec
-            .sites()
-            .into_iter()
-            .filter_map(|site| {
-                let key = |side: &str| format!("base_model.model.{}.lora_{side}.weight", site.name);
-                let (a, b) = (saved.get(&key("A"))?.copy(), saved[&key("B")].copy());
-                Some(Update { module: site.name.clone(), role: site.role.clone(), a, b, scale: 2.0 })
-            })
-            .collect();
-        assert_eq!(2 * updates.len(), saved.len());
+        let updates = updates(name, &load(name));
         let place = tempfile::tempdir().unwrap();
         let logits = |checkpoint: &Checkpoint, onto: Option<&Scheme>| {
-            let merged = place.path().join(format!("{}-{}", onto.is_some(), checkpoint.is_quantised()));
+            let merged = place.path().join(format!("{}-{}", onto.is_some(), checkpoint.quantised_form().is_some()));
             let config = [("config.json".to_string(), checkpoint.sidecars["config.json"].clone())].into();
             engraft::export::merged::write(&merged, checkpoint, &updates, onto, Kind::Float, &config, &|_, _| ())
                 .unwrap();

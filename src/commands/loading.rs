@@ -69,14 +69,14 @@ pub(super) fn scheme(
     let Some(mut scheme) = plan.scheme.clone() else { return Ok(None) };
     if let Some(stored) = checkpoint.quantised_form() {
         let asked = plan.recipe.quantization.as_ref().map(|_| scheme.form);
-        if asked.is_some_and(|asked| asked != stored) {
+        if asked.is_some_and(|asked| !stored.may_become(asked)) {
             let fault = Fault::new(
                 "quantization",
                 format!("the base is stored quantised as {stored}, {} is asked for", scheme.form),
             );
             return Err(Error::Recipe(vec![fault.hint("leave `quantization` out, or name the base it was made of")]));
         }
-        scheme.form = stored;
+        scheme.form = asked.unwrap_or(stored);
     }
     let cache = plan.recipe.quantization.as_ref().map(|quantization| quantization.cache_dequantized);
     if cache.unwrap_or_default() == CacheDequantized::Auto {

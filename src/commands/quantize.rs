@@ -18,10 +18,10 @@ pub fn run(arguments: &Quantize) -> Result<()> {
     let base = |fault: Fault| Error::Model(Fault { place: "--model".into(), ..fault });
     let source = BaseSource::find(&arguments.model, arguments.revision.as_deref(), Path::new("")).map_err(base)?;
     let checkpoint = loading::checkpoint(&source, &console)?;
-    if checkpoint.is_quantised() {
+    let form = arguments.form.with(arguments.block_size.into(), !arguments.no_double_quant);
+    if checkpoint.quantised_form().is_some_and(|stored| stored == form || !stored.may_become(form)) {
         return Err(base(Fault::new("", "is quantised already").hint("name the model it was made of")));
     }
-    let form = arguments.form.with(arguments.block_size.into(), !arguments.no_double_quant);
     let scheme = Scheme { form, kind: arguments.dtype.kind(), skip: arguments.skip.clone(), whole: false };
     let stage = console.stage("quantising", Unit::Things("numbers"));
     let written = quantised::write(&arguments.out, &checkpoint, &scheme, &|done, total| stage.at(done, total))?;

@@ -2,7 +2,7 @@
 //!
 //! The base is read from its checkpoint again, tensor by tensor, so writing peaks at one tensor and never needs a second model.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::path::Path;
 
@@ -42,7 +42,13 @@ pub fn write(
 ) -> Result<()> {
     refuse_base(folder, checkpoint)?;
     // A base that is stored quantised already reads as the numbers it was trained on.
-    let onto = onto.filter(|_| !checkpoint.is_quantised());
+    let onto = onto.filter(|scheme| checkpoint.quantised_form() != Some(scheme.form));
+    if let Some(scheme) = onto.filter(|scheme| !scheme.form.can_be_made()) {
+        let what =
+            format!("the adapter was trained on a base that is stored as {}, which this one is not", scheme.form);
+        let fault = Fault::new("merge", what);
+        return Err(Error::Model(fault.hint("name the base the adapter was trained on, or say --onto original")));
+    }
     let plan = Plan::new(checkpoint, updates, onto)?;
     let spec = |t: &Planned<'_>| {
         let kind = checkpoint.whole_kind(t.from).unwrap_or(kind);
@@ -191,10 +197,12 @@ impl<'a> Plan<'a> {
                 .collect()
         });
         let unties = spec.head.tied && by_weight.contains_key(&head);
+        let accounted: HashSet<String> = spec.tensors().keys().map(|name| spec.names.stored(name)).collect();
         let mut tensors = Vec::new();
         for from in checkpoint.names() {
             // A checkpoint may store the shared weight a second time; the embedding's is the one that is used.
-            if spec.head.tied && from == head {
+            let second = spec.head.tied && from == head;
+            if second || (checkpoint.is_spare(from) && !accounted.contains(from)) {
                 continue;
             }
             let shape = checkpoint.shape(from).unwrap_or_default();

@@ -1,4 +1,5 @@
-//! A base quantised once and for all: the folder that transformers and bitsandbytes write and load (`load_in_4bit`, `load_in_8bit`).
+//! A base quantised once and for all: the folder that transformers and bitsandbytes write and load (`load_in_4bit`, `load_in_8bit`), and
+//! for fp8, which bitsandbytes does not have, that of compressed-tensors (weights of eight bits, inputs as they are).
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -12,7 +13,7 @@ use crate::Result;
 use crate::model::families;
 use crate::model::sites::Role;
 use crate::quant::four_bit::{Absmax, FourBit, NESTED_BLOCK};
-use crate::quant::{Form, Int8, Scheme};
+use crate::quant::{Form, Fp8, Int8, Scheme};
 use crate::weights::Checkpoint;
 use crate::weights::writer::{self, SHARD_BYTES, TensorSpec};
 
@@ -144,6 +145,11 @@ fn layout(scheme: &Scheme, name: &str, shape: &[i64]) -> Vec<TensorSpec> {
                 of(format!("{module}.weight_format"), Kind::Uint8, &[]),
             ]
         }
+        Form::Fp8 => vec![
+            of(name.to_string(), Kind::Float8e4m3fn, shape),
+            of(format!("{name}_scale"), Kind::Float, &[shape[0], 1]),
+        ],
+        Form::Stored(layout) => unreachable!("{layout} is never made"),
     }
 }
 
@@ -179,6 +185,11 @@ fn made(scheme: &Scheme, name: &str, weight: &Tensor) -> Vec<(String, Tensor)> {
                 (format!("{module}.weight_format"), row_major),
             ]
         }
+        Form::Fp8 => {
+            let Fp8 { codes, scales, .. } = Fp8::of(weight);
+            vec![(name.to_string(), codes), (format!("{name}_scale"), scales)]
+        }
+        Form::Stored(layout) => unreachable!("{layout} is never made"),
     }
 }
 
@@ -220,6 +231,23 @@ fn quantization_config(scheme: &Scheme, skipped: &[String]) -> Value {
             ("bnb_4bit_quant_storage", json!("uint8")),
         ]),
         Form::Int8 => said.extend([("load_in_4bit", json!(false)), ("load_in_8bit", json!(true))]),
+        Form::Fp8 => return fp8_config(skipped),
+        Form::Stored(layout) => unreachable!("{layout} is never made"),
     }
     json!(said)
+}
+
+/// The same for compressed-tensors, which leaves modules out by whole names or regular expressions for the beginning.
+fn fp8_config(skipped: &[String]) -> Value {
+    let ends: Vec<String> = skipped.iter().map(|name| format!("re:(.*\\.)?{}$", regex::escape(name))).collect();
+    json!({
+        "quant_method": "compressed-tensors",
+        "format": "naive-quantized",
+        "quantization_status": "compressed",
+        "ignore": ends,
+        "config_groups": {"group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": true, "dynamic": false},
+        }},
+    })
 }

@@ -12,11 +12,11 @@ use super::load::Reader;
 use super::router::{Balance, Router};
 use super::spec::{ModelSpec, Position, Rope};
 use super::streams::Copies;
-use crate::Result;
 use crate::ops::{self, Documents, Norm, rope::Rotation};
 use crate::quant::Scheme;
 use crate::torch_ext::uniform;
 use crate::weights::Checkpoint;
+use crate::{Error, Fault, Result};
 
 /// A language model: frozen base weights, with the adapters attached to its linears.
 #[derive(Debug)]
@@ -78,7 +78,14 @@ impl Decoder {
             done.set(done.get() + count);
             progress(bytes(done.get()), bytes(numbers as u64));
         };
-        let reader = Reader { checkpoint, names: &spec.names, kind, device, scheme, read: &read };
+        let stored = scheme.is_some_and(|scheme| checkpoint.quantised_form() == Some(scheme.form));
+        if let Some(scheme) = scheme.filter(|scheme| !stored && !scheme.form.can_be_made()) {
+            let place = checkpoint.files.first().map(|file| file.display().to_string()).unwrap_or_default();
+            let found = checkpoint.quantised_form().map_or("plain numbers".to_string(), |form| form.to_string());
+            let what = format!("is stored as {found}, but {} is asked for, which is kept and never made", scheme.form);
+            return Err(Error::Model(Fault::new(place, what).hint("name the base that is stored so")));
+        }
+        let reader = Reader { checkpoint, names: &spec.names, kind, device, scheme, stored, read: &read };
 
         let embedding = reader.tensor(&spec.embedding.weight)?;
         let embedding_norm = reader.optional_norm(spec.embedding.norm.as_ref())?;
@@ -97,15 +104,14 @@ impl Decoder {
             layers.push(Layer::load(layer, rotation, &layers, &reader)?);
         }
         let final_norm = reader.norm(&spec.final_norm)?;
-        let head = if spec.head.tied {
-            embedding.shallow_clone()
-        } else {
-            reader.tensor(&format!("{}.weight", spec.head.name))?
-        };
         let bias = if spec.head.bias { Some(reader.tensor(&format!("{}.bias", spec.head.name))?) } else { None };
         let name = spec.names.module(&spec.head.name);
         // A tied head is the embedding, which is looked up and stays as it is.
-        let weight = if spec.head.tied { Weight::Dense(head) } else { reader.kept(&name, head) };
+        let weight = if spec.head.tied {
+            Weight::Dense(embedding.shallow_clone())
+        } else {
+            reader.weight(&name, &format!("{}.weight", spec.head.name))?
+        };
         let head = Linear { name, weight, bias, adapter: None };
         Ok(Self {
             spec,

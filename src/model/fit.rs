@@ -106,7 +106,7 @@ impl ModelSpec {
             .filter(|name| !wanted.contains_key(*name))
             // A checkpoint may store a tied head a second time.
             .filter(|name| !(self.head.tied && *name == head))
-            .filter(|name| !self.names.is_other_part(name))
+            .filter(|name| !self.names.is_other_part(name) && !checkpoint.is_spare(name))
             .filter(|name| !self.ignored_suffixes.iter().any(|suffix| name.ends_with(suffix.as_str())))
             .filter(|name| !self.ignored_prefixes.iter().any(|prefix| name.starts_with(prefix)))
             .map(ToString::to_string)

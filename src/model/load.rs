@@ -7,7 +7,7 @@ use super::names::Names;
 use super::sites::expert;
 use super::spec::{ExpertLinear, LinearSpec, NormKind, NormSpec, Stored};
 use crate::ops::Norm;
-use crate::quant::Scheme;
+use crate::quant::{Quantised, Scheme};
 use crate::weights::Checkpoint;
 use crate::{Error, Fault, Result};
 
@@ -19,6 +19,8 @@ pub(super) struct Reader<'a> {
     pub(super) device: Device,
     /// How the weights of linears are kept; as plain numbers where there is none.
     pub(super) scheme: Option<&'a Scheme>,
+    /// Whether the checkpoint has weights in the scheme's form, which are kept as they are.
+    pub(super) stored: bool,
     /// Called after each tensor with its numbers.
     pub(super) read: &'a dyn Fn(u64),
 }
@@ -76,8 +78,8 @@ impl Reader<'_> {
     }
 
     /// The weight of a linear as the scheme keeps it: one tensor is whole at a time.
-    fn weight(&self, module: &str, name: &str) -> Result<Weight> {
-        if let Some(scheme) = self.scheme
+    pub(super) fn weight(&self, module: &str, name: &str) -> Result<Weight> {
+        if let Some(scheme) = self.scheme.filter(|_| self.stored)
             && let Some(stored) = self.checkpoint.quantised(&self.names.stored(name), self.kind, self.device)?
         {
             (self.read)(stored.size().iter().product::<i64>() as u64);
@@ -89,7 +91,7 @@ impl Reader<'_> {
 
     pub(super) fn kept(&self, module: &str, tensor: Tensor) -> Weight {
         // What a base that is stored quantised has left as it was stays so.
-        match self.scheme.filter(|scheme| !self.checkpoint.is_quantised() && !scheme.skips(module)) {
+        match self.scheme.filter(|scheme| !self.stored && !scheme.skips(module)) {
             Some(scheme) => scheme.keep(&tensor),
             None => Weight::Dense(tensor),
         }
@@ -98,6 +100,16 @@ impl Reader<'_> {
     /// One linear of every expert: (E, out, in), whatever the checkpoint has. Tensors stored apart are put in place one by one.
     pub(super) fn experts(&self, spec: &ExpertLinear) -> Result<Linear> {
         let ExpertLinear { name, experts, input, output, .. } = spec;
+        if let Some(weight) = self.stored_experts(spec)? {
+            let bias = match spec.stored {
+                Stored::Apart if spec.bias => {
+                    let each = (0..*experts).map(|number| self.tensor(&format!("{}.bias", expert(name, number))));
+                    Some(Tensor::stack(&each.collect::<Result<Vec<Tensor>>>()?, 0))
+                }
+                _ => spec.bias.then(|| self.tensor(&format!("{name}_bias"))).transpose()?,
+            };
+            return Ok(Linear { name: self.names.module(name), weight, bias, adapter: None });
+        }
         let (weight, bias) = match spec.stored {
             Stored::Apart => {
                 let gather = |end: &str, shape: &[i64]| -> Result<Tensor> {
@@ -120,6 +132,22 @@ impl Reader<'_> {
         let name = self.names.module(name);
         let weight = self.kept(&name, weight);
         Ok(Linear { name, weight, bias, adapter: None })
+    }
+
+    /// The weights of all experts as they are stored, where the scheme keeps them so.
+    fn stored_experts(&self, spec: &ExpertLinear) -> Result<Option<Weight>> {
+        let Some(scheme) = self.scheme.filter(|_| self.stored) else { return Ok(None) };
+        let read = |name: &str| self.checkpoint.quantised(&self.names.stored(name), self.kind, self.device);
+        let found = match spec.stored {
+            Stored::Apart => {
+                let each = (0..spec.experts).map(|number| read(&format!("{}.weight", expert(&spec.name, number))));
+                // One that is stored as plain numbers makes all of them such.
+                each.collect::<Result<Option<Vec<Quantised>>>>()?.map(Quantised::Experts)
+            }
+            Stored::Together | Stored::Transposed { .. } => read(&spec.name)?,
+        };
+        let found = found.inspect(|stored| (self.read)(stored.size().iter().product::<i64>() as u64));
+        Ok(found.map(|stored| scheme.store(stored)))
     }
 
     /// Norms compute in fp32, so their weights are kept in it: `1 + w` would not survive in bf16.

@@ -51,7 +51,7 @@ mod tests {
 
     use super::*;
     use crate::ops::cuda::emulator::{on_gpus, plainly};
-    use crate::quant::four_bit::tests::assert_same;
+    use crate::quant::four_bit::assert_same;
 
     #[test]
     fn the_cuda_kernel_equals_its_twin_bit_for_bit() {

@@ -5,7 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::{FourBit, FourBitType, Int8, Quantised, Weight};
+use super::{FourBit, FourBitType, Fp8, Int8, Quantised, Weight};
 
 /// What becomes of the weights of linears, and of which.
 #[derive(Debug, Clone, PartialEq)]
@@ -34,6 +34,41 @@ pub enum Form {
     },
     /// [`Int8`].
     Int8,
+    /// [`Fp8`] of e4m3fn, a scale to each row.
+    Fp8,
+    /// What another tool made: it is kept, and cannot be made of other numbers.
+    Stored(Layout),
+}
+
+/// How another tool stores quantised weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// GPTQ's integers.
+    Gptq,
+    /// AWQ's integers.
+    Awq,
+    /// What compressed-tensors stores.
+    CompressedTensors,
+    /// fp8 with scales to blocks or to the whole weight.
+    Fp8,
+    /// [`super::Mxfp4`].
+    Mxfp4,
+}
+
+impl Layout {
+    const ALL: [Self; 5] = [Self::Gptq, Self::Awq, Self::CompressedTensors, Self::Fp8, Self::Mxfp4];
+}
+
+impl fmt::Display for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Gptq => "gptq",
+            Self::Awq => "awq",
+            Self::CompressedTensors => "compressed-tensors",
+            Self::Fp8 => "stored fp8",
+            Self::Mxfp4 => "mxfp4",
+        })
+    }
 }
 
 impl fmt::Display for Form {
@@ -44,7 +79,22 @@ impl fmt::Display for Form {
                 write!(f, "{code} in blocks of {block} {scales}")
             }
             Self::Int8 => f.write_str("int8"),
+            Self::Fp8 => f.write_str("fp8 with a scale to each row"),
+            Self::Stored(layout) => layout.fmt(f),
         }
+    }
+}
+
+impl Form {
+    /// Whether dense numbers can be quantised to it.
+    pub fn can_be_made(self) -> bool {
+        !matches!(self, Self::Stored(_))
+    }
+
+    /// Whether a base that is stored so may be quantised to `asked`: to fewer bits, at least.
+    pub fn may_become(self, asked: Self) -> bool {
+        let eight = matches!(self, Self::Stored(Layout::Fp8));
+        self == asked || (eight && matches!(asked, Self::FourBit { .. } | Self::Int8 | Self::Fp8))
     }
 }
 
@@ -80,6 +130,8 @@ impl Scheme {
                 Quantised::FourBit(FourBit::of(weight, code, block, double_quant))
             }
             Form::Int8 => Quantised::Int8(Int8::of(weight)),
+            Form::Fp8 => Quantised::Fp8(Fp8::of(weight)),
+            Form::Stored(layout) => unreachable!("{layout} is kept where it is stored, never made"),
         }
     }
 
@@ -118,6 +170,8 @@ impl From<&Scheme> for Said {
         let (r#type, double_quant, block_size) = match scheme.form {
             Form::FourBit { code, block, double_quant } => (code.to_string(), Some(double_quant), Some(block)),
             Form::Int8 => ("int8".into(), None, None),
+            Form::Fp8 => ("fp8".into(), None, None),
+            Form::Stored(layout) => (layout.to_string(), None, None),
         };
         let dtype = KINDS.iter().find(|(_, kind)| *kind == scheme.kind).map_or("fp32", |(name, _)| *name);
         Self { r#type, double_quant, block_size, skip: scheme.skip.clone(), dtype: dtype.into() }
@@ -139,7 +193,14 @@ impl TryFrom<Said> for Scheme {
             "nf4" => four_bit(FourBitType::Nf4)?,
             "fp4" => four_bit(FourBitType::Fp4)?,
             "int8" => Form::Int8,
-            other => return Err(format!("type is {other:?}, not nf4, fp4 or int8")),
+            "fp8" => Form::Fp8,
+            other => match Layout::ALL.into_iter().find(|layout| layout.to_string() == other) {
+                Some(layout) => Form::Stored(layout),
+                None => {
+                    let stored = Layout::ALL.map(|layout| layout.to_string()).join(", ");
+                    return Err(format!("type is {other:?}, not nf4, fp4, int8, fp8, {stored}"));
+                }
+            },
         };
         let kind = KINDS.iter().find(|(name, _)| *name == said.dtype);
         let (_, kind) = kind.ok_or_else(|| format!("dtype is {:?}, not bf16, fp16 or fp32", said.dtype))?;
@@ -171,7 +232,7 @@ mod tests {
     #[test]
     fn what_is_written_is_read_again_and_nonsense_is_not() {
         let four_bit = Form::FourBit { code: FourBitType::Fp4, block: 128, double_quant: false };
-        for form in [four_bit, Form::Int8] {
+        for form in [four_bit, Form::Int8, Form::Fp8].into_iter().chain(Layout::ALL.map(Form::Stored)) {
             assert_eq!(Scheme::from_json(scheme(form).to_json().as_bytes()).unwrap(), scheme(form));
         }
         let error = |text: &str| Scheme::from_json(text.as_bytes()).unwrap_err();

@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{FourBit, Int8};
+use super::{FourBit, Fp8, Grouped, Int8, Mxfp4};
 
 /// A frozen weight (out, in), or that of all experts (E, out, in).
 #[derive(Debug)]
@@ -20,6 +20,12 @@ pub enum Quantised {
     FourBit(FourBit),
     /// Rows of eight-bit integers.
     Int8(Int8),
+    /// Integers of two to eight bits in groups.
+    Grouped(Grouped),
+    /// Eight-bit floating-point numbers with scales.
+    Fp8(Fp8),
+    /// Four-bit floating-point numbers with exponents.
+    Mxfp4(Mxfp4),
     /// Each expert's weight by itself.
     Experts(Vec<Quantised>),
 }
@@ -71,7 +77,12 @@ impl Weight {
             Self::Dense(weight) => weight.select(0, number),
             Self::Quantised(weight) => match weight {
                 Quantised::Experts(experts) => experts[number as usize].dequantised(),
-                Quantised::FourBit(_) | Quantised::Int8(_) => weight.dequantised().select(0, number),
+                // Of those only bitsandbytes' forms hold several experts in one.
+                Quantised::FourBit(_)
+                | Quantised::Int8(_)
+                | Quantised::Grouped(_)
+                | Quantised::Fp8(_)
+                | Quantised::Mxfp4(_) => weight.dequantised().select(0, number),
             },
         }
     }
@@ -95,6 +106,9 @@ impl Quantised {
         match self {
             Self::FourBit(weight) => Self::FourBit(weight.handle()),
             Self::Int8(weight) => Self::Int8(weight.handle()),
+            Self::Grouped(weight) => Self::Grouped(weight.handle()),
+            Self::Fp8(weight) => Self::Fp8(weight.handle()),
+            Self::Mxfp4(weight) => Self::Mxfp4(weight.handle()),
             Self::Experts(experts) => Self::Experts(experts.iter().map(Self::handle).collect()),
         }
     }
@@ -104,6 +118,9 @@ impl Quantised {
         match self {
             Self::FourBit(weight) => weight.shape.clone(),
             Self::Int8(weight) => weight.shape.clone(),
+            Self::Grouped(weight) => weight.shape.to_vec(),
+            Self::Fp8(weight) => weight.codes.size(),
+            Self::Mxfp4(weight) => weight.size(),
             Self::Experts(experts) => {
                 let own = experts.first().map(Self::size).unwrap_or_default();
                 std::iter::once(experts.len() as i64).chain(own).collect()
@@ -116,6 +133,9 @@ impl Quantised {
         match self {
             Self::FourBit(weight) => weight.kind,
             Self::Int8(weight) => weight.kind,
+            Self::Grouped(weight) => weight.kind,
+            Self::Fp8(weight) => weight.kind,
+            Self::Mxfp4(weight) => weight.kind,
             Self::Experts(experts) => experts.first().map_or(Kind::Float, Self::kind),
         }
     }
@@ -125,6 +145,9 @@ impl Quantised {
         match self {
             Self::FourBit(weight) => weight.dequantised(),
             Self::Int8(weight) => weight.dequantised(),
+            Self::Grouped(weight) => weight.dequantised(),
+            Self::Fp8(weight) => weight.dequantised(),
+            Self::Mxfp4(weight) => weight.dequantised(),
             Self::Experts(experts) => {
                 let whole = Tensor::empty(self.size(), (self.kind(), self.device()));
                 for (number, expert) in experts.iter().enumerate() {
@@ -139,6 +162,9 @@ impl Quantised {
         match self {
             Self::FourBit(weight) => weight.codes.device(),
             Self::Int8(weight) => weight.codes.device(),
+            Self::Grouped(weight) => weight.codes.device(),
+            Self::Fp8(weight) => weight.codes.device(),
+            Self::Mxfp4(weight) => weight.codes.device(),
             Self::Experts(experts) => experts.first().map_or(Device::Cpu, Self::device),
         }
     }

@@ -96,6 +96,7 @@ impl QuantizationType {
             QuantizationType::Nf4 => Form::FourBit { code: FourBitType::Nf4, block, double_quant },
             QuantizationType::Fp4 => Form::FourBit { code: FourBitType::Fp4, block, double_quant },
             QuantizationType::Int8 => Form::Int8,
+            QuantizationType::Fp8 => Form::Fp8,
         }
     }
 }

@@ -42,7 +42,7 @@ pub(super) fn check(tree: &Node) -> Vec<Problem> {
     }
     let form = given(tree, "quantization.type").and_then(Node::text).unwrap_or("nf4");
     for key in ["quantization.double_quant", "quantization.block_size"] {
-        if let (Some(node), "int8") = (given(tree, key), form) {
+        if let (Some(node), "int8" | "fp8") = (given(tree, key), form) {
             let what = format!("`{key}` says nothing of `{form}`, which has one scale to each row");
             problems.push(Problem::new(&node.place, what, format!("leave `{key}` out")));
         }

@@ -176,6 +176,8 @@ pub enum QuantizationType {
     Fp4,
     /// Eight bits: integers with a scale to each row (arXiv:2208.07339), inputs not quantised.
     Int8,
+    /// Eight bits: floating-point numbers (e4m3) with a scale to each row (arXiv:2209.05433), inputs not quantised.
+    Fp8,
 }
 
 impl std::fmt::Display for QuantizationType {
@@ -184,6 +186,7 @@ impl std::fmt::Display for QuantizationType {
             Self::Nf4 => "nf4",
             Self::Fp4 => "fp4",
             Self::Int8 => "int8",
+            Self::Fp8 => "fp8",
         })
     }
 }

@@ -29,6 +29,10 @@ impl Element for u8 {
     const KIND: Kind = Kind::Uint8;
 }
 
+impl Element for i32 {
+    const KIND: Kind = Kind::Int;
+}
+
 impl Element for i64 {
     const KIND: Kind = Kind::Int64;
 }

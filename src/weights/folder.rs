@@ -97,6 +97,7 @@ pub(super) fn shard(path: &Path, number: usize) -> Result<(File, Vec<Stored>)> {
         file: number,
         offset: entry.offset,
         form: Form::Plain(entry.dtype),
+        spare: false,
     });
     Ok((file, stored.collect()))
 }

@@ -74,6 +74,8 @@ struct Stored {
     /// First byte in the file.
     offset: u64,
     form: Form,
+    /// Whether the model is the same without it.
+    spare: bool,
 }
 
 /// How a tensor's numbers are stored.
@@ -87,6 +89,8 @@ enum Form {
     Mxfp4(quantised::mxfp4::Scales),
     /// Codes of a type and shape, and what makes numbers of them.
     Bitsandbytes(&'static storage::Dtype, Vec<i64>, quantised::bitsandbytes::Parts),
+    /// Whole numbers in groups, and what makes numbers of them.
+    Grouped(Box<quantised::grouped::Parts>),
 }
 
 impl Checkpoint {
@@ -158,6 +162,7 @@ impl Checkpoint {
             Form::Blocks(quantisation, _) => quantisation.name,
             Form::Mxfp4(_) => "MXFP4",
             Form::Bitsandbytes(_, _, ref parts) => parts.name(),
+            Form::Grouped(ref parts) => parts.name(),
         })
     }
 
@@ -165,7 +170,7 @@ impl Checkpoint {
     pub fn whole_kind(&self, name: &str) -> Option<Kind> {
         match self.find(name)?.form {
             Form::Plain(dtype) => dtype.kind.filter(|kind| storage::whole(*kind)),
-            Form::Blocks(..) | Form::Scaled(..) | Form::Mxfp4(_) | Form::Bitsandbytes(..) => None,
+            Form::Blocks(..) | Form::Scaled(..) | Form::Mxfp4(_) | Form::Bitsandbytes(..) | Form::Grouped(_) => None,
         }
     }
 
@@ -207,42 +212,60 @@ impl Checkpoint {
                 None => storage::read_plain(source, dtype, &stored.shape, kind)?,
             },
             Form::Blocks(quantisation, rows) => gguf::read_blocks(source, quantisation, *rows, &stored.shape, kind)?,
-            Form::Scaled(dtype, scales) => {
-                let beside = self.source_of(scales.file, &scales.name, scales.offset);
-                scales.read(source, dtype, &stored.shape, beside, kind)?
-            }
-            Form::Mxfp4(scales) => {
-                let beside = self.source_of(scales.file, &scales.name, scales.offset);
-                scales.read(source, beside, &stored.shape, kind)?
-            }
-            Form::Bitsandbytes(codes, packed, parts) => {
-                let files = (&self.files[..], &self.opened[..]);
-                parts.read(source, (codes, packed), &stored.shape, files, (kind, Device::Cpu))?.dequantised()
+            Form::Scaled(..) | Form::Mxfp4(_) | Form::Bitsandbytes(..) | Form::Grouped(_) => {
+                let kept = self.kept(stored, kind, Device::Cpu)?.expect("a form that is kept");
+                let numbers = kept.dequantised();
+                source.finite(storage::non_finite_numbers(&numbers), kind)?;
+                match &stored.form {
+                    // Kept as products read it; what is shown lies as the checkpoint's own tensors do.
+                    Form::Mxfp4(scales) if scales.transposed => numbers.transpose(1, 2).contiguous(),
+                    _ => numbers,
+                }
             }
         };
         storage::place(tensor, device)
     }
 
-    /// A weight as it is stored, where that is a form products can be made of; `None` where it is stored as plain numbers, or in a form
-    /// that [`Checkpoint::tensor`] makes such of. It is made whole in `kind`.
+    /// A weight as it is stored, where that is a form products can be made of; `None` where it is stored as plain numbers, or in blocks
+    /// of a GGUF. (out, in) or (E, out, in), whichever way a tensor of experts lies; it is made whole in `kind`.
     pub fn quantised(&self, name: &str, kind: Kind, device: Device) -> Result<Option<Quantised>> {
-        let Some(stored) = self.find(name) else { return Ok(None) };
-        let Form::Bitsandbytes(codes, packed, parts) = &stored.form else { return Ok(None) };
-        let source = self.source_of(stored.file, &stored.stored_name, stored.offset);
-        let files = (&self.files[..], &self.opened[..]);
-        parts.read(source, (codes, packed), &stored.shape, files, (kind, device)).map(Some)
+        self.find(name).map_or(Ok(None), |stored| self.kept(stored, kind, device))
     }
 
-    /// Whether weights are stored in a form that [`Checkpoint::quantised`] keeps.
-    pub fn is_quantised(&self) -> bool {
-        self.quantised_form().is_some()
+    fn kept(&self, stored: &Stored, kind: Kind, device: Device) -> Result<Option<Quantised>> {
+        let source = self.source_of(stored.file, &stored.stored_name, stored.offset);
+        let files = (&self.files[..], &self.opened[..]);
+        let kept = match &stored.form {
+            Form::Plain(_) | Form::Blocks(..) => return Ok(None),
+            Form::Scaled(dtype, scales) => {
+                let beside = self.source_of(scales.file, &scales.name, scales.offset);
+                scales.read(source, dtype, &stored.shape, beside, (kind, device))?
+            }
+            Form::Mxfp4(scales) => {
+                let beside = self.source_of(scales.file, &scales.name, scales.offset);
+                scales.read(source, beside, &stored.shape, (kind, device))?
+            }
+            Form::Bitsandbytes(codes, packed, parts) => {
+                parts.read(source, (codes, packed), &stored.shape, files, (kind, device))?
+            }
+            Form::Grouped(parts) => Quantised::Grouped(parts.read(&stored.shape, files, (kind, device))?),
+        };
+        Ok(Some(kept))
+    }
+
+    /// Whether the model is the same without a tensor: a bias of zeros that a quantiser added.
+    pub fn is_spare(&self, name: &str) -> bool {
+        self.find(name).is_some_and(|stored| stored.spare)
     }
 
     /// The form of the first weight that [`Checkpoint::quantised`] keeps.
     pub fn quantised_form(&self) -> Option<quant::Form> {
         self.tensors.iter().find_map(|tensor| match &tensor.form {
             Form::Bitsandbytes(_, _, parts) => Some(parts.form()),
-            Form::Plain(_) | Form::Blocks(..) | Form::Scaled(..) | Form::Mxfp4(_) => None,
+            Form::Grouped(parts) => Some(quant::Form::Stored(parts.layout)),
+            Form::Scaled(_, scales) => Some(quant::Form::Stored(scales.layout)),
+            Form::Mxfp4(_) => Some(quant::Form::Stored(quant::Layout::Mxfp4)),
+            Form::Plain(_) | Form::Blocks(..) => None,
         })
     }
 

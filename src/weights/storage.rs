@@ -155,8 +155,7 @@ pub(super) fn convert(source: Source, tensor: Tensor, kind: Kind) -> Result<Tens
     }
     let converted = tensor.f_to_kind(kind).map_err(out_of_memory)?;
     drop(tensor);
-    let overflowed: usize = bytes(&converted).par_chunks(CHUNK).map(|bytes| non_finite(kind, bytes)).sum();
-    source.finite(overflowed, kind)?;
+    source.finite(non_finite_numbers(&converted), kind)?;
     Ok(converted)
 }
 
@@ -225,6 +224,12 @@ pub(super) fn round(kind: Kind, numbers: &[f32], out: &mut [u8]) {
             }
         }
     }
+}
+
+/// How many numbers of a contiguous CPU tensor are NaN or infinite.
+pub(super) fn non_finite_numbers(tensor: &Tensor) -> usize {
+    let kind = tensor.kind();
+    bytes(tensor).par_chunks(CHUNK).map(|bytes| non_finite(kind, bytes)).sum()
 }
 
 /// How many numbers of `kind` in `bytes` are NaN or infinite.

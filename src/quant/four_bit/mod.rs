@@ -8,7 +8,9 @@
 mod kernels;
 mod scales;
 #[cfg(test)]
-pub(super) mod tests;
+mod tests;
+#[cfg(test)]
+pub(super) use tests::assert_same;
 
 use tch::{Kind, Tensor};
 

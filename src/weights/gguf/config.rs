@@ -109,6 +109,7 @@ fn dtype(tensors: &[Stored]) -> &'static str {
         Form::Blocks(Quantisation { name, .. }, _) => name,
         Form::Mxfp4(_) => "MXFP4",
         Form::Bitsandbytes(_, _, parts) => parts.name(),
+        Form::Grouped(parts) => parts.name(),
     });
     match name {
         Some("F32") => "float32",

@@ -130,7 +130,7 @@ pub(super) fn open(path: &Path) -> Result<Parts> {
                 shape.insert(0, 1);
             }
             let Some((before, after)) = name.split_once('*') else {
-                tensors.push(Stored { name, stored_name, shape, file, offset, form });
+                tensors.push(Stored { name, stored_name, shape, file, offset, form, spare: false });
                 continue;
             };
             let &[experts, out, columns] = shape.as_slice() else { unreachable!("checked above") };
@@ -143,6 +143,7 @@ pub(super) fn open(path: &Path) -> Result<Parts> {
                 file,
                 offset: offset + number as u64 * bytes,
                 form: plain.map_or(Form::Blocks(entry.quantisation, order), Form::Plain),
+                spare: false,
             }));
         }
     }

@@ -13,12 +13,13 @@ use serde::Deserialize;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
+use super::parts::{All, Part};
 use super::{method, quantisation};
+use crate::Result;
 use crate::quant::four_bit::{Absmax, BLOCKS, NESTED_BLOCK};
 use crate::quant::{self, FourBit, FourBitType, Int8, Quantised};
 use crate::weights::storage::{self, Dtype, Source};
 use crate::weights::{Form, Stored};
-use crate::{Error, Fault, Result};
 
 /// Its `quant_method`.
 pub(super) const METHOD: &str = "bitsandbytes";
@@ -46,16 +47,6 @@ pub(in crate::weights) struct Nested {
     offset: f32,
 }
 
-/// Another tensor of the checkpoint.
-#[derive(Debug)]
-pub(in crate::weights) struct Part {
-    name: String,
-    dtype: &'static Dtype,
-    shape: Vec<i64>,
-    file: usize,
-    offset: u64,
-}
-
 /// The JSON beside a four-bit weight.
 #[derive(Deserialize)]
 struct State {
@@ -81,11 +72,7 @@ pub(super) fn pair(
     if quantisation(config).is_none_or(|(_, found)| method(found) != Some(METHOD)) {
         return Ok(tensors);
     }
-    let by_name: HashMap<&str, &Stored> = tensors.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect();
-    if by_name.len() < tensors.len() {
-        return Ok(tensors); // a tensor that is there twice: refused when the checkpoint is put together
-    }
-    let all = All { files, opened, by_name: &by_name };
+    let Some(all) = All::new((files, opened), &tensors) else { return Ok(tensors) };
     let mut forms: HashMap<String, (Vec<i64>, Parts)> = HashMap::new();
     let mut taken: HashSet<String> = HashSet::new();
     for tensor in &tensors {
@@ -125,37 +112,7 @@ pub(super) fn pair(
     Ok(paired.collect())
 }
 
-/// A checkpoint's tensors.
-struct All<'a> {
-    files: &'a [PathBuf],
-    opened: &'a [File],
-    by_name: &'a HashMap<&'a str, &'a Stored>,
-}
-
 impl All<'_> {
-    fn fault(&self, tensor: &Stored, what: String) -> Error {
-        let place = format!("{}: {}", self.files[tensor.file].display(), tensor.stored_name);
-        let hint = "is the download complete? fetch the model again, or name its unquantised version";
-        Error::Model(Fault::new(place, what).hint(hint))
-    }
-
-    /// A tensor that `of` needs, of one of `dtypes` (the first of which is told) and `count` numbers.
-    fn part(&self, of: &Stored, name: String, dtypes: &[&str], count: i64) -> Result<Part> {
-        let Some(found) = self.by_name.get(name.as_str()) else {
-            return Err(self.fault(of, format!("needs {name}, which is missing")));
-        };
-        let Form::Plain(dtype) = found.form else { unreachable!("nothing is paired before") };
-        let numbers: i64 = found.shape.iter().product();
-        if !dtypes.contains(&dtype.name) || numbers != count {
-            let what = format!(
-                "is {} {:?}, but {} of {count} numbers belongs to {}",
-                dtype.name, found.shape, dtypes[0], of.name
-            );
-            return Err(self.fault(found, what));
-        }
-        Ok(Part { name, dtype, shape: found.shape.clone(), file: found.file, offset: found.offset })
-    }
-
     /// Shape and parts of a four-bit weight, and the names of all tensors that belong to it.
     fn four_bit(&self, state: &Stored, weight: &str, kind: &str) -> Result<(Vec<i64>, Parts, Vec<String>)> {
         let Some(codes) = self.by_name.get(weight) else {
@@ -240,7 +197,7 @@ impl All<'_> {
     /// The kernels of bitsandbytes have the code book built in; a file that says another one is not theirs.
     fn code_book(&self, map: Part, code: FourBitType) -> Result<()> {
         let tensor = self.by_name[map.name.as_str()];
-        let found = map.read(self.files, self.opened, Kind::Float)?;
+        let found = map.tensor(self.files, self.opened, Kind::Float)?;
         let expected = Tensor::from_slice(code.values());
         if (found - expected).abs().max().double_value(&[]) > 1e-6 {
             return Err(self.fault(tensor, format!("holds another code book than that of {code}")));
@@ -260,20 +217,6 @@ impl All<'_> {
         }
         let absmax = self.part(codes, rows.name.clone(), &["F32", "F16", "BF16"], codes.shape[0])?;
         Ok((codes.shape.clone(), Parts::Int8 { absmax }))
-    }
-
-    fn source<'a>(&'a self, tensor: &'a Stored) -> Source<'a> {
-        let (path, file) = (&self.files[tensor.file], &self.opened[tensor.file]);
-        Source { path, file, name: &tensor.stored_name, offset: tensor.offset }
-    }
-}
-
-impl Part {
-    /// Its numbers (n).
-    fn read(&self, files: &[PathBuf], opened: &[File], kind: Kind) -> Result<Tensor> {
-        let source =
-            Source { path: &files[self.file], file: &opened[self.file], name: &self.name, offset: self.offset };
-        Ok(storage::read_plain(source, self.dtype, &self.shape, kind)?.view([-1]))
     }
 }
 
@@ -308,7 +251,7 @@ impl Parts {
     ) -> Result<Quantised> {
         let own =
             dtype.kind.ok_or_else(|| source.fault(format_args!("codes of type {} are not supported", dtype.name)))?;
-        let part = |part: &Part, kind| storage::place(part.read(files, opened, kind)?, device);
+        let part = |part: &Part, kind| storage::place(part.tensor(files, opened, kind)?.view([-1]), device);
         match self {
             Self::FourBit { code, block, stored, absmax, nested } => {
                 let bytes = packed.iter().product::<i64>() * own.elt_size_in_bytes() as i64;

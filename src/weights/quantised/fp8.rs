@@ -11,15 +11,16 @@
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
-use rayon::prelude::*;
 use regex::Regex;
 use serde_json::Value;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use super::{method, power, quantisation};
-use crate::weights::storage::{self, Dtype, PIECE, Source};
+use super::parts::Part;
+use super::{method, quantisation};
+use crate::quant::mxfp4::power;
+use crate::quant::{Fp8, Layout, Quantised, Rounding};
+use crate::weights::storage::{self, Dtype, Source};
 use crate::weights::{Form, Stored};
 use crate::{Error, Fault, Result};
 
@@ -33,8 +34,6 @@ const ACTIVATION_SCALE: &str = ".activation_scale";
 const ACTIVATION_SCALES: &str = "_activation_scale";
 /// Types that hold exponents.
 const EXPONENTS: [&str; 2] = ["F8_E8M0", "U8"];
-/// Numbers per parallel task, about.
-const TASK: usize = 1 << 17;
 /// Its `quant_method`.
 pub(super) const METHOD: &str = "fp8";
 
@@ -49,7 +48,11 @@ pub(in crate::weights) struct Scales {
     /// First byte in the file.
     pub offset: u64,
     /// Rows and columns of a weight (out, in) to a scale.
-    block: [usize; 2],
+    block: [i64; 2],
+    /// What a product with a scale is rounded to first.
+    rounding: Rounding,
+    /// Whose they are.
+    pub layout: Layout,
 }
 
 /// Puts fp8 weights and their scales together, where `config` says that there are such; other models are left as they are.
@@ -104,7 +107,8 @@ pub(super) fn pair(
         let name = scale.name.clone();
         taken.insert(name.clone());
         let (shape, file, offset) = (scale.shape.clone(), scale.file, scale.offset);
-        let stored = Scales { name, dtype, shape, file, offset, block };
+        let (rounding, layout) = (Rounding::None, Layout::Fp8);
+        let stored = Scales { name, dtype, shape, file, offset, block, rounding, layout };
         scales.insert(tensor.name.clone(), stored);
     }
     for tensor in tensors.iter().filter(|tensor| !taken.contains(&tensor.name)) {
@@ -128,7 +132,8 @@ pub(super) fn pair(
         .collect();
     if !scales.is_empty() {
         notices.push(format!(
-            "the base holds weights in fp8 ({}): they are read as plain numbers, and a merged model is written so",
+            "the base holds weights in fp8 ({}): `adapter.method: qlora` keeps them so, another method reads them as plain numbers, and \
+             a merged model is written in those",
             scales.len()
         ));
     }
@@ -204,15 +209,15 @@ impl Scheme {
     }
 
     /// Rows and columns to a scale, where weight and scales go together.
-    fn block(&self, weight: &[i64], scales: &[i64]) -> Option<[usize; 2]> {
+    fn block(&self, weight: &[i64], scales: &[i64]) -> Option<[i64; 2]> {
         let (&[.., rows, columns], 2 | 3) = (weight, weight.len()) else { return None };
-        let whole = [rows.max(1) as usize, columns.max(1) as usize];
+        let whole = [rows.max(1), columns.max(1)];
         match (self.block, weight, scales) {
-            (Some(block), ..) => (scales == self.scales_of(weight)).then_some(block),
+            (Some(block), ..) => (scales == self.scales_of(weight)).then_some(block.map(|size| size as i64)),
             (None, [_, _], _) => scales.iter().all(|n| *n == 1).then_some(whole),
             (None, [experts, ..], &[stack, high, wide]) => {
                 let divide = high > 0 && wide > 0 && rows % high == 0 && columns % wide == 0;
-                (stack == *experts && divide).then(|| [whole[0] / high as usize, whole[1] / wide as usize])
+                (stack == *experts && divide).then(|| [whole[0] / high, whole[1] / wide])
             }
             (None, ..) => None,
         }
@@ -230,75 +235,50 @@ impl Scheme {
 }
 
 impl Scales {
-    /// Reads a `weight` of `shape` stored as `dtype`, and its `scales`: `f32(q) * scale`, rounded once to `kind`.
+    /// Scales of a weight (out, in) that another tool stores beside it: `of` so many rows and columns each.
+    pub(super) fn beside(part: Part, of: [i64; 2], layout: Layout) -> Self {
+        let Part { name, dtype, shape, file, offset } = part;
+        let rounding = dtype.kind.map_or(Rounding::None, Rounding::to);
+        Self { name, dtype, shape, file, offset, block: of, rounding, layout }
+    }
+
+    /// Reads a `weight` of `shape`, (out, in) or (E, out, in), stored as `dtype`, and its `scales`; it is made whole in `kind`.
     pub(in crate::weights) fn read(
         &self,
         weight: Source,
-        dtype: &Dtype,
+        dtype: &'static Dtype,
         shape: &[i64],
         scales: Source,
-        kind: Kind,
-    ) -> Result<Tensor> {
-        let factors = self.factors(scales)?;
+        (kind, device): (Kind, Device),
+    ) -> Result<Quantised> {
+        let own = dtype.kind.expect("a type that was recognised as fp8");
+        let codes = storage::place(storage::read_plain(weight, dtype, shape, own)?, device)?;
         let &[.., rows, columns] = shape else { unreachable!("two or three dimensions were proved") };
-        let [rows, columns] = [rows as usize, columns as usize];
         let [high, wide] = self.block;
-        let (down, across) = (rows.div_ceil(high), columns.div_ceil(wide));
-        let table = numbers(dtype)?;
-
-        let written = if matches!(kind, Kind::BFloat16 | Kind::Half) { kind } else { Kind::Float };
-        let size = written.elt_size_in_bytes();
-        let mut tensor = storage::allocate(shape, written)?;
-        let damaged = AtomicUsize::new(0);
-        let together = (TASK / columns.max(1)).max(1);
-        let task = together * columns * size;
-        storage::bytes_mut(&mut tensor).par_chunks_mut(task.max(1)).enumerate().try_for_each_init(
-            || (Vec::new(), vec![0f32; PIECE]),
-            |(stored, numbers), (number, out)| {
-                stored.resize(out.len() / size, 0);
-                weight.read(stored, (number * together * columns) as u64)?;
-                let lines = stored.chunks(columns).zip(out.chunks_mut(columns * size)).enumerate();
-                for (line, (stored, out)) in lines {
-                    let line = number * together + line;
-                    let (expert, row) = (line / rows, line % rows);
-                    let factors = &factors[(expert * down + row / high) * across..][..across];
-                    for (piece, (stored, out)) in stored.chunks(PIECE).zip(out.chunks_mut(PIECE * size)).enumerate() {
-                        let numbers = &mut numbers[..stored.len()];
-                        for (i, (number, byte)) in numbers.iter_mut().zip(stored).enumerate() {
-                            *number = table[usize::from(*byte)] * factors[(piece * PIECE + i) / wide];
-                        }
-                        storage::round(written, numbers, out);
-                    }
-                }
-                damaged.fetch_add(storage::non_finite(written, out), Ordering::Relaxed);
-                Ok::<(), Error>(())
-            },
-        )?;
-        weight.finite(damaged.into_inner(), written)?;
-        storage::convert(weight, tensor, kind)
+        let scales = self.factors(scales)?.view([-1, (rows + high - 1) / high, (columns + wide - 1) / wide]);
+        let scales = storage::place(scales, device)?;
+        let one = |codes: Tensor, scales: Tensor| {
+            Quantised::Fp8(Fp8 { kind, rounding: self.rounding, codes, scales, block: self.block })
+        };
+        Ok(match shape.len() {
+            2 => one(codes, scales.select(0, 0)),
+            _ => {
+                Quantised::Experts(codes.unbind(0).into_iter().zip(scales.unbind(0)).map(|(c, s)| one(c, s)).collect())
+            }
+        })
     }
 
-    /// The scales as numbers.
-    fn factors(&self, scales: Source) -> Result<Vec<f32>> {
-        if EXPONENTS.contains(&self.dtype.name) {
-            let mut exponents = vec![0; self.shape.iter().product::<i64>() as usize];
-            scales.read(&mut exponents, 0)?;
-            let factors: Vec<f32> = exponents.into_iter().map(power).collect();
-            scales.finite(factors.iter().filter(|factor| !factor.is_finite()).count(), Kind::Float)?;
-            return Ok(factors);
+    /// The scales as fp32 numbers.
+    fn factors(&self, scales: Source) -> Result<Tensor> {
+        if !EXPONENTS.contains(&self.dtype.name) {
+            return storage::read_plain(scales, self.dtype, &self.shape, Kind::Float);
         }
-        let factors = storage::read_plain(scales, self.dtype, &self.shape, Kind::Float)?;
-        Ok(storage::bytes(&factors).as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
+        let mut exponents = vec![0; self.shape.iter().product::<i64>() as usize];
+        scales.read(&mut exponents, 0)?;
+        let factors: Vec<f32> = exponents.into_iter().map(power).collect();
+        scales.finite(factors.iter().filter(|factor| !factor.is_finite()).count(), Kind::Float)?;
+        Ok(Tensor::from_slice(&factors))
     }
-}
-
-/// What each of the 256 bytes stands for.
-fn numbers(dtype: &Dtype) -> Result<Vec<f32>> {
-    let kind = dtype.kind.expect("a type that was recognised as fp8");
-    let mut bytes = storage::allocate(&[256], kind)?;
-    storage::bytes_mut(&mut bytes).iter_mut().zip(0..=u8::MAX).for_each(|(byte, value)| *byte = value);
-    let wide = bytes.to_kind(Kind::Float);
-    Ok(storage::bytes(&wide).as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
 }
 
 #[cfg(test)]

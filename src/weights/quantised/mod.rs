@@ -1,40 +1,47 @@
-//! Quantised weights as models are published with them (`quantization_config`): a tensor and its scales become one tensor of plain
-//! numbers, under its own name.
+//! Quantised weights as models are published with them (`quantization_config`): a tensor and its scales become one tensor under the
+//! name that plain numbers would have. Each is read as such, or kept as it is stored.
 
+mod awq;
 pub(super) mod bitsandbytes;
+mod compressed_tensors;
 pub(super) mod fp8;
+mod gptq;
+pub(super) mod grouped;
 pub(super) mod mxfp4;
+mod parts;
+mod scheme;
 
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::path::PathBuf;
 
 use serde_json::Value;
 
-use super::Stored;
+use self::parts::All;
+use super::{Form, Stored};
 use crate::{Error, Fault, Result};
+
+/// What `quant_method` may be.
+const METHODS: [&str; 6] =
+    [bitsandbytes::METHOD, gptq::METHOD, awq::METHOD, compressed_tensors::METHOD, fp8::METHOD, mxfp4::METHOD];
 
 /// An error where `config` (of a model) asks for a quantisation that is not read.
 pub(crate) fn prove_readable(config: &Value) -> Result<()> {
     let Some((place, found)) = quantisation(config) else { return Ok(()) };
-    if matches!(method(found), Some(fp8::METHOD | mxfp4::METHOD | bitsandbytes::METHOD)) {
+    if method(found).is_some_and(|method| METHODS.contains(&method)) {
         return Ok(());
     }
     let what = match found.get("quant_method").and_then(Value::as_str) {
         Some(method) => format!("a base quantised by {method:?} is not supported"),
         None => "missing, so there is no telling how the base is quantised".to_string(),
     };
-    let hint = format!(
-        "supported: {} (F8_E4M3 or F8_E5M2), {}, {}; or name the model's unquantised version",
-        fp8::METHOD,
-        mxfp4::METHOD,
-        bitsandbytes::METHOD
-    );
+    let hint = format!("supported: {}; or name the model's unquantised version", METHODS.join(", "));
     Err(Error::Model(Fault::new(format!("config.json: {place}.quant_method"), what).hint(hint)))
 }
 
 /// Puts quantised weights and their scales together, where `config` says that there are such; other models are left as they are.
 ///
-/// Errors: what [`bitsandbytes::pair`], [`fp8::pair`], [`mxfp4::pair_rows`] and [`mxfp4::pair`] find wrong.
+/// Errors: what the method's own `pair` finds wrong.
 pub(super) fn pair(
     config: &Value,
     (files, opened): (&[PathBuf], &[File]),
@@ -42,6 +49,9 @@ pub(super) fn pair(
     notices: &mut Vec<String>,
 ) -> Result<Vec<Stored>> {
     let tensors = bitsandbytes::pair(config, (files, opened), tensors, notices)?;
+    let tensors = gptq::pair(config, (files, opened), tensors, notices)?;
+    let tensors = awq::pair(config, (files, opened), tensors, notices)?;
+    let tensors = compressed_tensors::pair(config, (files, opened), tensors, notices)?;
     let tensors = fp8::pair(config, files, tensors, notices)?;
     let tensors = mxfp4::pair_rows(config, files, tensors, notices)?;
     mxfp4::pair(config, files, tensors, notices)
@@ -58,11 +68,67 @@ fn method(quantisation: &Value) -> Option<&str> {
     quantisation.get("quant_method").and_then(Value::as_str)
 }
 
-/// `2^(exponent - 127)`; the largest exponent stands for no number.
-fn power(exponent: u8) -> f32 {
-    match exponent {
-        0 => f32::from_bits(1 << 22), // 2^-127 is subnormal
-        255 => f32::NAN,
-        _ => f32::from_bits(u32::from(exponent) << 23),
+/// A value of `quantization_config` that is not read.
+fn wrong(place: &str, name: &str, value: &Value, expected: &str) -> Error {
+    let fault = Fault::new(format!("config.json: {place}.{name}"), format!("is {value}; {expected} expected"));
+    Error::Model(fault.hint("name the model in a layout that is read, or its unquantised version"))
+}
+
+/// Columns to a scale, -1 for all of them; `otherwise` where nothing is said.
+fn group_size(place: &str, said: Option<(&str, &Value)>, otherwise: i64) -> Result<i64> {
+    let Some((name, value)) = said else { return Ok(otherwise) };
+    let size = value.as_i64().filter(|size| *size == -1 || (1..=1 << 30).contains(size));
+    size.ok_or_else(|| wrong(place, name, value, "-1 or a whole number from 1 to 2^30"))
+}
+
+/// An error for what would belong to codes that are not there.
+fn refuse_left_over(
+    all: &All<'_>,
+    tensors: &[Stored],
+    taken: &HashSet<String>,
+    others: &[&str],
+    codes: &str,
+) -> Result<()> {
+    let left = tensors.iter().filter(|tensor| !taken.contains(&tensor.name));
+    let left = left.filter_map(|tensor| Some((tensor, others.iter().find_map(|end| tensor.name.strip_suffix(end))?)));
+    match left.into_iter().next() {
+        Some((tensor, module)) => Err(all.fault(tensor, format!("belongs to {module}{codes}, which is missing"))),
+        None => Ok(()),
     }
 }
+
+/// Tells the user what becomes of weights that are stored quantised.
+fn say_kept(notices: &mut Vec<String>, how: &str, weights: usize) {
+    if weights > 0 {
+        notices.push(format!(
+            "the base holds weights {how} ({weights}): `adapter.method: qlora` keeps them so, another method reads them as plain \
+             numbers, and a merged model is written in those"
+        ));
+    }
+}
+
+/// The tensors without those that are `taken`, each of `forms` as the weight it stands for.
+fn shown(
+    tensors: Vec<Stored>,
+    mut forms: HashMap<String, (Vec<i64>, grouped::Parts)>,
+    taken: &HashSet<String>,
+    spare: &HashSet<String>,
+    codes: &str,
+) -> Vec<Stored> {
+    let kept = tensors.into_iter().filter(|tensor| !taken.contains(&tensor.name));
+    kept.map(|mut tensor| {
+        tensor.spare = spare.contains(&tensor.name);
+        if let Some((shape, parts)) = forms.remove(&tensor.name) {
+            if let Some(module) = tensor.name.strip_suffix(codes) {
+                tensor.name = format!("{module}.weight");
+            }
+            tensor.shape = shape;
+            tensor.form = Form::Grouped(Box::new(parts));
+        }
+        tensor
+    })
+    .collect()
+}
+
+#[cfg(test)]
+mod golden;

@@ -9,13 +9,14 @@
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 use serde_json::Value;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use super::{fp8, method, power, quantisation};
+use super::{fp8, method, quantisation};
+use crate::quant::mxfp4::BLOCK;
+use crate::quant::{Mxfp4, Quantised};
 use crate::weights::storage::{self, Source};
 use crate::weights::{Form, Stored};
 use crate::{Error, Fault, Result};
@@ -27,12 +28,8 @@ const BLOCKS: &str = "_blocks";
 const SCALES: &str = "_scales";
 /// How the format calls scales that are exponents alone.
 const EXPONENTS: &str = "F8_E8M0";
-/// Numbers to a scale.
-const BLOCK: usize = 32;
-/// What the 16 codes stand for: a sign, two bits of exponent, one of mantissa.
-const NUMBERS: [f32; 16] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
-/// Blocks per parallel task, about.
-const TASK: usize = 1 << 12;
+/// Bytes per positioned read.
+const CHUNK: usize = 1 << 20;
 
 /// Where the scales of a weight are.
 #[derive(Debug)]
@@ -44,7 +41,7 @@ pub(in crate::weights) struct Scales {
     /// First byte in the file.
     pub offset: u64,
     /// Whether what is shown is (E, in, out) of blocks (E, out, in), rather than as it is stored.
-    transposed: bool,
+    pub transposed: bool,
 }
 
 /// Puts blocks and their scales together, where `config` says that there are such.
@@ -84,7 +81,7 @@ pub(super) fn pair(
         let [experts, rows, blocks, half] = tensor.shape[..] else {
             return fault(tensor, format!("is {:?}; (experts, out, in / {BLOCK}, 16) expected", tensor.shape));
         };
-        if half as usize != BLOCK / 2 || !bytes(tensor) || !bytes(own) {
+        if half != BLOCK / 2 || !bytes(tensor) || !bytes(own) {
             return fault(tensor, format!("is {:?}; (experts, out, in / {BLOCK}, 16) of U8 expected", tensor.shape));
         }
         if own.shape != [experts, rows, blocks] {
@@ -104,7 +101,7 @@ pub(super) fn pair(
         if let Some(scales) = scales.remove(&tensor.name) {
             let [experts, rows, blocks, _] = tensor.shape[..] else { unreachable!("checked above") };
             tensor.name.truncate(tensor.name.len() - BLOCKS.len());
-            tensor.shape = vec![experts, blocks * BLOCK as i64, rows];
+            tensor.shape = vec![experts, blocks * BLOCK, rows];
             tensor.form = Form::Mxfp4(scales);
         }
         tensor
@@ -113,7 +110,7 @@ pub(super) fn pair(
 }
 
 fn notice(weights: usize) -> Option<String> {
-    let what = "they are read as plain numbers, and a merged model is written so";
+    let what = "`adapter.method: qlora` keeps them so, another method reads them as plain numbers, and a merged model is written in those";
     (weights > 0).then(|| format!("the base holds weights in MXFP4 ({weights}): {what}"))
 }
 
@@ -141,7 +138,7 @@ pub(super) fn pair_rows(
         let bytes = matches!(tensor.form, Form::Plain(dtype) if matches!(dtype.kind, Some(Kind::Int8 | Kind::Uint8)));
         let Some(own) = exponents.get(format!("{module}.scale").as_str()).filter(|_| bytes) else { continue };
         let expected = match tensor.shape[..] {
-            [rows, half] if half * 2 % BLOCK as i64 == 0 => vec![rows, half * 2 / BLOCK as i64],
+            [rows, half] if half * 2 % BLOCK == 0 => vec![rows, half * 2 / BLOCK],
             _ => Vec::new(),
         };
         if own.shape != expected {
@@ -169,49 +166,40 @@ pub(super) fn pair_rows(
 }
 
 impl Scales {
-    /// Reads blocks and these scales as `shape`, (E, in, out) or (out, in): exact in every type that `kind` may be, but where a scale is
-    /// beyond its range.
-    pub(in crate::weights) fn read(&self, blocks: Source, scales: Source, shape: &[i64], kind: Kind) -> Result<Tensor> {
-        match *shape {
-            [experts, columns, rows] if self.transposed => {
-                let tensor = read(blocks, scales, &[experts, rows, columns], kind)?;
-                storage::convert(blocks, tensor.transpose(1, 2).contiguous(), kind)
-            }
-            _ => storage::convert(blocks, read(blocks, scales, shape, kind)?, kind),
-        }
+    /// Reads blocks and these scales, shown as `shape`, (E, in, out) or (out, in), for products: (E, out, in) or (out, in). It is made
+    /// whole in `kind`.
+    pub(in crate::weights) fn read(
+        &self,
+        blocks: Source,
+        scales: Source,
+        shape: &[i64],
+        (kind, device): (Kind, Device),
+    ) -> Result<Quantised> {
+        let (experts, rows, columns) = match *shape {
+            [experts, columns, rows] if self.transposed => (experts, rows, columns),
+            [rows, columns] => (1, rows, columns),
+            _ => unreachable!("shapes were proved"),
+        };
+        let bytes = |source: Source, shape: &[i64]| {
+            let mut tensor = storage::allocate(shape, Kind::Uint8)?;
+            let chunks = storage::bytes_mut(&mut tensor).par_chunks_mut(CHUNK).enumerate();
+            chunks.into_par_iter().try_for_each(|(chunk, bytes)| source.read(bytes, (chunk * CHUNK) as u64))?;
+            Ok::<Tensor, Error>(tensor)
+        };
+        let exponents = bytes(scales, &[experts, rows, columns / BLOCK])?;
+        // The largest exponent stands for no number.
+        scales
+            .finite(storage::bytes(&exponents).iter().filter(|exponent| **exponent == u8::MAX).count(), Kind::Float)?;
+        let codes = storage::place(bytes(blocks, &[experts, rows, columns / 2])?, device)?;
+        let exponents = storage::place(exponents, device)?;
+        let one = |codes: Tensor, exponents: Tensor| Quantised::Mxfp4(Mxfp4 { kind, codes, exponents });
+        Ok(match shape.len() {
+            2 => one(codes.select(0, 0), exponents.select(0, 0)),
+            _ => Quantised::Experts(
+                codes.unbind(0).into_iter().zip(exponents.unbind(0)).map(|(c, e)| one(c, e)).collect(),
+            ),
+        })
     }
-}
-
-/// Reads blocks and their scales as they lie, in fp32 or a half type that is asked for.
-fn read(blocks: Source, scales: Source, shape: &[i64], kind: Kind) -> Result<Tensor> {
-    let written = if matches!(kind, Kind::BFloat16 | Kind::Half) { kind } else { Kind::Float };
-    let size = written.elt_size_in_bytes();
-    let mut tensor = storage::allocate(shape, written)?;
-    let damaged = AtomicUsize::new(0);
-    storage::bytes_mut(&mut tensor).par_chunks_mut(TASK * BLOCK * size).enumerate().try_for_each_init(
-        || (Vec::new(), Vec::new()),
-        |(codes, exponents), (task, out)| {
-            let count = out.len() / (BLOCK * size);
-            codes.resize(count * BLOCK / 2, 0);
-            exponents.resize(count, 0);
-            blocks.read(codes, (task * TASK * BLOCK / 2) as u64)?;
-            scales.read(exponents, (task * TASK) as u64)?;
-            let of_block = codes.chunks(BLOCK / 2).zip(exponents.iter()).zip(out.chunks_mut(BLOCK * size));
-            for ((codes, exponent), out) in of_block {
-                let scale = power(*exponent);
-                let mut numbers = [0f32; BLOCK];
-                for (pair, code) in numbers.chunks_mut(2).zip(codes) {
-                    pair[0] = NUMBERS[usize::from(code & 15)] * scale;
-                    pair[1] = NUMBERS[usize::from(code >> 4)] * scale;
-                }
-                storage::round(written, &numbers, out);
-            }
-            damaged.fetch_add(storage::non_finite(written, out), Ordering::Relaxed);
-            Ok::<(), Error>(())
-        },
-    )?;
-    blocks.finite(damaged.into_inner(), written)?;
-    Ok(tensor)
 }
 
 #[cfg(test)]

@@ -24,7 +24,7 @@ fn a_stored_base_is_what_quantising_its_original_gives() {
         let scheme = Scheme { form, kind: Kind::Float, skip: Vec::new(), whole: false };
         let (original, stored) = (open(&fixture(name)).unwrap(), open(&fixture(name).join("quantised")).unwrap());
         assert!(
-            stored.is_quantised() && stored.notices()[0].contains("by bitsandbytes (14)"),
+            stored.quantised_form() == Some(form) && stored.notices()[0].contains("by bitsandbytes (14)"),
             "{:?}",
             stored.notices()
         );

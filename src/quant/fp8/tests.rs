@@ -1,0 +1,73 @@
+//! The kernels against libtorch's own conversion, bit for bit.
+
+use tch::{Device, Kind, Tensor};
+
+use super::*;
+use crate::quant::four_bit::assert_same;
+
+fn bytes(codes: &Tensor) -> Tensor {
+    codes.view_dtype(Kind::Uint8)
+}
+
+#[test]
+fn rows_are_quantised_as_libtorch_does_it() {
+    tch::manual_seed(5);
+    let on_cpu = (Kind::Float, Device::Cpu);
+    // Every code and the middle between each two, in a row whose scale is 1; numbers beyond all magnitudes; zeros, of either sign.
+    let every = Tensor::arange(127, (Kind::Uint8, Device::Cpu)).view_dtype(Kind::Float8e4m3fn).to_kind(Kind::Float);
+    let middle = (every.narrow(0, 1, 126) + every.narrow(0, 0, 126)) / 2.0;
+    let numbers = Tensor::cat(&[&every, &(-&every), &middle, &(-&middle)], 0).unsqueeze(0);
+    let columns = numbers.size()[1];
+    let wide = Tensor::randn([40, columns], on_cpu) * (Tensor::randn([40, columns], on_cpu) * 8.0).exp();
+    let zeros = Tensor::cat(&[Tensor::zeros([1, columns], on_cpu), -Tensor::zeros([1, columns], on_cpu)], 0);
+    let tiny = Tensor::randn([3, columns], on_cpu) * 1e-41;
+    let all = Tensor::cat(&[&numbers, &wide, &zeros, &tiny], 0);
+    for kind in [Kind::Float, Kind::BFloat16, Kind::Half] {
+        let weight = all.clamp(-60_000.0, 60_000.0).to_kind(kind);
+        let found = Fp8::of(&weight);
+        let (codes, scales) = quantise_plainly(&weight);
+        assert_eq!((found.codes.kind(), found.block), (Kind::Float8e4m3fn, [1, columns]));
+        assert_same(&found.scales, &scales, &format!("{kind:?} scales"));
+        assert_same(&bytes(&found.codes), &bytes(&codes), &format!("{kind:?} codes"));
+        assert_same(&found.dequantised(), &found.dequantised_plainly(), &format!("{kind:?} numbers"));
+        // In the row whose scale is 1 what is a code already comes back as it was.
+        let back = found.dequantised().get(0).narrow(0, 0, 2 * 127);
+        assert!(back.equal(&weight.get(0).narrow(0, 0, 2 * 127)), "{kind:?}");
+    }
+}
+
+/// Half a step of the last of three bits is the most that rounding costs.
+#[test]
+fn what_is_made_whole_is_near_what_was_quantised() {
+    let weight = Tensor::randn([64, 300], (Kind::Float, Device::Cpu));
+    let found = Fp8::of(&weight).dequantised();
+    let smallest = weight.abs().amax([1], true) / 448.0 * 2f64.powi(-10); // half a step of the smallest numbers
+    let allowed = (weight.abs() / 16.0).maximum(&smallest) * 1.000_001;
+    let beyond = (&found - &weight).abs().gt_tensor(&allowed).sum(Kind::Int64).int64_value(&[]);
+    assert_eq!(beyond, 0);
+}
+
+#[test]
+fn the_kernels_equal_their_twin_on_every_code_and_block() {
+    let every = Tensor::arange(256, (Kind::Int64, Device::Cpu)).to_kind(Kind::Uint8);
+    for own in [Kind::Float8e4m3fn, Kind::Float8e5m2] {
+        let finite = every.view_dtype(own).to_kind(Kind::Float).isfinite();
+        let finite = every.masked_select(&finite);
+        for ([rows, columns], block) in
+            [([9, 256], [1, 256]), ([9, 130], [4, 48]), ([1, 7], [1, 1]), ([260, 40], [128, 128])]
+        {
+            let drawn = Tensor::randint(finite.numel() as i64, [rows * columns], (Kind::Int64, Device::Cpu));
+            let codes = finite.index_select(0, &drawn).view([rows, columns]).view_dtype(own);
+            let shape = [(rows + block[0] - 1) / block[0], (columns + block[1] - 1) / block[1]];
+            let scales = (Tensor::rand(shape, (Kind::Float, Device::Cpu)) * -12.0).exp();
+            for rounding in [Rounding::None, Rounding::Half, Rounding::BFloat16] {
+                for kind in [Kind::Float, Kind::BFloat16, Kind::Half] {
+                    let (codes, scales) = (codes.shallow_clone(), scales.shallow_clone());
+                    let weight = Fp8 { kind, rounding, codes, scales, block };
+                    let what = format!("{own:?} {rows} x {columns} {block:?} {rounding:?} {kind:?}");
+                    assert_same(&weight.dequantised(), &weight.dequantised_plainly(), &what);
+                }
+            }
+        }
+    }
+}
