@@ -406,13 +406,49 @@ fn what_is_wrong_ends_with_its_code_and_leaves_nothing_behind() {
     assert!(!bench.path("deep").exists());
 }
 
+/// Rows of fp8 are the same, made while the base is loaded or stored so before; an adapter says which it was trained on.
+#[test]
+fn a_base_in_fp8_trains_alike_quantised_on_the_way_and_stored() {
+    let bench = Bench::new("max_steps: 4, eval_steps: 2");
+    let train = |run: &str, more: &[&str]| {
+        let dir = format!("output.dir={run}");
+        let own = ["train", "recipe.yaml", "--set", "adapter.method=qlora", "--set", &dir];
+        bench.succeed(&[&own[..], more].concat());
+        let said = std::fs::read(bench.path(run).join("adapter/base_quantization.json")).unwrap();
+        serde_json::from_slice::<Value>(&said).unwrap()
+    };
+    let said =
+        train("on-the-way", &["--set", "quantization.type=fp8", "--set", "quantization.cache_dequantized=never"]);
+    assert_eq!(said, json!({"type": "fp8", "skip": ["lm_head"], "dtype": "fp32"}));
+    bench.succeed(&["quantize", "--model", "base", "--out", "stored", "--type", "fp8", "--dtype", "fp32"]);
+    let config: Value = serde_json::from_slice(&std::fs::read(bench.path("stored/config.json")).unwrap()).unwrap();
+    assert_eq!(config["quantization_config"]["quant_method"], "compressed-tensors");
+    let said = train("stored-run", &["--set", "base_model=stored"]);
+    assert_eq!(said["type"], "compressed-tensors");
+    assert_eq!(bench.result("on-the-way"), bench.result("stored-run"));
+
+    let [one, other] = [("base", "on-the-way"), ("stored", "stored-run")].map(|(base, run)| {
+        let (adapter, out) = (format!("{run}/adapter"), format!("merged-{run}"));
+        bench.succeed(&["merge", "--model", base, "--adapter", &adapter, "--out", &out, "--dtype", "fp32"]);
+        std::fs::read(bench.path(&out).join("model.safetensors")).unwrap()
+    });
+    assert!(one == other, "merged onto the same numbers");
+    let merge = ["merge", "--model", "base", "--adapter", "stored-run/adapter", "--out", "other"];
+    bench.fail(&merge, 5, &["trained on a base that is stored as compressed-tensors", "--onto original"]);
+    bench.succeed(&[&merge[..], &["--onto", "original"]].concat());
+    bench.fail(&["quantize", "--model", "stored", "--out", "again"], 5, &["is quantised already"]);
+    let as_nf4 = ["train", "recipe.yaml", "--set", "adapter.method=qlora", "--set", "base_model=stored"];
+    let as_nf4 = [&as_nf4[..], &["--set", "quantization.type=nf4", "--set", "output.dir=nf4"]].concat();
+    bench.fail(&as_nf4, 3, &["the base is stored quantised as compressed-tensors, nf4", "leave `quantization` out"]);
+}
+
 /// Of the base's small files, which are known by their names to those who read them.
 #[test]
 fn a_fault_in_a_small_file_of_the_base_names_its_path() {
     let bench = Bench::new("max_steps: 2");
     for (file, from, to, verb) in [
         ("config.json", "\"hidden_size\":32", "\"hidden_size\":-1", "train"),
-        ("config.json", "\"llama\"", "\"llama\",\"quantization_config\":{\"quant_method\":\"awq\"}", "train"),
+        ("config.json", "\"llama\"", "\"llama\",\"quantization_config\":{\"quant_method\":\"aqlm\"}", "train"),
         (
             "config.json",
             "\"llama\"",

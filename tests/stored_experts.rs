@@ -124,8 +124,8 @@ fn experts_together_in_mxfp4() {
         };
         let drawn = |shape: &[i64], limit: f64| {
             let count = shape.iter().product::<i64>();
-            let hashed =
-                (Tensor::arange(count, (Kind::Int64, Device::Cpu)) * 2_654_435_761i64 + number as i64 * 97) % 65_521;
+            let hashed = Tensor::arange(count, (Kind::Int64, Device::Cpu)) * 2_654_435_761i64 + number as i64 * 97;
+            let hashed = hashed.remainder(65_521.0);
             hashed.remainder(limit).to_kind(Kind::Uint8).view(shape)
         };
         stored.push((format!("{name}_blocks"), drawn(&[experts, rows, columns / 32, 16], 256.0)));

@@ -11,6 +11,9 @@ use crate::torch_ext::{Number, elements, filled};
 /// What codes of four bits stand for before scale and zero.
 const COUNTING: [f32; 16] = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0];
 
+/// Columns in any order that are made whole at a time.
+const PIECE: usize = 256;
+
 /// What a weight stands for: (out, in) of its kind.
 pub(super) fn dequantise(weight: &Grouped) -> Tensor {
     let zeros = weight.zeros.as_ref().map(elements::<u8>);
@@ -89,11 +92,18 @@ fn scaled<const TO: u8, T: Number>(codes: &[u8], Group { scale, zero }: Group, o
     }
 }
 
+/// Columns in any order: what belongs to each is gathered first, so that the arithmetic is vectorised.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+avx2+fma+f16c", "x86_64+avx2+fma+f16c"))]
 fn in_order<const TO: u8, T: Number>(codes: &[u8], groups: &[Group], order: &[i32], out: &mut [T]) {
-    for ((out, code), group) in out.iter_mut().zip(codes).zip(order) {
-        let Group { scale, zero } = groups[*group as usize];
-        *out = T::rounded(round::<TO>((f32::from(*code) - zero) * scale));
+    let pieces = out.chunks_mut(PIECE).zip(codes.chunks(PIECE)).zip(order.chunks(PIECE));
+    for ((out, codes), order) in pieces {
+        let (mut scales, mut zeros) = ([0f32; PIECE], [0f32; PIECE]);
+        for ((scale, zero), group) in scales.iter_mut().zip(&mut zeros).zip(order) {
+            Group { scale: *scale, zero: *zero } = groups[*group as usize];
+        }
+        for (((out, code), scale), zero) in out.iter_mut().zip(codes).zip(&scales).zip(&zeros) {
+            *out = T::rounded(round::<TO>((f32::from(*code) - zero) * scale));
+        }
     }
 }
 
