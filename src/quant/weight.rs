@@ -118,7 +118,7 @@ impl Quantised {
         match self {
             Self::FourBit(weight) => weight.shape.clone(),
             Self::Int8(weight) => weight.shape.clone(),
-            Self::Grouped(weight) => weight.shape.to_vec(),
+            Self::Grouped(weight) => weight.size().to_vec(),
             Self::Fp8(weight) => weight.codes.size(),
             Self::Mxfp4(weight) => weight.size(),
             Self::Experts(experts) => {

@@ -1,7 +1,8 @@
 //! A base model's files: safetensors shards, GGUF, hub download. Bytes are validated before use; tensors stream.
 //!
-//! [`Checkpoint::open`] reads headers only (and what bitsandbytes keeps of each weight's shape beside it). [`Checkpoint::tensor`] reads one tensor straight into its own memory, so loading a
-//! model peaks at the model plus one tensor. A `Checkpoint` is `Send + Sync`: several threads may read tensors from it.
+//! [`Checkpoint::open`] reads headers only (and what quantisers keep of each weight's shape beside it). [`Checkpoint::tensor`] reads one
+//! tensor straight into its own memory, a quantised one beside its codes, so loading a model peaks at the model plus one tensor. A
+//! `Checkpoint` is `Send + Sync`: several threads may read tensors from it.
 
 mod file;
 mod folder;
@@ -215,6 +216,7 @@ impl Checkpoint {
             Form::Scaled(..) | Form::Mxfp4(_) | Form::Bitsandbytes(..) | Form::Grouped(_) => {
                 let kept = self.kept(stored, kind, Device::Cpu)?.expect("a form that is kept");
                 let numbers = kept.dequantised();
+                drop(kept);
                 source.finite(storage::non_finite_numbers(&numbers), kind)?;
                 match &stored.form {
                     // Kept as products read it; what is shown lies as the checkpoint's own tensors do.

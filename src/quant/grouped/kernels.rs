@@ -37,7 +37,7 @@ pub(super) fn dequantise(weight: &Grouped) -> Tensor {
 
 fn of_groups(weight: &Grouped, group: impl Fn(usize, usize) -> Group + Sync) -> Tensor {
     let rounding = Rounding::to(weight.scales.kind());
-    let (columns, wide) = (weight.shape[1] as usize, weight.group as usize);
+    let (columns, wide) = (weight.columns as usize, weight.group as usize);
     if weight.bits == 4 && weight.order.is_none() {
         let rows = Rows { codes: &weight.codes, columns, wide, values: &COUNTING, rounding, kind: weight.kind };
         return nibbles::dequantise(&rows, group);
@@ -60,10 +60,10 @@ fn of_rounding<const TO: u8>(weight: &Grouped, group: impl Fn(usize, usize) -> G
 /// Row after row: its codes as bytes, then its numbers.
 fn of_kind<const TO: u8, T: Number>(weight: &Grouped, group: impl Fn(usize, usize) -> Group + Sync) -> Tensor {
     let (bytes, stride) = (elements::<u8>(&weight.codes), weight.codes.size()[1] as usize);
-    let (columns, wide) = (weight.shape[1] as usize, weight.group as usize);
+    let (columns, wide) = (weight.columns as usize, weight.group as usize);
     let groups = weight.scales.size()[1] as usize;
     let order = weight.order.as_ref().map(|order| Vec::<i32>::try_from(order).expect("a table of whole numbers"));
-    let (shape, bits) = (weight.shape, weight.bits);
+    let (shape, bits) = (weight.size(), weight.bits);
     filled::<T>(&shape, |rows, out| {
         let mut codes = vec![0; columns.next_multiple_of(8)];
         let mut own = Vec::with_capacity(groups);

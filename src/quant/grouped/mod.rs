@@ -24,8 +24,8 @@ pub const BITS: [u32; 4] = [2, 3, 4, 8];
 /// A weight (out, in) of whole numbers in groups.
 #[derive(Debug)]
 pub struct Grouped {
-    /// Of the weight: (out, in).
-    pub shape: [i64; 2],
+    /// Of the weight (out, in): in.
+    pub columns: i64,
     /// Of a code, one of [`BITS`].
     pub bits: u32,
     /// Columns that share a scale; the last group may have fewer.
@@ -46,9 +46,9 @@ pub struct Grouped {
 impl Grouped {
     /// Another handle to the same tensors.
     pub(super) fn handle(&self) -> Self {
-        let Self { shape, bits, group, kind, codes, scales, zeros, order } = self;
+        let Self { columns, bits, group, kind, codes, scales, zeros, order } = self;
         Self {
-            shape: *shape,
+            columns: *columns,
             bits: *bits,
             group: *group,
             kind: *kind,
@@ -57,6 +57,11 @@ impl Grouped {
             zeros: zeros.as_ref().map(Tensor::shallow_clone),
             order: order.as_ref().map(Tensor::shallow_clone),
         }
+    }
+
+    /// (out, in).
+    pub fn size(&self) -> [i64; 2] {
+        [self.codes.size()[0], self.columns]
     }
 
     /// The numbers it stands for, in its shape and kind.
@@ -75,7 +80,7 @@ impl Grouped {
 
     /// [`Grouped::dequantised`] in libtorch's own operations, for every device.
     fn dequantised_plainly(&self) -> Tensor {
-        let [rows, columns] = self.shape;
+        let [rows, columns] = self.size();
         let device = self.codes.device();
         let codes = plain_codes(&self.codes, self.bits, columns); // (out, in)
         let of_column = match &self.order {

@@ -11,7 +11,7 @@ fn weight(bits: u32, [rows, columns]: [i64; 2], group: i64, scales: Kind, with_z
     let groups = (columns + group - 1) / group;
     let order = Tensor::randint(groups, [columns], on_cpu(Kind::Int));
     Grouped {
-        shape: [rows, columns],
+        columns,
         bits,
         group,
         kind: Kind::Float,

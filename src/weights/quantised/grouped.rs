@@ -98,7 +98,7 @@ impl Parts {
         let codes = self.codes(&read(&self.codes)?);
         let place = |tensor: Tensor| storage::place(tensor.contiguous(), device);
         Ok(Grouped {
-            shape: [rows, columns],
+            columns,
             bits: self.bits,
             group: self.group,
             kind,

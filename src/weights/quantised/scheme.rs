@@ -87,12 +87,18 @@ impl Scheme {
             }
             quantises_inputs |= group.get("input_activations").is_some_and(|value| !value.is_null());
             let Some(weights) = group.get("weights").filter(|value| !value.is_null()) else { continue };
-            groups.push((
-                targets(&inner, "targets", group.get("targets"))?,
-                Weights::read(&format!("{inner}.weights"), weights)?,
-            ));
+            let said = group.get("targets").unwrap_or(&Value::Null);
+            let targets = names(&inner, "targets", said)?.into_iter().map(|text| {
+                Target::of(text).map_err(|error| {
+                    let what = format!("{text:?} is no regular expression that is understood here: {error}");
+                    Error::Model(Fault::new(format!("config.json: {inner}.targets"), what))
+                })
+            });
+            groups.push((targets.collect::<Result<_>>()?, Weights::read(&format!("{inner}.weights"), weights)?));
         }
-        let ignored = targets(place, "ignore", said("ignore"))?;
+        // What is left as it was is told by the tensors, too: an expression that is not understood here takes nothing away.
+        let ignored = said("ignore").map(|said| names(place, "ignore", said)).transpose()?.unwrap_or_default();
+        let ignored = ignored.into_iter().filter_map(|text| Target::of(text).ok()).collect();
         Ok(Self { groups, ignored, quantises_inputs })
     }
 
@@ -111,6 +117,14 @@ impl Scheme {
 }
 
 impl Target {
+    fn of(text: &str) -> std::result::Result<Self, regex::Error> {
+        match text.strip_prefix("re:") {
+            Some(pattern) => Regex::new(&format!("^(?:{pattern})")).map(Self::Pattern),
+            None if text == "Linear" => Ok(Self::Linears),
+            None => Ok(Self::Name(text.to_string())),
+        }
+    }
+
     fn takes(&self, module: &str) -> bool {
         match self {
             Self::Linears => true,
@@ -120,21 +134,9 @@ impl Target {
     }
 }
 
-fn targets(place: &str, name: &str, said: Option<&Value>) -> Result<Vec<Target>> {
-    let Some(said) = said.filter(|value| !value.is_null()) else { return Ok(Vec::new()) };
+fn names<'a>(place: &str, name: &str, said: &'a Value) -> Result<Vec<&'a str>> {
     let names: Option<Vec<&str>> = said.as_array().and_then(|list| list.iter().map(Value::as_str).collect());
-    let names = names.ok_or_else(|| wrong(place, name, said, "a list of names"))?;
-    names
-        .into_iter()
-        .map(|text| match text.strip_prefix("re:") {
-            Some(pattern) => Regex::new(&format!("^(?:{pattern})")).map(Target::Pattern).map_err(|error| {
-                let what = format!("{text:?} is no regular expression that is understood here: {error}");
-                Error::Model(Fault::new(format!("config.json: {place}.{name}"), what))
-            }),
-            None if text == "Linear" => Ok(Target::Linears),
-            None => Ok(Target::Name(text.to_string())),
-        })
-        .collect()
+    names.ok_or_else(|| wrong(place, name, said, "a list of names"))
 }
 
 impl Weights {

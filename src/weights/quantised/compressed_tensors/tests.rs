@@ -106,7 +106,11 @@ fn modules_go_by_their_own_group_and_what_is_ignored_stays() {
         answer(&tensors, &said).contains("m.down_proj.weight: is quantised, but config.json has it under `ignore`")
     );
     said["ignore"] = json!(["re:(?=x)"]);
-    assert!(answer(&tensors, &said).contains("is no regular expression"));
+    said["config_groups"]["group_1"]["targets"] = json!(["m.down_proj"]);
+    assert!(open(&tensors, &said).is_ok(), "the tensors say what is left");
+    said["config_groups"]["group_1"]["targets"] = json!(["re:(?=x)"]);
+    let found = answer(&tensors, &said);
+    assert!(found.contains("config_groups.group_1.targets: \"re:(?=x)\" is no regular expression"), "{found}");
 }
 
 #[test]
