@@ -423,7 +423,7 @@ fn a_base_in_fp8_trains_alike_quantised_on_the_way_and_stored() {
     bench.succeed(&["quantize", "--model", "base", "--out", "stored", "--type", "fp8", "--dtype", "fp32"]);
     let config: Value = serde_json::from_slice(&std::fs::read(bench.path("stored/config.json")).unwrap()).unwrap();
     assert_eq!(config["quantization_config"]["quant_method"], "compressed-tensors");
-    let said = train("stored-run", &["--set", "base_model=stored"]);
+    let said = train("stored-run", &["--set", "base_model=stored", "--set", "quantization.cache_dequantized=never"]);
     assert_eq!(said["type"], "compressed-tensors");
     assert_eq!(bench.result("on-the-way"), bench.result("stored-run"));
 
@@ -439,7 +439,11 @@ fn a_base_in_fp8_trains_alike_quantised_on_the_way_and_stored() {
     bench.fail(&["quantize", "--model", "stored", "--out", "again"], 5, &["is quantised already"]);
     let as_nf4 = ["train", "recipe.yaml", "--set", "adapter.method=qlora", "--set", "base_model=stored"];
     let as_nf4 = [&as_nf4[..], &["--set", "quantization.type=nf4", "--set", "output.dir=nf4"]].concat();
-    bench.fail(&as_nf4, 3, &["the base is stored quantised as compressed-tensors, nf4", "leave `quantization` out"]);
+    bench.fail(
+        &as_nf4,
+        3,
+        &["the base is stored quantised as compressed-tensors, nf4", "leave `quantization.type` out"],
+    );
 }
 
 /// Of the base's small files, which are known by their names to those who read them.

@@ -68,13 +68,15 @@ pub(super) fn scheme(
 ) -> Result<Option<Scheme>> {
     let Some(mut scheme) = plan.scheme.clone() else { return Ok(None) };
     if let Some(stored) = checkpoint.quantised_form() {
-        let asked = plan.recipe.quantization.as_ref().map(|_| scheme.form);
+        let asked = plan.recipe.quantization.as_ref().filter(|said| said.asks_for_a_form()).map(|_| scheme.form);
         if asked.is_some_and(|asked| !stored.may_become(asked)) {
             let fault = Fault::new(
                 "quantization",
                 format!("the base is stored quantised as {stored}, {} is asked for", scheme.form),
             );
-            return Err(Error::Recipe(vec![fault.hint("leave `quantization` out, or name the base it was made of")]));
+            return Err(Error::Recipe(vec![
+                fault.hint("leave `quantization.type` out, or name the base it was made of"),
+            ]));
         }
         scheme.form = asked.unwrap_or(stored);
     }

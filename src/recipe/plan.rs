@@ -102,9 +102,15 @@ impl QuantizationType {
 }
 
 impl QuantizationRecipe {
+    /// Whether this asks for a form, be it by the numbers to a block alone; where it does not, a base that is stored quantised stays so.
+    pub fn asks_for_a_form(&self) -> bool {
+        let usual = Self::default();
+        self.form.is_some() || (self.double_quant, self.block_size) != (usual.double_quant, usual.block_size)
+    }
+
     /// What this asks for. Whether weights are kept whole is decided when there is a device.
     fn scheme(&self, kind: Kind) -> Scheme {
-        let form = self.form.with(self.block_size.into(), self.double_quant);
+        let form = self.form.unwrap_or_default().with(self.block_size.into(), self.double_quant);
         Scheme { form, kind, skip: self.skip.clone(), whole: self.cache_dequantized == CacheDequantized::Always }
     }
 }

@@ -135,9 +135,9 @@ pub enum AdapterMethod {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct QuantizationRecipe {
-    /// The form of the linears' weights.
+    /// The form of the linears' weights; without it that in which the base is stored, or `nf4`.
     #[serde(rename = "type")]
-    pub form: QuantizationType,
+    pub form: Option<QuantizationType>,
     /// Quantise the blocks' scales, too (`nf4` and `fp4`).
     pub double_quant: bool,
     /// Numbers to a block with a scale of its own (`nf4` and `fp4`).
@@ -155,7 +155,7 @@ pub struct QuantizationRecipe {
 impl Default for QuantizationRecipe {
     fn default() -> Self {
         Self {
-            form: QuantizationType::Nf4,
+            form: None,
             double_quant: true,
             block_size: 64,
             skip: vec!["lm_head".into()],
