@@ -35,11 +35,14 @@ pub(super) use by_kind;
 mod activation;
 pub(super) mod gate_up;
 mod loss;
+mod parts;
+pub(super) mod products;
 pub(super) mod rows;
 pub(super) mod streams;
 
 pub(super) use activation::{gated, gated_backward};
 pub(super) use loss::softmax_cross_entropy;
+pub(super) use parts::Parts;
 
 pub(super) const LANES: usize = 16;
 

@@ -29,7 +29,7 @@ pub use gemm::{Rows, bf16_gemm, bf16_gemm_done, bf16_gemm_serves};
 pub use number::Lanes;
 pub use number::Number;
 pub use optimizer::{AdamW, add_scaled, clear_gradients, fused_adamw_, global_norm};
-pub use parallel::{parallel_for, parallel_tasks};
+pub use parallel::{parallel_for, parallel_tasks, parallel_tasks_with};
 pub use random::{keep_mask, uniform};
 
 type Raw = *mut C_tensor;

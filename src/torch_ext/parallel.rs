@@ -33,15 +33,21 @@ pub fn parallel_for(n: usize, grain: usize, body: impl Fn(Range<usize>) + Sync) 
 
 /// Runs `task(i)` for every i below `n` on libtorch's CPU threads, each thread taking the next one when it is done.
 pub fn parallel_tasks(n: usize, task: impl Fn(usize) + Sync) {
+    parallel_tasks_with(n, || (), |(), i| task(i));
+}
+
+/// [`parallel_tasks`] with a `room` to work in, which every thread makes for itself and uses for all its tasks.
+pub fn parallel_tasks_with<T>(n: usize, room: impl Fn() -> T + Sync, task: impl Fn(&mut T, usize) + Sync) {
     let next = std::sync::atomic::AtomicUsize::new(0);
     parallel_for((tch::get_num_threads() as usize).min(n), 1, |workers| {
         for _ in workers {
+            let mut room = room();
             loop {
                 let i = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                 if i >= n {
                     break;
                 }
-                task(i);
+                task(&mut room, i);
             }
         }
     });

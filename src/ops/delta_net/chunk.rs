@@ -21,10 +21,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::{CHUNK, kernels};
-
-/// Added to the squares of a query or key before the root.
-const EPS: f64 = 1e-6;
+use super::{CHUNK, EPS};
 
 /// Who sees whom in a run of chunks: 0, or minus infinity where documents differ.
 pub(super) struct Sight {
@@ -36,20 +33,6 @@ pub(super) struct Sight {
     leaving: Tensor,
     /// Of the state before the chunk from its end: (M, 1).
     passing: Tensor,
-}
-
-/// Inputs of some heads.
-pub(super) struct Block {
-    /// (T, K, P).
-    pub(super) q: Tensor,
-    /// (T, K, P).
-    pub(super) k: Tensor,
-    /// (T, N, H).
-    pub(super) v: Tensor,
-    /// (T, N), fp32.
-    pub(super) log_decay: Tensor,
-    /// (T, N), fp32.
-    pub(super) beta: Tensor,
 }
 
 /// What a run of chunks is computed from; all in fp32. Letters as in the module's formulas.
@@ -110,10 +93,11 @@ impl Sight {
 }
 
 impl Chunks {
-    pub(super) fn new(block: &Block, tokens: (i64, i64), sight: &Sight) -> Self {
+    /// Of tokens (start, count) of q, k, v, log decay and b.
+    pub(super) fn new([q, k, v, log_decay, beta]: &[Tensor; 5], tokens: (i64, i64), sight: &Sight) -> Self {
         let take = |x: &Tensor| rows(x, tokens);
         let scalars = |x: &Tensor| take(&x.unsqueeze(-1)).squeeze_dim(-1); // (M, N, C)
-        let (mut q, mut k, v) = (take(&block.q), take(&block.k), take(&block.v));
+        let (mut q, mut k, v) = (take(q), take(k), take(v));
         let (m, key_heads, _, key_size) = q.size4().expect("(M, K, C, P)");
         let value_heads = v.size()[1];
         let group = value_heads / key_heads;
@@ -121,8 +105,8 @@ impl Chunks {
         let _ = q.g_mul_(&(&q_scale * (key_size as f64).powf(-0.5)));
         let _ = k.g_mul_(&k_scale);
 
-        let beta = scalars(&block.beta).unsqueeze(-1); // (M, N, C, 1)
-        let sums = scalars(&block.log_decay).cumsum(-1, Kind::Float); // (M, N, C)
+        let beta = scalars(beta).unsqueeze(-1); // (M, N, C, 1)
+        let sums = scalars(log_decay).cumsum(-1, Kind::Float); // (M, N, C)
         let total = sums.narrow(-1, CHUNK - 1, 1); // (M, N, 1)
         let passing = (&total + sight.passing.unsqueeze(-1)).exp().unsqueeze(-1); // (M, N, 1, 1)
         let entering = (&sums + &sight.entering).exp().unsqueeze(-1); // (M, N, C, 1)
@@ -135,9 +119,15 @@ impl Chunks {
             (x.unsqueeze(2) * by_group(factor)).view(size) // (M, N, C, ...)
         };
         let products = |x: &Tensor| batched(x).bmm(&batched(&k).transpose(1, 2)).view([m, key_heads, CHUNK, CHUNK]);
-        let kernels::Seen { decay, keys, queries: seen, system } =
-            kernels::seen(&products(&k), &products(&q), &sums, &sight.within, &beta);
-        let solved = kernels::inverse(&system);
+        let decay = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).g_add_(&sight.within).exp_(); // (M, N, C, C)
+        let faded = |products: Tensor| {
+            let by_group = decay.view([m, key_heads, group, CHUNK, CHUNK]);
+            (products.unsqueeze(2) * by_group).view([m, value_heads, CHUNK, CHUNK])
+        };
+        let seen = faded(products(&q));
+        let keys = faded(products(&k)).tril_(-1);
+        let one = Tensor::eye(CHUNK, (Kind::Float, k.device())).expand_as(&keys);
+        let solved = (&keys * &beta).linalg_solve_triangular(&one, false, true, true).contiguous();
         let removing = spread(&k, &(&beta * &entering).neg());
         let reading = spread(&q, &entering);
         let writing = spread(&k, &leaving);

@@ -5,16 +5,17 @@
 //! S_t = exp(g_t) S_{t-1} + b_t k_t (v_t - exp(g_t) S_{t-1}^T k_t)^T        o_t = S_t^T q_t
 //! ```
 //!
-//! Computed in chunks of tokens with matrix products (the WY form, arXiv:2406.06484), in fp32; `chunk` has the formulas. Chunks are
-//! cut from the whole stream: a document that begins inside one sees nothing of what came before, because the decays in between
-//! are zero. Kept for backward are the inputs and the state every few chunks; all else is made again.
+//! Computed in chunks of tokens with matrix products (the WY form, arXiv:2406.06484), in fp32; `chunk` has the formulas. On the CPU
+//! `native` has kernels for them. Elsewhere chunks are cut from the whole stream: a document that begins inside one sees nothing of
+//! what came before, because the decays in between are zero. Kept for backward are the inputs and the state every few chunks; all
+//! else is made again.
 //!
 //! Shape letters beside those of [`crate::model`]: N value heads, K key heads, G value heads of a key head, P width of a key,
 //! H width of a value, C tokens of a chunk, M chunks at once.
 
 mod chunk;
 mod gates;
-mod kernels;
+mod native;
 #[cfg(test)]
 mod tests;
 
@@ -22,7 +23,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::Documents;
 use crate::torch_ext::custom;
-use chunk::{Block, Chunks, Sight};
+use chunk::{Chunks, Sight};
 
 pub use gates::DeltaGates;
 
@@ -31,6 +32,9 @@ const CHUNK: i64 = 64;
 
 /// Tokens between two states that are kept, on the CPU; on other devices they are further apart.
 pub const TOKENS_OF_A_RUN: i64 = 4 * CHUNK;
+
+/// Added to the squares of a query or key before the root.
+const EPS: f64 = 1e-6;
 
 /// o (T, N, H) of the recurrence, in v's number type, from q and k (T, K, P), v (T, N, H), and in fp32 the logarithm of the decay
 /// g (T, N), at most 0, and b (T, N).
@@ -42,9 +46,19 @@ pub fn delta_rule(
     beta: &Tensor,
     documents: &Documents,
 ) -> Tensor {
-    let stream = Stream::new([q, k, v, log_decay, beta], documents);
+    let leaves = [q, k, v, log_decay, beta];
+    let inputs = leaves.map(|x| x.detach().contiguous());
+    if native::serves(&inputs) {
+        let shape = native::Shape::new(&inputs, documents, false);
+        let (output, states) = tch::no_grad(|| native::forward(&inputs, &shape, None));
+        return custom(c"engraft::delta_rule", &leaves, vec![output], move |grads| {
+            native::backward(&grads[0], &inputs, &states, &shape).into_iter().map(Some).collect()
+        })
+        .remove(0);
+    }
+    let stream = Stream::new(inputs, documents);
     let (output, states) = tch::no_grad(|| stream.forward(None));
-    custom(c"engraft::delta_rule", &[q, k, v, log_decay, beta], vec![output], move |grads| {
+    custom(c"engraft::delta_rule", &leaves, vec![output], move |grads| {
         stream.backward(&grads[0], &states).into_iter().map(Some).collect()
     })
     .remove(0)
@@ -54,6 +68,13 @@ pub fn delta_rule(
 pub fn delta_rule_continued(inputs: [&Tensor; 5], state: &Tensor) -> (Tensor, Tensor) {
     let documents = Documents::one(inputs[0].size()[0]);
     tch::no_grad(|| {
+        let inputs = inputs.map(|x| x.detach().contiguous());
+        if native::serves(&inputs) {
+            let shape = native::Shape::new(&inputs, &documents, true);
+            let (output, states) = native::forward(&inputs, &shape, Some(&state.contiguous()));
+            let after = states.narrow(1, states.size()[1] - 1, 1).reshape(state.size()); // (N, P, H)
+            return (output, after);
+        }
         let (output, mut states) = Stream::new(inputs, &documents).forward(Some(state));
         (output, states.pop().expect("the state after the last token"))
     })
@@ -79,10 +100,8 @@ struct Stream {
     inputs: [Tensor; 5],
     /// K, G, P, H.
     sizes: [i64; 4],
-    /// What is computed at once of every head.
+    /// What is computed at once.
     runs: Vec<Run>,
-    /// Key heads computed at once.
-    heads_at_once: i64,
 }
 
 /// A run of chunks.
@@ -93,15 +112,13 @@ struct Run {
 }
 
 impl Stream {
-    fn new(inputs: [&Tensor; 5], documents: &Documents) -> Self {
-        let [q, _, v, ..] = inputs;
+    fn new(inputs: [Tensor; 5], documents: &Documents) -> Self {
+        let [q, _, v, ..] = &inputs;
         let (tokens, key_heads, key_size) = q.size3().expect("(T, K, P)");
         let (_, value_heads, value_size) = v.size3().expect("(T, N, H)");
-        let group = value_heads / key_heads;
-        let (run, heads_at_once) = match q.device() {
-            // What is made of a run should stay in the processor's cache.
-            Device::Cpu => (TOKENS_OF_A_RUN, (4 * i64::from(tch::get_num_threads()) / group).clamp(1, key_heads)),
-            _ => (4 * TOKENS_OF_A_RUN, key_heads),
+        let run = match q.device() {
+            Device::Cpu => TOKENS_OF_A_RUN,
+            _ => 4 * TOKENS_OF_A_RUN,
         };
         let numbers: Vec<i64> =
             (0..).zip(documents.spans()).flat_map(|(i, (_, length))| vec![i; length as usize]).collect();
@@ -109,76 +126,36 @@ impl Stream {
             let count = run.min(tokens - start);
             Run { tokens: (start, count), sight: Sight::new(&numbers, start, count, q.device()) }
         });
-        Self {
-            sizes: [key_heads, group, key_size, value_size],
-            runs: runs.collect(),
-            heads_at_once,
-            inputs: inputs.map(Tensor::detach),
-        }
-    }
-
-    /// Ranges of key heads: (first, how many).
-    fn blocks(&self) -> impl Iterator<Item = (i64, i64)> {
-        let (all, at_once) = (self.sizes[0], self.heads_at_once);
-        (0..all).step_by(at_once as usize).map(move |first| (first, at_once.min(all - first)))
-    }
-
-    /// These heads of q, k, v, log_decay, beta.
-    fn block(&self, (first, count): (i64, i64)) -> Block {
-        let [q, k, v, log_decay, beta] = &self.inputs;
-        let group = self.sizes[1];
-        let of_keys = |x: &Tensor| x.narrow(1, first, count);
-        let of_values = |x: &Tensor| x.narrow(1, first * group, count * group);
-        Block { q: of_keys(q), k: of_keys(k), v: of_values(v), log_decay: of_values(log_decay), beta: of_values(beta) }
+        Self { sizes: [key_heads, value_heads / key_heads, key_size, value_size], runs: runs.collect(), inputs }
     }
 
     /// o (T, N, H), and S (N, P, H) before every run and after the last.
     fn forward(&self, state: Option<&Tensor>) -> (Tensor, Vec<Tensor>) {
-        let [_, group, key_size, value_size] = self.sizes;
+        let [key_heads, group, key_size, value_size] = self.sizes;
         let output = self.inputs[2].empty_like();
-        let per_block: Vec<Vec<Tensor>> = self
-            .blocks()
-            .map(|heads| {
-                let block = self.block(heads);
-                let (first, count) = (heads.0 * group, heads.1 * group);
-                let output = output.narrow(1, first, count);
-                let mut states = vec![match state {
-                    Some(state) => state.narrow(0, first, count),
-                    None => Tensor::zeros([count, key_size, value_size], (Kind::Float, output.device())),
-                }];
-                for run in &self.runs {
-                    let chunks = Chunks::new(&block, run.tokens, &run.sight);
-                    let before = states.last().expect("one before the first run");
-                    let (o, after) = chunks.forward(before);
-                    chunk::put(&o, &output, run.tokens);
-                    states.push(after);
-                }
-                states
-            })
-            .collect();
-        let states = (0..=self.runs.len()).map(|i| {
-            Tensor::cat(&per_block.iter().map(|states| &states[i]).collect::<Vec<_>>(), 0) // (N, P, H)
-        });
-        (output, states.collect())
+        let mut states = vec![match state {
+            Some(state) => state.shallow_clone(),
+            None => Tensor::zeros([key_heads * group, key_size, value_size], (Kind::Float, output.device())),
+        }];
+        for run in &self.runs {
+            let before = states.last().expect("one before the first run");
+            let (o, after) = Chunks::new(&self.inputs, run.tokens, &run.sight).forward(before);
+            chunk::put(&o, &output, run.tokens);
+            states.push(after);
+        }
+        (output, states)
     }
 
     /// The gradients of the inputs from that of o (T, N, H).
     fn backward(&self, grad: &Tensor, states: &[Tensor]) -> [Tensor; 5] {
-        let group = self.sizes[1];
         let gradients = self.inputs.each_ref().map(Tensor::empty_like);
-        for heads in self.blocks() {
-            let block = self.block(heads);
-            let (first, count) = (heads.0 * group, heads.1 * group);
-            let grad = grad.narrow(1, first, count);
-            let mut dstate = states[0].narrow(0, first, count).zeros_like();
-            for (run, state) in self.runs.iter().zip(states).rev() {
-                let chunks = Chunks::new(&block, run.tokens, &run.sight);
-                let found;
-                (found, dstate) = chunks.backward(&grad, run.tokens, &state.narrow(0, first, count), dstate);
-                for (i, (gradient, found)) in gradients.iter().zip(&found).enumerate() {
-                    let (first, count) = if i < 2 { heads } else { (first, count) };
-                    chunk::put(found, &gradient.narrow(1, first, count), run.tokens);
-                }
+        let mut dstate = states[0].zeros_like();
+        for (run, state) in self.runs.iter().zip(states).rev() {
+            let chunks = Chunks::new(&self.inputs, run.tokens, &run.sight);
+            let found;
+            (found, dstate) = chunks.backward(grad, run.tokens, state, dstate);
+            for (gradient, found) in gradients.iter().zip(&found) {
+                chunk::put(found, gradient, run.tokens);
             }
         }
         gradients

@@ -64,11 +64,30 @@ fn equals_the_recurrence_token_by_token() {
         (vec![13, 1, 50, 1, 1, 127, 64, 300, 5], [1, 2, 24, 12]),
         (vec![7], [2, 1, 5, 3]),
         (vec![64, 64], [2, 2, 16, 7]),
+        // Heads wider than a register's tile, of different widths.
+        (vec![70], [1, 2, 36, 72]),
         (vec![1, 1, 1], [3, 3, 4, 4]),
     ] {
         let documents = lay_out(&lengths);
         let tokens = lengths.iter().sum();
         check(&leaves(tokens, sizes), |_, x| op(x, &documents), |_, x| vec![twin(x, &documents)]);
+    }
+}
+
+#[test]
+fn a_document_of_many_runs_equals_the_recurrence() {
+    let (documents, inputs) = (lay_out(&[60, 600]), leaves(660, [1, 2, 40, 36]));
+    let run = |f: &dyn Fn(&[Tensor]) -> Tensor| {
+        let leaves: Vec<Tensor> = inputs.iter().map(|x| x.copy().set_requires_grad(true)).collect();
+        let output = f(&leaves);
+        (&output * randn(&output.size(), 6)).sum(Kind::Float).backward();
+        let gradients = leaves.iter().map(Tensor::grad);
+        std::iter::once(output.detach()).chain(gradients).collect::<Vec<_>>()
+    };
+    let (found, expected) = (run(&|x| op(x, &documents).remove(0)), run(&|x| twin(x, &documents)));
+    for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
+        let off = ((found - expected).abs().max() / expected.abs().max()).double_value(&[]);
+        assert!(off < 3e-5, "{i} is off by {off:e}");
     }
 }
 
