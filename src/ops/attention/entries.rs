@@ -5,13 +5,13 @@
 //! query t sees    keys t - window + 1 ..= t      entries 0 .. (t + 1) / rate, or those of them that were chosen
 //! ```
 //!
-//! In plain products, some queries at a time: the heads of these queries are the rows of one product with the keys in sight of any of
-//! them, so scores stay bounded however long a document is.
+//! On the CPU bf16 goes through our own blocks. All else goes in plain products, some queries at a time: the heads of these queries are
+//! the rows of one product with the keys in sight of any of them, so scores stay bounded however long a document is.
 
 use tch::{Kind, Tensor};
 
 use super::choice::visible_entries;
-use super::{Scoring, plain};
+use super::{Scoring, blocks, plain};
 use crate::ops::Documents;
 use crate::ops::compress::entries_of;
 use crate::torch_ext::custom;
@@ -45,6 +45,9 @@ pub fn attention_to_entries(
     scoring: &Scoring,
 ) -> Tensor {
     assert!(scoring.soft_cap.is_none() && scoring.alibi.is_none(), "no page asks for these beside entries");
+    if blocks::serves(q, keys, &entries.values.unsqueeze(1)) {
+        return in_blocks(q, keys, entries, documents, scoring);
+    }
     let blocks = Block::of_documents(q.size()[1], entries, documents, scoring);
     let shape = Shape { scoring: scoring.clone(), entries: entries.shallow_clone() };
     let (output, kept) = tch::no_grad(|| {
@@ -77,6 +80,16 @@ pub fn attention_to_entries(
             of_entries += d_seen.narrow(0, count, block.entries.1);
         }
         vec![Some(dq), Some(dkeys.to_kind(keys_kept.kind())), Some(dentries.to_kind(q_kept.kind()))]
+    })
+    .remove(0)
+}
+
+fn in_blocks(q: &Tensor, keys: &Tensor, entries: &Entries, documents: &Documents, scoring: &Scoring) -> Tensor {
+    let shape = blocks::entries::Shape::new(q, entries, documents, scoring);
+    let (output, logsumexp) = tch::no_grad(|| blocks::entries::forward(q, keys, &entries.values, &shape));
+    let kept = [q, keys, &entries.values, &output].map(Tensor::detach);
+    custom(c"engraft::attention_to_entries", &[q, keys, &entries.values], vec![output], move |grads| {
+        blocks::entries::backward(&grads[0], kept.each_ref(), &logsumexp, &shape).map(Some).into()
     })
     .remove(0)
 }

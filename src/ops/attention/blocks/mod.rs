@@ -13,17 +13,16 @@
 //! dS^T = P^T (dP^T - delta) scale   dK += dS^T Q     dQ^T += K^T dS^T
 //! ```
 
+pub(super) mod entries;
 mod pack;
 mod softmax;
-
-use std::sync::Mutex;
 
 use half::bf16;
 use tch::{Device, Kind, Tensor};
 
 use super::Scoring;
 use crate::ops::Documents;
-use crate::ops::cpu::Stored;
+use crate::ops::cpu::{Parts, Stored};
 use crate::torch_ext::{Rows, bf16_gemm, bf16_gemm_done, bf16_gemm_serves, elements, elements_mut, parallel_tasks};
 use pack::{dot_rows, pack_rows, pack_transposed, round, round_transposed, transpose};
 use softmax::{Bias, Scores, gradient_block, softmax_block};
@@ -127,8 +126,8 @@ pub(super) fn forward(q: &Tensor, k: &Tensor, v: &Tensor, shape: &Shape) -> (Ten
         let tasks = shape.tasks();
         parallel_tasks(tasks.len(), |i| {
             let (document, kv_head) = tasks[i];
-            let at = document * kv_heads + kv_head;
-            forward_task(q, k, v, shape, document, kv_head, &mut take(&outputs[at]), &mut take(&logsumexps[at]));
+            let (mut output, mut logsumexp) = (outputs.take(kv_head, document), logsumexps.take(kv_head, document));
+            forward_task(q, k, v, shape, document, kv_head, &mut output, &mut logsumexp);
         });
     }
     (heads_together(&output, shape, group, value), logsumexp)
@@ -161,8 +160,7 @@ pub(super) fn backward(
         let tasks = shape.tasks();
         parallel_tasks(tasks.len(), |i| {
             let (document, kv_head) = tasks[i];
-            let at = document * kv_heads + kv_head;
-            let (mut dq, mut dk, mut dv) = (take(&dqs[at]), take(&dks[at]), take(&dvs[at]));
+            let [mut dq, mut dk, mut dv] = [&dqs, &dks, &dvs].map(|parts| parts.take(kv_head, document));
             backward_task(&inputs, shape, document, kv_head, &mut dq, &mut dk, &mut dv);
         });
     }
@@ -170,26 +168,9 @@ pub(super) fn backward(
 }
 
 /// What each task writes: the rows of its document in the plane of its head, of (K, T, width).
-fn parts<'a, T>(mut all: &'a mut [T], shape: &Shape, width: usize) -> Vec<Mutex<&'a mut [T]>> {
-    let mut by_head: Vec<Vec<&mut [T]>> = Vec::new();
-    for _ in 0..shape.kv_heads {
-        let mut planes = Vec::new();
-        for (_, length) in &shape.documents {
-            let (part, rest) = all.split_at_mut(length * width);
-            planes.push(part);
-            all = rest;
-        }
-        by_head.push(planes);
-    }
-    let mut heads: Vec<_> = by_head.into_iter().map(Vec::into_iter).collect();
-    (0..shape.documents.len() * shape.kv_heads)
-        .map(|i| Mutex::new(heads[i % shape.kv_heads].next().expect("a part for every document and head")))
-        .collect()
-}
-
-/// The part of one task; no other task asks for it.
-fn take<'a, 'b, T>(part: &'b Mutex<&'a mut [T]>) -> std::sync::MutexGuard<'b, &'a mut [T]> {
-    part.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+fn parts<'a, T>(all: &'a mut [T], shape: &Shape, width: usize) -> Parts<'a, T> {
+    let lengths: Vec<usize> = shape.documents.iter().map(|(_, length)| length * width).collect();
+    Parts::new(all, shape.kv_heads, &lengths)
 }
 
 /// (T, K G, `width`) from (K, T, G `width`).

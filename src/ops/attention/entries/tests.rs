@@ -77,6 +77,26 @@ fn equals_plain_autograd_over_documents_windows_and_choices() {
 }
 
 #[test]
+fn documents_and_entries_of_several_blocks_equal_plain_autograd() {
+    let documents = Documents { offsets: vec![0, 5, 430, 561] };
+    for (rate, window, sparse) in [(3, 140, true), (2, 30, false)] {
+        let scoring = scoring(window);
+        let chosen = if sparse { chosen(&documents, rate) } else { vec![None, None, None] };
+        let seen = sight(&documents, rate, window, &chosen);
+        let entries: i64 = documents.spans().map(|(_, length)| length / rate).sum();
+        check(
+            &[randn(&[561, HEADS, HEAD], 1), randn(&[561, 1, HEAD], 2), randn(&[entries, HEAD], 3)],
+            |_, x| {
+                let chosen = chosen.iter().map(|c| c.as_ref().map(Tensor::shallow_clone)).collect();
+                let entries = Entries { values: x[2].shallow_clone(), rate, chosen };
+                vec![attention_to_entries(&x[0], &x[1], &entries, &documents, &scoring)]
+            },
+            |_, x| vec![twin(&x[0], &x[1], &x[2], &seen, &scoring)],
+        );
+    }
+}
+
+#[test]
 fn new_tokens_see_what_the_whole_document_would_show_them() {
     let (length, rate, window) = (31, 4, 6);
     let scoring = scoring(window);
