@@ -1,4 +1,4 @@
-//! One linear of every expert, with its low-rank update.
+//! The linears that all experts' rows go through together, with their low-rank updates.
 
 use tch::{Kind, Tensor};
 
@@ -7,68 +7,154 @@ use crate::ops::dropout::dropped;
 use crate::ops::projection::Operand;
 use crate::quant::Weight;
 
-/// Handles to frozen tensors, never copies of them.
+/// Linears of the same rows, one of every expert each: gate and up, or down alone. Their A are stacked, so that rows meet them in one
+/// product of each expert. Holds handles to frozen tensors, never copies of them.
 pub(super) struct Bank {
+    members: Vec<Member>,
+    /// Every A on top of the next: (E, sum of R, in), in the compute type.
+    a: Option<Tensor>,
+}
+
+struct Member {
     weight: Weight,
-    pub(super) bias: Option<Tensor>,
+    bias: Option<Tensor>,
     update: Option<Update>,
 }
 
 struct Update {
-    /// A (E, R, in) in the compute type.
-    a: Tensor,
     /// s B (E, out, R) in the compute type.
     scaled_b: Tensor,
     scale: f64,
+    /// This update's rows of the stacked A, which are its columns of U: (start, R).
+    rows: (i64, i64),
     /// Probability and seed of dropout, when there is any.
     dropout: Option<(f64, u64)>,
 }
 
 impl Bank {
-    pub(super) fn of(operand: &Operand<'_>) -> Self {
-        let kind = operand.weight.kind();
-        let update = operand.low_rank.map(|low_rank| Update {
-            a: low_rank.a.detach().to_kind(kind),
-            scaled_b: (low_rank.b.detach() * low_rank.scale).to_kind(kind),
-            scale: low_rank.scale,
-            dropout: operand.dropout_seed.filter(|_| low_rank.dropout > 0.0).map(|seed| (low_rank.dropout, seed)),
+    pub(super) fn of(operands: &[Operand<'_>]) -> Self {
+        let mut stacked: Vec<Tensor> = Vec::new();
+        let mut start = 0;
+        let members = operands
+            .iter()
+            .map(|operand| {
+                let kind = operand.weight.kind();
+                let update = operand.low_rank.map(|low_rank| {
+                    let rank = low_rank.a.size()[1];
+                    stacked.push(low_rank.a.detach().to_kind(kind));
+                    start += rank;
+                    Update {
+                        scaled_b: (low_rank.b.detach() * low_rank.scale).to_kind(kind),
+                        scale: low_rank.scale,
+                        rows: (start - rank, rank),
+                        dropout: operand.dropout_seed.filter(|_| low_rank.dropout > 0.0).map(|s| (low_rank.dropout, s)),
+                    }
+                });
+                Member { weight: operand.weight.handle(), bias: operand.bias.map(Tensor::shallow_clone), update }
+            })
+            .collect();
+        let a = match stacked.len() {
+            0 => None,
+            1 => stacked.pop(),
+            _ => Some(Tensor::cat(&stacked, 1)),
+        };
+        Self { members, a }
+    }
+
+    /// The bias (E, out) of the only linear.
+    pub(super) fn bias(&self) -> Option<&Tensor> {
+        self.members[0].bias.as_ref()
+    }
+
+    /// Every Y (S, out) of rows (S, in), and U (S, sum of R), `drop(rows) A^T` of each that has an update.
+    pub(super) fn forward(&self, rows: &Tensor, sorted: &Sorted) -> (Vec<Tensor>, Option<Tensor>) {
+        let u = self.a.as_ref().map(|a| match self.drops() {
+            false => sorted.products(rows, &a.transpose(1, 2), None),
+            true => self.together(|update| {
+                sorted.products(&dropped(rows, update.dropout), &update.rows_of(a).transpose(1, 2), None)
+            }),
         });
-        Self { weight: operand.weight.handle(), bias: operand.bias.map(Tensor::shallow_clone), update }
+        let product = |member: &Member| {
+            let bias = member.bias.as_ref().map(|bias| sorted.spread(bias)); // (S, out)
+            let y = sorted.frozen_products(rows, &member.weight, true, bias);
+            match (&member.update, &u) {
+                (Some(update), Some(u)) => {
+                    sorted.products(&update.columns(u), &update.scaled_b.transpose(1, 2), Some(y))
+                }
+                _ => y,
+            }
+        };
+        (self.members.iter().map(product).collect(), u)
     }
 
-    /// Y (S, out) of rows (S, in), and `drop(rows) A^T` (S, R) where there is an update.
-    pub(super) fn forward(&self, rows: &Tensor, sorted: &Sorted) -> (Tensor, Option<Tensor>) {
-        let bias = self.bias.as_ref().map(|bias| sorted.spread(bias)); // (S, out)
-        let y = sorted.frozen_products(rows, &self.weight, true, bias);
-        let Some(update) = &self.update else { return (y, None) };
-        let u = sorted.products(&dropped(rows, update.dropout), &update.a.transpose(1, 2), None); // (S, R)
-        (sorted.products(&u, &update.scaled_b.transpose(1, 2), Some(y)), Some(u))
-    }
-
-    /// dX (S, in) from dY (S, out), added to `onto` (S, in) where it is given, and dU = `dY s B` (S, R) where there is an update.
-    pub(super) fn backward(&self, dy: &Tensor, sorted: &Sorted, onto: Option<Tensor>) -> (Tensor, Option<Tensor>) {
-        let dx = sorted.frozen_products(dy, &self.weight, false, onto);
-        let Some(update) = &self.update else { return (dx, None) };
-        let du = sorted.products(dy, &update.scaled_b, None); // (S, R)
-        let dx = match update.dropout {
-            Some(_) => dx + dropped(&sorted.products(&du, &update.a, None), update.dropout),
-            None => sorted.products(&du, &update.a, Some(dx)),
+    /// dX (S, in) from every dY (S, out), and dU (S, sum of R), `dY s B` of each that has an update.
+    pub(super) fn backward(&self, dys: &[Tensor], sorted: &Sorted) -> (Tensor, Option<Tensor>) {
+        let mut dx: Option<Tensor> = None;
+        for (member, dy) in self.members.iter().zip(dys) {
+            dx = Some(sorted.frozen_products(dy, &member.weight, false, dx));
+        }
+        let dx = dx.expect("a bank has linears");
+        let Some(a) = &self.a else { return (dx, None) };
+        let mut of_members = dys.iter().zip(&self.members).filter(|(_, member)| member.update.is_some());
+        let du = self.together(|update| {
+            let (dy, _) = of_members.next().expect("one for each update");
+            sorted.products(dy, &update.scaled_b, None)
+        });
+        let dx = if self.drops() {
+            self.updates().fold(dx, |dx, update| {
+                dx + dropped(&sorted.products(&update.columns(&du), &update.rows_of(a), None), update.dropout)
+            })
+        } else {
+            sorted.products(&du, a, Some(dx))
         };
         (dx, Some(du))
     }
 
-    /// dA (E, R, in) and dB (E, out, R), fp32, of the update, if there is one.
+    /// dA (E, R, in) and dB (E, out, R), fp32, of every update.
     pub(super) fn factors(
         &self,
         rows: &Tensor,
-        u: Option<Tensor>,
-        dy: &Tensor,
-        du: Option<Tensor>,
+        u: Option<&Tensor>,
+        dys: &[Tensor],
+        du: Option<&Tensor>,
         sorted: &Sorted,
     ) -> Vec<Tensor> {
-        let (Some(update), Some(u), Some(du)) = (&self.update, u, du) else { return Vec::new() };
-        let da = sorted.outer_products(&du, &dropped(rows, update.dropout)).to_kind(Kind::Float);
-        let db = sorted.outer_products(dy, &u).to_kind(Kind::Float) * update.scale;
-        vec![da, db]
+        let (Some(u), Some(du)) = (u, du) else { return Vec::new() };
+        let stacked = (!self.drops()).then(|| sorted.outer_products(du, rows)); // (E, sum of R, in)
+        let of_member = |(member, dy): (&Member, &Tensor)| {
+            let update = member.update.as_ref()?;
+            let da = match &stacked {
+                Some(stacked) => update.rows_of(stacked),
+                None => sorted.outer_products(&update.columns(du), &dropped(rows, update.dropout)),
+            };
+            let db = sorted.outer_products(dy, &update.columns(u)).to_kind(Kind::Float) * update.scale;
+            Some([da.to_kind(Kind::Float), db])
+        };
+        self.members.iter().zip(dys).filter_map(of_member).flatten().collect()
+    }
+
+    fn updates(&self) -> impl Iterator<Item = &Update> {
+        self.members.iter().filter_map(|member| member.update.as_ref())
+    }
+
+    /// Whether rows meet each A with a mask of its own.
+    fn drops(&self) -> bool {
+        self.updates().any(|update| update.dropout.is_some())
+    }
+
+    /// What there is of each update (S, R), side by side.
+    fn together(&self, of: impl FnMut(&Update) -> Tensor) -> Tensor {
+        let mut parts: Vec<Tensor> = self.updates().map(of).collect();
+        if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(&parts, 1) }
+    }
+}
+
+impl Update {
+    fn columns(&self, u: &Tensor) -> Tensor {
+        u.narrow(1, self.rows.0, self.rows.1)
+    }
+
+    fn rows_of(&self, a: &Tensor) -> Tensor {
+        a.narrow(1, self.rows.0, self.rows.1)
     }
 }

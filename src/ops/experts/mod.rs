@@ -67,7 +67,8 @@ pub fn experts(
     residual: Option<&Tensor>,
 ) -> Tensor {
     let operands = experts.operands();
-    let banks: Vec<Bank> = operands.iter().map(Bank::of).collect();
+    let (down, into) = operands.split_last().expect("down is last");
+    let banks = Banks { into: Bank::of(into), down: Bank::of(std::slice::from_ref(down)) };
     let shape = Shape { activation: experts.activation, weighted: experts.weighted, input: Fusion::of(&experts.input) };
     let like = experts.down.weight;
     let sorted = Sorted::new(chosen, like.size()[0], (like.kind(), like.device()));
@@ -99,6 +100,13 @@ impl<'a> Experts<'a> {
     }
 }
 
+/// What rows go through.
+struct Banks {
+    /// Gate and up.
+    into: Bank,
+    down: Bank,
+}
+
 /// What forward and backward need to know beside the tensors.
 #[derive(Clone, Copy)]
 struct Shape {
@@ -113,37 +121,37 @@ struct Wants {
     weights: bool,
 }
 
-/// What forward keeps: gate and up, and `drop(rows) A^T` (S, R) of each bank that has an update.
+/// What forward keeps: gate and up, and what came through A (S, sum of R) in each bank that has updates.
 struct Kept {
     gate_up: GateUp,
-    through_a: Vec<Option<Tensor>>,
+    u_of_into: Option<Tensor>,
+    u_of_down: Option<Tensor>,
 }
 
 impl Shape {
     fn forward(
         &self,
-        banks: &[Bank],
+        banks: &Banks,
         sorted: &Sorted,
         x: &Tensor,
         weights: &Tensor,
         residual: Option<&Tensor>,
     ) -> (Tensor, Kept) {
         let rows = sorted.gathered(x, self.of_input(weights)); // (S, D)
-        let (down, into) = banks.split_last().expect("a bank for each operand");
-        let (products, mut through_a): (Vec<Tensor>, Vec<Option<Tensor>>) =
-            into.iter().map(|bank| bank.forward(&rows, sorted)).unzip();
+        let (products, u_of_into) = banks.into.forward(&rows, sorted);
         drop(rows);
         let (product, gate_up) = self.input.gated(self.activation, products, sorted.by_kernels());
-        let (y, u) = down.forward(&product, sorted); // (S, D)
-        through_a.push(u);
-        (sorted.summed(&y, self.of_output(weights), residual), Kept { gate_up, through_a })
+        let (mut y, u_of_down) = banks.down.forward(&product, sorted);
+        let y = y.remove(0); // (S, D)
+        let kept = Kept { gate_up, u_of_into, u_of_down };
+        (sorted.summed(&y, self.of_output(weights), residual), kept)
     }
 
     /// dX (T, D), dweights (T, C) and dA, dB of every update.
     #[allow(clippy::too_many_arguments)]
     fn backward(
         &self,
-        banks: &[Bank],
+        banks: &Banks,
         sorted: &Sorted,
         x: &Tensor,
         weights: &Tensor,
@@ -151,33 +159,26 @@ impl Shape {
         grad: &Tensor,
         wants: Wants,
     ) -> (Option<Tensor>, Option<Tensor>, Vec<Tensor>) {
-        let (down, into) = banks.split_last().expect("a bank for each operand");
-        let (u_of_down, u_of_into) = kept.through_a.split_last().expect("one for each bank");
         // A weight of the output scales everything behind it, so it is applied to the narrow tensors only.
         let of_rows = self.of_output(weights).map(|weights| sorted.weights(weights)); // (S, 1), fp32
         let weigh = |t: &Tensor| of_rows.as_ref().map_or_else(|| t.shallow_clone(), |w| t * w.to_kind(t.kind()));
-        let dy = sorted.gathered(grad, None); // (S, D), before it is weighted
-        let (dproduct, du) = down.backward(&dy, sorted, None);
+        let dy = [sorted.gathered(grad, None)]; // (S, D), before it is weighted
+        let (dproduct, du) = banks.down.backward(&dy, sorted);
         let (dproducts, product, dot) =
             self.input.gated_backward(self.activation, &dproduct, of_rows.as_ref(), &kept.gate_up);
         drop(dproduct);
-        let mut dweights = (wants.weights && self.weighted == Weighted::Output).then(|| match &down.bias {
-            Some(bias) => dot + sorted.products_with_experts(&dy, bias),
+        let mut dweights = (wants.weights && self.weighted == Weighted::Output).then(|| match banks.down.bias() {
+            Some(bias) => dot + sorted.products_with_experts(&dy[0], bias),
             None => dot,
         }); // (S, 1)
-        let of_down = down.factors(&product, u_of_down.as_ref().map(&weigh), &dy, du.as_ref().map(&weigh), sorted);
+        let [u, du] = [&kept.u_of_down, &du].map(|u| u.as_ref().map(weigh));
+        let of_down = banks.down.factors(&product, u.as_ref(), &dy, du.as_ref(), sorted);
         drop((product, dy));
 
         let rows = sorted.gathered(x, self.of_input(weights)); // (S, D)
-        let mut drows: Option<Tensor> = None;
-        let mut dfactors = Vec::new();
-        for ((bank, u), dy) in into.iter().zip(u_of_into).zip(dproducts) {
-            let (dx, du) = bank.backward(&dy, sorted, drows);
-            dfactors.extend(bank.factors(&rows, u.as_ref().map(Tensor::shallow_clone), &dy, du, sorted));
-            drows = Some(dx);
-        }
+        let (drows, du) = banks.into.backward(&dproducts, sorted);
+        let mut dfactors = banks.into.factors(&rows, kept.u_of_into.as_ref(), &dproducts, du.as_ref(), sorted);
         dfactors.extend(of_down);
-        let drows = drows.expect("gate and up have banks");
         if wants.weights && self.weighted == Weighted::Input {
             dweights = Some(sorted.products_with_tokens(&drows, x));
         }

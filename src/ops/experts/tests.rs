@@ -130,24 +130,33 @@ fn equal_every_expert_over_all_tokens_with_the_chosen_ones_picked() {
 #[test]
 fn dropped_rows_are_the_same_in_backward() {
     // With a probability of dropping, gradients by differences must still fit.
-    let (rows, columns) = (F, D);
-    let weight = Weight::from(weight(0, (rows, columns), Kind::Double));
-    let low = |x: &[Tensor]| LowRank { a: x[1].shallow_clone(), b: x[2].shallow_clone(), scale: 0.7, dropout: 0.4 };
+    let weights = [0, 1].map(|i| Weight::from(weight(i, (F, D), Kind::Double)));
+    let low = |x: &[Tensor], dropout| LowRank { a: x[0].shallow_clone(), b: x[1].shallow_clone(), scale: 0.7, dropout };
     let value = |x: &[Tensor]| {
-        let low = low(x);
-        let bank = Bank::of(&Operand { weight: &weight, bias: None, low_rank: Some(&low), dropout_seed: Some(9) });
+        // Of the two, one alone drops.
+        let lows = [low(&x[1..], 0.4), low(&x[3..], 0.0)];
+        let operand = |i: usize| Operand {
+            weight: &weights[i],
+            bias: None,
+            low_rank: Some(&lows[i]),
+            dropout_seed: Some(9 + i as u64),
+        };
+        let bank = Bank::of(&[operand(0), operand(1)]);
         let sorted = Sorted::new(&chosen(), E, (Kind::Double, Device::Cpu));
-        let (y, u) = bank.forward(&x[0], &sorted);
-        let dy = y.ones_like();
-        let (dx, du) = bank.backward(&dy, &sorted, None);
+        let (ys, u) = bank.forward(&x[0], &sorted);
+        let dys = [ys[0].ones_like(), ys[1].full_like(2.0)];
+        let (dx, du) = bank.backward(&dys, &sorted);
         let mut grads = vec![dx];
-        grads.extend(bank.factors(&x[0], u, &dy, du, &sorted));
-        (y.sum(Kind::Double).double_value(&[]), grads)
+        grads.extend(bank.factors(&x[0], u.as_ref(), &dys, du.as_ref(), &sorted));
+        let sum = |y: &Tensor| y.sum(Kind::Double).double_value(&[]);
+        (sum(&ys[0]) + 2.0 * sum(&ys[1]), grads)
     };
     let double = |shape: &[i64], seed| randn(shape, seed).to_kind(Kind::Double);
-    let x = [double(&[T * C, D], 1), double(&[E, RANK, D], 2), double(&[E, F, RANK], 3)];
+    let factors =
+        [double(&[E, RANK, D], 2), double(&[E, F, RANK], 3), double(&[E, RANK, D], 4), double(&[E, F, RANK], 5)];
+    let x: Vec<Tensor> = std::iter::once(double(&[T * C, D], 1)).chain(factors).collect();
     let (_, grads) = value(&x);
-    for (i, at) in [(0, 17), (1, 5), (2, 40)] {
+    for (i, at) in [(0, 17), (1, 5), (2, 40), (3, 6), (4, 33)] {
         let moved = |step: f64| {
             let mut copies: Vec<Tensor> = x.iter().map(Tensor::copy).collect();
             let flat = copies[i].view([-1]);
