@@ -72,21 +72,46 @@ struct Mapped {
 impl StreamMap {
     /// The numbers (T, numbers). No graph.
     fn forward(&self, h: &Tensor) -> (Tensor, Mapped) {
-        let wide = h.flatten(1, 2).to_kind(Kind::Float); // (T, M D)
-        let mean_square = wide.norm_scalaropt_dim(2, [1i64].as_slice(), true).square() / wide.size()[1] as f64;
-        let inverse = (mean_square + self.eps).rsqrt();
-        let products = wide.mm(&self.function.tr());
+        let width = h.size()[1] * h.size()[2];
+        let (products, squares) = if cpu::serves(&[h]) {
+            cpu::streams::mapped(h, &self.function)
+        } else {
+            let wide = h.flatten(1, 2).to_kind(Kind::Float); // (T, M D)
+            (wide.mm(&self.function.tr()), wide.norm_scalaropt_dim(2, [1i64].as_slice(), true).square())
+        };
+        let inverse = (squares / width as f64 + self.eps).rsqrt();
         (&products * &inverse * &self.scale + &self.base, Mapped { products, inverse })
     }
 
-    /// From the gradient of the numbers that of h, as `product` (T, M D) `+ factor` (T, 1) `h`, fp32.
+    /// From the gradient of the numbers that of h, as `weights` (T, numbers) `function + factor` (T, 1) `h`, fp32.
     ///
     /// With z = function h and r = 1 / rms(h): `dh = (r scale dn) function - (r^3 / (M D)) (scale dn . z) h`.
     fn backward(&self, dnumbers: &Tensor, kept: &Mapped) -> (Tensor, Tensor) {
         let scaled = dnumbers * &self.scale;
         let along = (&scaled * &kept.products).sum_dim_intlist([1i64].as_slice(), true, Kind::Float); // (T, 1)
         let factor = along * kept.inverse.pow_tensor_scalar(3) / -(self.function.size()[1] as f64);
-        ((scaled * &kept.inverse).mm(&self.function), factor)
+        (scaled * &kept.inverse, factor)
+    }
+
+    /// dh (T, M, D) of what is read of h (T, M, D) by the weights `pre` (T, M) from that of the numbers and of what was read, dx (T, D),
+    /// with `more` (T, M, D) if given.
+    fn read_gradient(
+        &self,
+        (dnumbers, kept): (&Tensor, &Mapped),
+        (h, pre): (&Tensor, &Tensor),
+        dx: &Tensor,
+        more: Option<&Tensor>,
+    ) -> Tensor {
+        let (weights, factor) = self.backward(dnumbers, kept);
+        let contiguous = more.map(Tensor::contiguous);
+        let more = contiguous.as_ref();
+        if cpu::serves(&[dx, h]) && more.is_none_or(|more| cpu::serves(&[h, more])) {
+            let of = cpu::streams::ReadGradient { weights: &weights, function: &self.function, factor: &factor, pre };
+            return cpu::streams::read_gradient(&of, h, dx, more);
+        }
+        let through_map = weights.mm(&self.function).view_as(h) + h.to_kind(Kind::Float) * factor.unsqueeze(2);
+        let dh = through_map + pre.unsqueeze(2) * dx.to_kind(Kind::Float).unsqueeze(1);
+        more.map_or_else(|| dh.shallow_clone(), |more| &dh + more).to_kind(h.kind())
     }
 }
 
@@ -101,13 +126,14 @@ impl Streams {
         let (streams, h_kept) = (self.clone(), h.detach());
         custom(c"engraft::gather_streams", &[h], vec![x], move |grads| {
             let dnumbers = products_with_copies(&grads[0], &h_kept) * sigmoid_slope(&(&pre - streams.floor));
-            vec![Some(read_gradient(streams.map.backward(&dnumbers, &kept), &grads[0], &h_kept, &pre))]
+            vec![Some(streams.map.read_gradient((&dnumbers, &kept), (&h_kept, &pre), &grads[0], None))]
         })
         .remove(0)
     }
 
-    /// What a half reads of the M copies of `h` (T, M, D), (T, D), and how it is to write to them.
-    pub fn enter(&self, h: &Tensor) -> (Tensor, Spread) {
+    /// What a half reads of the M copies of `h` (T, M, D), (T, D), and how it is to write to them: to `h` as it is returned last, so that
+    /// both gradients of the copies are made in one go.
+    pub fn enter(&self, h: &Tensor) -> (Tensor, Spread, Tensor) {
         let copies = h.size()[1];
         let (outputs, pre, kept) = tch::no_grad(|| {
             let (numbers, kept) = self.map.forward(h);
@@ -115,22 +141,22 @@ impl Streams {
             let pre = a.sigmoid() + self.floor;
             let mix = self.normalised(&c, copies, &mut |_| ());
             let mix = mix.permute([2, 0, 1]).contiguous(); // (T, M, M)
-            (vec![read(h, &pre), b.sigmoid() * 2.0, mix], pre, (kept, numbers))
+            (vec![read(h, &pre), b.sigmoid() * 2.0, mix, h.shallow_clone()], pre, (kept, numbers))
         });
         let (streams, h_kept, post) = (self.clone(), h.detach(), outputs[1].shallow_clone());
         let mut outputs = custom(c"engraft::enter_streams", &[h], outputs, move |grads| {
-            let [dx, dpost, dmix] = grads else { unreachable!("three outputs") };
+            let [dx, dpost, dmix, dh] = grads else { unreachable!("four outputs") };
             let (kept, numbers) = kept;
             let da = products_with_copies(dx, &h_kept) * sigmoid_slope(&(&pre - streams.floor));
             let db = dpost * sigmoid_slope(&(post * 0.5)) * 2.0;
             let [_, _, c] = streams.parts(&numbers, copies);
             let dc = streams.normalised_backward(dmix, &c, copies); // (T, M M)
             let dnumbers = Tensor::cat(&[da, db, dc], 1);
-            vec![Some(read_gradient(streams.map.backward(&dnumbers, &kept), dx, &h_kept, &pre))]
+            vec![Some(streams.map.read_gradient((&dnumbers, &kept), (&h_kept, &pre), dx, Some(dh)))]
         });
-        let mix = outputs.pop().expect("three outputs");
-        let post = outputs.pop().expect("three outputs");
-        (outputs.pop().expect("three outputs"), Spread { post, mix })
+        let mut next = || outputs.pop().expect("four outputs");
+        let (h, mix, post, x) = (next(), next(), next(), next());
+        (x, Spread { post, mix }, h)
     }
 
     /// a and b (T, M), and c (T, M M).
@@ -224,15 +250,6 @@ fn products_with_copies(dx: &Tensor, h: &Tensor) -> Tensor {
     h.bmm(&dx.unsqueeze(2)).squeeze_dim(2).to_kind(Kind::Float)
 }
 
-/// dh (T, M, D): of [`read`], and of a map's `(product, factor)`.
-fn read_gradient((product, factor): (Tensor, Tensor), dx: &Tensor, h: &Tensor, pre: &Tensor) -> Tensor {
-    if cpu::serves(&[dx, h]) {
-        return cpu::streams::read_gradient(&product, &factor, pre, h, dx);
-    }
-    let through_map = product.view_as(h) + h.to_kind(Kind::Float) * factor.unsqueeze(2);
-    (through_map + pre.unsqueeze(2) * dx.to_kind(Kind::Float).unsqueeze(1)).to_kind(h.kind())
-}
-
 /// The derivative of a sigmoid whose value is `s`.
 fn sigmoid_slope(s: &Tensor) -> Tensor {
     s * (s.ones_like() - s)
@@ -290,12 +307,12 @@ mod tests {
         check(
             &[randn(&[T, M, D], 4)],
             |_, x| {
-                let (y, Spread { post, mix }) = streams.enter(&x[0]);
-                vec![y, post, mix]
+                let (y, Spread { post, mix }, h) = streams.enter(&x[0]);
+                vec![y, post, mix, h]
             },
             |_, x| {
                 let (y, rest) = twin(&x[0], &streams);
-                std::iter::once(y).chain(rest).collect()
+                std::iter::once(y).chain(rest).chain([x[0].shallow_clone()]).collect()
             },
         );
     }
@@ -318,8 +335,8 @@ mod tests {
         check(
             &[randn(&[T, M, D], 4)],
             |_, x| {
-                let (y, weights) = streams.enter(&x[0]);
-                vec![spread(&x[0], &y.tanh(), &weights)]
+                let (y, weights, h) = streams.enter(&x[0]);
+                vec![spread(&h, &y.tanh(), &weights)]
             },
             |_, x| {
                 let (y, weights) = twin(&x[0], &streams);

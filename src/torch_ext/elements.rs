@@ -88,10 +88,31 @@ pub fn filled_many<T: Element, const N: usize>(
     filled_beside([shape; N], &[0], |rows, parts, _: &mut [f32]| fill(rows, parts)).0
 }
 
+/// [`filled_pair`] where a row takes as long as so many numbers, whatever its width.
+pub fn filled_pair_worth<T: Element, U: Element>(
+    first: &[i64],
+    second: &[i64],
+    row_numbers: usize,
+    fill: impl Fn(Range<usize>, &mut [T], &mut [U]) + Sync,
+) -> [Tensor; 2] {
+    let ([first], second) =
+        filled_worth([first], second, row_numbers, |rows, [first]: [&mut [T]; 1], second| fill(rows, first, second));
+    [first, second]
+}
+
 /// N new tensors and one of another type at once, as [`filled`]; they have as many rows as the first, or are empty.
 pub fn filled_beside<T: Element, U: Element, const N: usize>(
     shapes: [&[i64]; N],
     other: &[i64],
+    fill: impl Fn(Range<usize>, [&mut [T]; N], &mut [U]) + Sync,
+) -> ([Tensor; N], Tensor) {
+    filled_worth(shapes, other, 0, fill)
+}
+
+fn filled_worth<T: Element, U: Element, const N: usize>(
+    shapes: [&[i64]; N],
+    other: &[i64],
+    row_numbers: usize,
     fill: impl Fn(Range<usize>, [&mut [T]; N], &mut [U]) + Sync,
 ) -> ([Tensor; N], Tensor) {
     let (blanks, other) = (shapes.map(Blank::<T>::new), Blank::<U>::new(other));
@@ -99,7 +120,7 @@ pub fn filled_beside<T: Element, U: Element, const N: usize>(
     assert!(blanks.iter().all(|blank| blank.is_empty() || blank.rows() == rows), "as many rows in all");
     assert!(other.is_empty() || other.rows() == rows, "as many rows in all");
     let width = blanks.iter().map(|blank| blank.width).sum::<usize>() + other.width;
-    parallel_for(rows, (32_768 / width.max(1)).max(1), |range| {
+    parallel_for(rows, (32_768 / width.max(row_numbers).max(1)).max(1), |range| {
         // SAFETY: `parallel_for` hands out every row once.
         let (parts, part) = unsafe { (blanks.each_ref().map(|blank| blank.part(&range)), other.part(&range)) };
         fill(range, parts, part);

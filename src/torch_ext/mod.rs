@@ -21,7 +21,9 @@ pub use autograd::{custom, gradients, records_graph};
 pub use device::{
     CudaMemory, cpu_capability, cuda_index, cuda_memory, cuda_stream, keep_freed_memory, libtorch_folder, torch_version,
 };
-pub use elements::{Element, elements, elements_mut, filled, filled_beside, filled_many, filled_pair};
+pub use elements::{
+    Element, elements, elements_mut, filled, filled_beside, filled_many, filled_pair, filled_pair_worth,
+};
 pub use failure::catching;
 pub use flash::{FlashVarlen, flash_varlen, flash_varlen_backward};
 pub use gemm::{Rows, bf16_gemm, bf16_gemm_done, bf16_gemm_serves};

@@ -1,10 +1,11 @@
 //! What is read from several copies of the stream and written to them, a token at a time: its copies stay in the nearest cache.
 
 use multiversion::multiversion;
+use multiversion::target::target_cfg_f;
 use tch::Tensor;
 
-use super::{Stored, sum};
-use crate::torch_ext::{elements, filled, filled_pair};
+use super::{Stored, multiply_add, sum};
+use crate::torch_ext::{elements, filled, filled_pair, filled_pair_worth};
 
 /// `sum_m pre_m h_m` (T, D) of h (T, M, D) and pre (T, M), fp32.
 pub(in crate::ops) fn read(h: &Tensor, pre: &Tensor) -> Tensor {
@@ -32,15 +33,26 @@ pub(in crate::ops) fn products_with_copies(dx: &Tensor, h: &Tensor) -> Tensor {
     by_kind!(h.kind(), products_of(dx, h))
 }
 
-/// `product + factor h + pre_m dx` (T, M, D) of product (T, M D), factor (T, 1), pre (T, M), all fp32, h (T, M, D) and dx (T, D).
-pub(in crate::ops) fn read_gradient(
-    product: &Tensor,
-    factor: &Tensor,
-    pre: &Tensor,
-    h: &Tensor,
-    dx: &Tensor,
-) -> Tensor {
-    by_kind!(h.kind(), read_gradient_of(product, factor, pre, h, dx))
+/// The products of each token's copies h (T, M, D), as one row, with those of `function` (n, M D), fp32: (T, n), and the row's sum of
+/// squares (T, 1); both fp32.
+pub(in crate::ops) fn mapped(h: &Tensor, function: &Tensor) -> (Tensor, Tensor) {
+    by_kind!(h.kind(), mapped_of(h, function))
+}
+
+/// The gradient of what is read of a token's copies by weights that a map makes.
+pub(in crate::ops) struct ReadGradient<'a> {
+    /// (T, n), fp32, of `function` (n, M D), fp32.
+    pub weights: &'a Tensor,
+    pub function: &'a Tensor,
+    /// Of the copies themselves: (T, 1), fp32.
+    pub factor: &'a Tensor,
+    /// (T, M), fp32.
+    pub pre: &'a Tensor,
+}
+
+/// `weights function + factor h + pre_m dx + more` (T, M, D) of h and, if given, `more` (T, M, D), and dx (T, D).
+pub(in crate::ops) fn read_gradient(of: &ReadGradient<'_>, h: &Tensor, dx: &Tensor, more: Option<&Tensor>) -> Tensor {
+    by_kind!(h.kind(), read_gradient_of(of, h, dx, more))
 }
 
 /// T, M, D.
@@ -111,7 +123,8 @@ fn spread_backward_of<S: Stored>(grad: &Tensor, h: &Tensor, y: &Tensor, post: &T
         mixed_back(grad, &mix[of(copies * copies)], (copies, d), dh);
     });
     let m = copies as i64;
-    let [dpost, dmix] = filled_pair::<f32, f32>(&[tokens, m], &[tokens, m, m], |range, dpost, dmix| {
+    let work = copies * (copies + 1) * d;
+    let [dpost, dmix] = filled_pair_worth::<f32, f32>(&[tokens, m], &[tokens, m, m], work, |range, dpost, dmix| {
         let of = |width: usize| range.start * width..range.end * width;
         let grad = &grad[of(copies * d)];
         dots(&y[of(d)], grad, (1, copies, d), dpost);
@@ -139,48 +152,144 @@ fn mixed_back<S: Stored>(grad: &[S], mix: &[f32], (copies, d): (usize, usize), d
 /// Of every token the products (left, right) of its `left` rows of a with its `right` rows of b.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 fn dots<S: Stored>(a: &[S], b: &[S], (left, right, d): (usize, usize, usize), out: &mut [f32]) {
+    let fused = target_cfg_f!(target_feature = "fma");
+    let (mut row, mut rows) = (vec![0f32; d], vec![0f32; right * d]);
     let tokens = a.chunks_exact(left * d).zip(b.chunks_exact(right * d)).zip(out.chunks_exact_mut(left * right));
     for ((a, b), out) in tokens {
+        rows.iter_mut().zip(b).for_each(|(wide, b)| *wide = b.wide());
         for (a, out) in a.chunks_exact(d).zip(out.chunks_exact_mut(right)) {
-            for (b, out) in b.chunks_exact(d).zip(out) {
-                *out = sum(d, |i| a[i].wide() * b[i].wide());
+            row.iter_mut().zip(a).for_each(|(wide, a)| *wide = a.wide());
+            dots_with_rows(fused, &row, &rows, out);
+        }
+    }
+}
+
+/// Rows multiplied with at once, and how much of them: their sums stay in registers.
+const ROWS: usize = 4;
+const WIDTH: usize = 32;
+
+/// The products of x (d) with each of the rows (n, d).
+#[inline(always)]
+fn dots_with_rows(fused: bool, x: &[f32], rows: &[f32], out: &mut [f32]) {
+    let (d, count) = (x.len(), out.len());
+    let whole = d - d % WIDTH;
+    for first in (0..count).step_by(ROWS) {
+        // Beyond the last row it stands in again.
+        let row = |i: usize| &rows[(first + i).min(count - 1) * d..][..d];
+        let of: [&[f32]; ROWS] = std::array::from_fn(row);
+        let mut sums = [[0f32; WIDTH]; ROWS];
+        for at in (0..whole).step_by(WIDTH) {
+            let x: &[f32; WIDTH] = x[at..at + WIDTH].try_into().expect("as wide");
+            for (sums, row) in sums.iter_mut().zip(&of) {
+                let row: &[f32; WIDTH] = row[at..at + WIDTH].try_into().expect("as wide");
+                for lane in 0..WIDTH {
+                    sums[lane] = multiply_add(fused, x[lane], row[lane], sums[lane]);
+                }
             }
         }
+        for ((out, sums), row) in out[first..].iter_mut().zip(&sums).zip(&of) {
+            *out = sums.iter().sum::<f32>() + (whole..d).map(|i| x[i] * row[i]).sum::<f32>();
+        }
+    }
+}
+
+fn mapped_of<S: Stored>(h: &Tensor, function: &Tensor) -> (Tensor, Tensor) {
+    let (tokens, copies, d) = sizes(h);
+    let (h, function, numbers) = (elements::<S>(h), elements::<f32>(function), function.size()[0]);
+    let width = copies * d;
+    let work = width * (numbers as usize + 2);
+    let [products, squares] =
+        filled_pair_worth::<f32, f32>(&[tokens, numbers], &[tokens, 1], work, |range, products, squares| {
+            mapped_rows(&h[range.start * width..range.end * width], function, width, products, squares);
+        });
+    (products, squares)
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
+fn mapped_rows<S: Stored>(h: &[S], function: &[f32], width: usize, products: &mut [f32], squares: &mut [f32]) {
+    let fused = target_cfg_f!(target_feature = "fma");
+    let mut row = vec![0f32; width];
+    let tokens = h.chunks_exact(width).zip(products.chunks_exact_mut(function.len() / width)).zip(squares);
+    for ((h, products), square) in tokens {
+        row.iter_mut().zip(h).for_each(|(wide, h)| *wide = h.wide());
+        dots_with_rows(fused, &row, function, products);
+        *square = sum(width, |i| row[i] * row[i]);
     }
 }
 
 fn products_of<S: Stored>(dx: &Tensor, h: &Tensor) -> Tensor {
     let (tokens, copies, d) = sizes(h);
     let (dx, h) = (elements::<S>(dx), elements::<S>(h));
-    filled::<f32>(&[tokens, copies as i64], |range, out| {
+    let [products, _] = filled_pair_worth::<f32, f32>(&[tokens, copies as i64], &[0], copies * d, |range, out, _| {
         let of = |width: usize| range.start * width..range.end * width;
         dots(&dx[of(d)], &h[of(copies * d)], (1, copies, d), out);
+    });
+    products
+}
+
+fn read_gradient_of<S: Stored>(of: &ReadGradient<'_>, h: &Tensor, dx: &Tensor, more: Option<&Tensor>) -> Tensor {
+    let (shape, (_, copies, d)) = (h.size(), sizes(h));
+    let numbers = of.function.size()[0] as usize;
+    let [weights, function, factor, pre] = [of.weights, of.function, of.factor, of.pre].map(elements::<f32>);
+    let (h, dx, more) = (elements::<S>(h), elements::<S>(dx), more.map(elements::<S>));
+    filled::<S>(&shape, |range, out| {
+        for (token, out) in range.zip(out.chunks_exact_mut(copies * d)) {
+            let whole = token * copies * d..(token + 1) * copies * d;
+            let token = Token {
+                weights: &weights[token * numbers..(token + 1) * numbers],
+                factor: factor[token],
+                pre: &pre[token * copies..(token + 1) * copies],
+                h: &h[whole.clone()],
+                dx: &dx[token * d..(token + 1) * d],
+                more: more.map(|more| &more[whole]),
+            };
+            read_gradient_token(token, function, out);
+        }
     })
 }
 
-fn read_gradient_of<S: Stored>(product: &Tensor, factor: &Tensor, pre: &Tensor, h: &Tensor, dx: &Tensor) -> Tensor {
-    let (shape, (_, copies, d)) = (h.size(), sizes(h));
-    let [product, factor, pre] = [product, factor, pre].map(elements::<f32>);
-    let (h, dx) = (elements::<S>(h), elements::<S>(dx));
-    filled::<S>(&shape, |range, out| {
-        let of = |width: usize| range.start * width..range.end * width;
-        let weights = (&factor[of(1)], &pre[of(copies)]);
-        read_gradient_rows(&product[of(copies * d)], weights, (&h[of(copies * d)], &dx[of(d)]), (copies, d), out);
-    })
+/// What there is of one token.
+struct Token<'a, S> {
+    weights: &'a [f32],
+    factor: f32,
+    pre: &'a [f32],
+    h: &'a [S],
+    dx: &'a [S],
+    more: Option<&'a [S]>,
 }
+
+/// Columns of a row done at a time: their sums stay in registers.
+const COLUMNS: usize = 64;
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn read_gradient_rows<S: Stored>(
-    product: &[f32],
-    (factor, pre): (&[f32], &[f32]),
-    (h, dx): (&[S], &[S]),
-    (copies, d): (usize, usize),
-    out: &mut [S],
-) {
-    let rows = product.chunks_exact(d).zip(h.chunks_exact(d)).zip(out.chunks_exact_mut(d)).zip(pre);
-    for (row, (((product, h), out), pre)) in rows.enumerate() {
-        let token = row / copies;
-        let (factor, dx) = (factor[token], &dx[token * d..(token + 1) * d]);
-        (0..d).for_each(|i| out[i] = S::rounded(product[i] + h[i].wide() * factor + dx[i].wide() * pre));
+fn read_gradient_token<S: Stored>(token: Token<'_, S>, function: &[f32], out: &mut [S]) {
+    let fused = target_cfg_f!(target_feature = "fma");
+    let (width, d) = (out.len(), token.dx.len());
+    for (copy, pre) in token.pre.iter().enumerate() {
+        for from in (0..d).step_by(COLUMNS) {
+            let count = COLUMNS.min(d - from);
+            let at = copy * d + from;
+            let mut sums = [0f32; COLUMNS];
+            for (row, weight) in function.chunks_exact(width).zip(token.weights) {
+                accumulate(fused, &mut sums, &row[at..at + count], *weight);
+            }
+            accumulate(fused, &mut sums, &token.h[at..at + count], token.factor);
+            accumulate(fused, &mut sums, &token.dx[from..from + count], *pre);
+            if let Some(more) = token.more {
+                accumulate(fused, &mut sums, &more[at..at + count], 1.0);
+            }
+            for (out, sum) in out[at..at + count].iter_mut().zip(&sums) {
+                *out = S::rounded(*sum);
+            }
+        }
+    }
+}
+
+/// Adds `x * factor` to the sums of as many columns.
+#[inline(always)]
+fn accumulate<S: Stored>(fused: bool, sums: &mut [f32; COLUMNS], x: &[S], factor: f32) {
+    match <&[S; COLUMNS]>::try_from(x) {
+        Ok(x) => (0..COLUMNS).for_each(|i| sums[i] = multiply_add(fused, x[i].wide(), factor, sums[i])),
+        _ => x.iter().zip(sums).for_each(|(x, sum)| *sum = multiply_add(fused, x.wide(), factor, *sum)),
     }
 }
