@@ -354,6 +354,48 @@ fn a_cache_gives_the_hidden_states_of_the_full_forward_for_the_sequences_it_is_t
     }
 }
 
+/// transformers means to read all again there, and in 5.17 goes on from the last token alone: the full forward is what is right.
+#[test]
+fn a_sequence_that_outgrows_the_original_context_is_continued_as_the_full_forward_continues_it() {
+    for fixture in ["phi3-longrope", "phimoe"].map(Fixture::new) {
+        let model = fixture.base();
+        let most_likely = |hidden: &Tensor| {
+            let last = hidden.narrow(0, hidden.size()[0] - 1, 1);
+            model.logits(&last).argmax(-1, false).int64_value(&[0]) as u32
+        };
+        let tensor = |ids: &[u32]| Tensor::from_slice(&ids.iter().map(|id| i64::from(*id)).collect::<Vec<_>>());
+        let full = |ids: &[u32]| {
+            let length = ids.len() as i64;
+            let positions = Tensor::arange(length, (Kind::Int64, Device::Cpu));
+            most_likely(&model.hidden(&tensor(ids), &positions, &Documents::one(length), Forward::default()))
+        };
+        let ids: Vec<u32> =
+            Vec::<i64>::try_from(&fixture.reference["ids"]).unwrap().iter().map(|id| *id as u32).collect();
+        // The original context has 16 tokens; the second sequence outgrows it at another step, the third has done so.
+        let prompts: Vec<Vec<u32>> = vec![ids[..9].to_vec(), ids[3..14].to_vec(), ids[1..19].to_vec()];
+        let sampling = Sampling { max_tokens: 16, ..Sampling::default() };
+        let answers = model.generate(&prompts, &sampling, &mut |_, _| std::ops::ControlFlow::Continue(()));
+        let mut kept_alone_differs = false;
+        for (prompt, answer) in prompts.iter().zip(&answers) {
+            let (mut cache, mut new) = (model.cache(1), prompt.clone());
+            let mut so_far = prompt.clone();
+            for (place, found) in answer.ids.iter().enumerate() {
+                assert_eq!(*found, full(&so_far), "{}: token {place} after {} tokens", fixture.name, prompt.len());
+                let length = new.len() as i64;
+                let kept = model.hidden_cached(&tensor(&new), &Documents::one(length), &mut cache);
+                kept_alone_differs |= most_likely(&kept) != *found;
+                so_far.push(*found);
+                new = vec![*found];
+            }
+        }
+        assert!(
+            kept_alone_differs,
+            "{}: keys that stay as they were give the same, so this shows nothing",
+            fixture.name
+        );
+    }
+}
+
 /// PEFT loses adapters of what it takes for experts, unless they are called parameters: also in a model of such a type that has
 /// no experts. The fixtures' configurations are those with which it has them; routers may be either.
 #[test]

@@ -65,7 +65,16 @@ impl Decoder {
         let mut running: Vec<usize> = (0..prompts.len()).collect();
         let mut cache = self.cache(prompts.len());
         let mut new: Vec<Vec<u32>> = prompts.to_vec();
+        let borders: Vec<i64> = self.spec.layers.iter().filter_map(|layer| layer.position.border()).collect();
         while !running.is_empty() {
+            let outgrows = |(seen, new): (&i64, &Vec<u32>)| {
+                borders.iter().any(|border| (1..=*border).contains(seen) && seen + new.len() as i64 > *border)
+            };
+            if cache.lengths().iter().zip(&new).any(outgrows) {
+                // From here on the keys of earlier tokens stand at other angles, too: all is read again.
+                cache = self.cache(running.len());
+                new = running.iter().map(|prompt| [&prompts[*prompt][..], &answers[*prompt].ids].concat()).collect();
+            }
             let mut offsets = vec![0];
             for ids in &new {
                 offsets.push(offsets[offsets.len() - 1] + ids.len() as i64);

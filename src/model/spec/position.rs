@@ -20,6 +20,18 @@ pub enum Position {
     None,
 }
 
+impl Position {
+    /// The length beyond which all tokens of a document, also its first ones, stand at other angles than in a shorter one.
+    ///
+    /// Dynamic scaling has other angles at every length: there, as in transformers, keys that are kept stay as they were.
+    pub fn border(&self) -> Option<i64> {
+        match self {
+            Self::Rope(Rope { scaling: RopeScaling::LongRope { original, .. }, .. }) => Some(*original),
+            Self::Rope(_) | Self::Alibi { .. } | Self::None => None,
+        }
+    }
+}
+
 /// Rotary position embedding.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
