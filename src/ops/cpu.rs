@@ -3,6 +3,7 @@
 //! operation, which serve every other device.
 
 use multiversion::multiversion;
+use multiversion::target::target_cfg_f;
 use tch::{Device, Kind, Tensor};
 
 use super::rope::{RopeLayout, Rotation};
@@ -46,17 +47,67 @@ pub(super) use parts::Parts;
 
 pub(super) const LANES: usize = 16;
 
-/// Sum of `term(i)` over `0..n`, in [`LANES`] partial sums that fit vector registers.
+/// Partial sums of a sum: enough for the additions of several registers to overlap.
+const SUMS: usize = 32;
+
+/// Sum of `term(x)`. Slices, not indices: with a bound to check before every term the loop would not become vector instructions.
 #[inline(always)]
-pub(super) fn sum(n: usize, term: impl Fn(usize) -> f32) -> f32 {
-    let mut lanes = [0f32; LANES];
-    let whole = n - n % LANES;
-    for start in (0..whole).step_by(LANES) {
-        for (lane, total) in lanes.iter_mut().enumerate() {
-            *total += term(start + lane);
+pub(super) fn sum<A: Stored>(a: &[A], term: impl Fn(f32) -> f32) -> f32 {
+    let mut sums = [0f32; SUMS];
+    let (whole, rest) = a.as_chunks::<SUMS>();
+    for a in whole {
+        for i in 0..SUMS {
+            sums[i] += term(a[i].wide());
         }
     }
-    lanes.iter().sum::<f32>() + (whole..n).map(term).sum::<f32>()
+    folded(sums) + rest.iter().map(|a| term(a.wide())).sum::<f32>()
+}
+
+/// Sum of `term(a, b, c)`.
+#[inline(always)]
+pub(super) fn sum_of_three<A: Stored, B: Stored, C: Stored>(
+    a: &[A],
+    b: &[B],
+    c: &[C],
+    term: impl Fn(f32, f32, f32) -> f32,
+) -> f32 {
+    assert!(a.len() == b.len() && b.len() == c.len(), "as many of all");
+    let mut sums = [0f32; SUMS];
+    let ((a, a_rest), (b, b_rest), (c, c_rest)) = (a.as_chunks::<SUMS>(), b.as_chunks::<SUMS>(), c.as_chunks::<SUMS>());
+    for ((a, b), c) in a.iter().zip(b).zip(c) {
+        for i in 0..SUMS {
+            sums[i] += term(a[i].wide(), b[i].wide(), c[i].wide());
+        }
+    }
+    let rest = a_rest.iter().zip(b_rest).zip(c_rest);
+    folded(sums) + rest.map(|((a, b), c)| term(a.wide(), b.wide(), c.wide())).sum::<f32>()
+}
+
+/// The sum of partial sums, halves onto halves.
+#[inline(always)]
+fn folded(mut sums: [f32; SUMS]) -> f32 {
+    let mut width = SUMS;
+    while width > 1 {
+        width /= 2;
+        for i in 0..width {
+            sums[i] += sums[i + width];
+        }
+    }
+    sums[0]
+}
+
+/// The product of a with b; `fused` as in [`multiply_add`].
+#[inline(always)]
+pub(super) fn dot<A: Stored, B: Stored>(a: &[A], b: &[B], fused: bool) -> f32 {
+    assert_eq!(a.len(), b.len(), "as many of both");
+    let mut sums = [0f32; SUMS];
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<SUMS>(), b.as_chunks::<SUMS>());
+    for (a, b) in a.iter().zip(b) {
+        for i in 0..SUMS {
+            sums[i] = multiply_add(fused, a[i].wide(), b[i].wide(), sums[i]);
+        }
+    }
+    folded(sums) + a_rest.iter().zip(b_rest).map(|(a, b)| a.wide() * b.wide()).sum::<f32>()
 }
 
 /// `a * b + c`, in one instruction where the caller is compiled for a processor that has it.
@@ -173,8 +224,8 @@ impl<'a> Turns<'a> {
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 fn norm_stats<S: Stored>(x: &[S], d: usize, eps: f32, centred: bool, stats: &mut [f32]) {
     for (x, stats) in x.chunks_exact(d).zip(stats.chunks_exact_mut(2)) {
-        let mean = if centred { sum(d, |i| x[i].wide()) / d as f32 } else { 0.0 };
-        let squares = sum(d, |i| (x[i].wide() - mean) * (x[i].wide() - mean));
+        let mean = if centred { sum(x, |x| x) / d as f32 } else { 0.0 };
+        let squares = sum(x, |x| (x - mean) * (x - mean));
         stats[0] = mean;
         stats[1] = 1.0 / (squares / d as f32 + eps).sqrt();
     }
@@ -199,9 +250,9 @@ fn norm_backward_rows<S: Stored>(dy: &[S], x: &[S], weights: Turns<'_>, stats: &
     let rows = dy.chunks_exact(d).zip(x.chunks_exact(d)).zip(dx.chunks_exact_mut(d)).zip(stats.chunks_exact(2));
     for (row, (((dy, x), dx), stats)) in rows.enumerate() {
         let (weight, mean, scale) = (weights.of(row), stats[0], stats[1]);
-        let dot = sum(d, |i| dy[i].wide() * weight[i] * (x[i].wide() - mean));
+        let dot = sum_of_three(dy, weight, x, |dy, weight, x| dy * weight * (x - mean));
         let along = dot * scale * scale / d as f32;
-        let shift = if centred { sum(d, |i| dy[i].wide() * weight[i]) / d as f32 } else { 0.0 };
+        let shift = if centred { self::dot(dy, weight, target_cfg_f!(target_feature = "fma")) / d as f32 } else { 0.0 };
         for i in 0..d {
             dx[i] = S::rounded((dy[i].wide() * weight[i] - shift - (x[i].wide() - mean) * along) * scale);
         }

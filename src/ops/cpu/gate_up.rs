@@ -5,7 +5,7 @@ use multiversion::target::target_cfg_f;
 use tch::Tensor;
 
 use super::activation::{Curve, by_curve};
-use super::{Stored, sum};
+use super::{Stored, dot};
 use crate::ops::experts::Fusion;
 use crate::ops::gated::Activation;
 use crate::torch_ext::{elements, filled, filled_beside};
@@ -154,7 +154,7 @@ fn gated_backward_row<S: Stored, C: Curve>(
         _ => unreachable!("gradients lie as what they are of"),
     }
     // A pass of its own over what is still in the nearest cache: with a sum, the loops above would not become vector instructions.
-    sum(y.len(), |i| dy[i].wide() * y[i].wide())
+    dot(dy, y, fused)
 }
 
 /// The gradients of a gate and its up from that of their product, and the product.

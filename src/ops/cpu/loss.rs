@@ -89,15 +89,16 @@ fn cross_entropy_row<X: Stored, S: Stored>(
     // compiled apart, without the caller's instructions.
     let mut total = 0f64;
     for part in x.chunks(512) {
-        total += f64::from(sum(part.len(), |i| exp(part[i].wide() * factor - largest, fused)));
+        total += f64::from(sum(part, |x| exp(x * factor - largest, fused)));
     }
     let logsumexp = largest + total.ln() as f32;
     let loss = logsumexp - logit(target);
     let slope = if loss.is_finite() { slope } else { f32::NAN };
-    let along = |i: usize| slope - slope * (logit(i) * per_cap) * (logit(i) * per_cap);
-    for (i, d) in d.iter_mut().enumerate() {
-        *d = S::rounded(exp(logit(i) - logsumexp, fused) * along(i));
+    let along = |logit: f32| slope - slope * (logit * per_cap) * (logit * per_cap);
+    for (d, x) in d.iter_mut().zip(x) {
+        let logit = x.wide() * factor;
+        *d = S::rounded(exp(logit - logsumexp, fused) * along(logit));
     }
-    d[target] = S::rounded((exp(logit(target) - logsumexp, fused) - 1.0) * along(target));
+    d[target] = S::rounded((exp(logit(target) - logsumexp, fused) - 1.0) * along(logit(target)));
     loss
 }

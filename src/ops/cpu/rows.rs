@@ -4,7 +4,7 @@ use multiversion::multiversion;
 use multiversion::target::target_cfg_f;
 use tch::Tensor;
 
-use super::{Stored, multiply_add, sum};
+use super::{Stored, dot, multiply_add};
 use crate::torch_ext::{elements, filled};
 
 /// The rows of x (T, D) in the order of `from` (S), each times its factor (S, 1), fp32, if given; zeros where there is none: (S, D).
@@ -83,8 +83,7 @@ fn scaled_row<S: Stored>(x: &[S], factor: f32, y: &mut [S]) {
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 fn dot_row<S: Stored>(a: &[S], b: &[S]) -> f32 {
-    let b = &b[..a.len()];
-    sum(a.len(), |i| a[i].wide() * b[i].wide())
+    dot(a, b, target_cfg_f!(target_feature = "fma"))
 }
 
 /// Columns of a row done at a time: their sums stay in registers.

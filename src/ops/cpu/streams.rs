@@ -4,7 +4,7 @@ use multiversion::multiversion;
 use multiversion::target::target_cfg_f;
 use tch::Tensor;
 
-use super::{Stored, multiply_add, sum};
+use super::{Stored, dot, multiply_add};
 use crate::torch_ext::{elements, filled, filled_pair, filled_pair_worth};
 
 /// `sum_m pre_m h_m` (T, D) of h (T, M, D) and pre (T, M), fp32.
@@ -153,42 +153,12 @@ fn mixed_back<S: Stored>(grad: &[S], mix: &[f32], (copies, d): (usize, usize), d
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 fn dots<S: Stored>(a: &[S], b: &[S], (left, right, d): (usize, usize, usize), out: &mut [f32]) {
     let fused = target_cfg_f!(target_feature = "fma");
-    let (mut row, mut rows) = (vec![0f32; d], vec![0f32; right * d]);
     let tokens = a.chunks_exact(left * d).zip(b.chunks_exact(right * d)).zip(out.chunks_exact_mut(left * right));
     for ((a, b), out) in tokens {
-        rows.iter_mut().zip(b).for_each(|(wide, b)| *wide = b.wide());
         for (a, out) in a.chunks_exact(d).zip(out.chunks_exact_mut(right)) {
-            row.iter_mut().zip(a).for_each(|(wide, a)| *wide = a.wide());
-            dots_with_rows(fused, &row, &rows, out);
-        }
-    }
-}
-
-/// Rows multiplied with at once, and how much of them: their sums stay in registers.
-const ROWS: usize = 4;
-const WIDTH: usize = 32;
-
-/// The products of x (d) with each of the rows (n, d).
-#[inline(always)]
-fn dots_with_rows(fused: bool, x: &[f32], rows: &[f32], out: &mut [f32]) {
-    let (d, count) = (x.len(), out.len());
-    let whole = d - d % WIDTH;
-    for first in (0..count).step_by(ROWS) {
-        // Beyond the last row it stands in again.
-        let row = |i: usize| &rows[(first + i).min(count - 1) * d..][..d];
-        let of: [&[f32]; ROWS] = std::array::from_fn(row);
-        let mut sums = [[0f32; WIDTH]; ROWS];
-        for at in (0..whole).step_by(WIDTH) {
-            let x: &[f32; WIDTH] = x[at..at + WIDTH].try_into().expect("as wide");
-            for (sums, row) in sums.iter_mut().zip(&of) {
-                let row: &[f32; WIDTH] = row[at..at + WIDTH].try_into().expect("as wide");
-                for lane in 0..WIDTH {
-                    sums[lane] = multiply_add(fused, x[lane], row[lane], sums[lane]);
-                }
+            for (b, out) in b.chunks_exact(d).zip(out) {
+                *out = dot(a, b, fused);
             }
-        }
-        for ((out, sums), row) in out[first..].iter_mut().zip(&sums).zip(&of) {
-            *out = sums.iter().sum::<f32>() + (whole..d).map(|i| x[i] * row[i]).sum::<f32>();
         }
     }
 }
@@ -212,8 +182,10 @@ fn mapped_rows<S: Stored>(h: &[S], function: &[f32], width: usize, products: &mu
     let tokens = h.chunks_exact(width).zip(products.chunks_exact_mut(function.len() / width)).zip(squares);
     for ((h, products), square) in tokens {
         row.iter_mut().zip(h).for_each(|(wide, h)| *wide = h.wide());
-        dots_with_rows(fused, &row, function, products);
-        *square = sum(width, |i| row[i] * row[i]);
+        for (function, product) in function.chunks_exact(width).zip(products) {
+            *product = dot(&row, function, fused);
+        }
+        *square = dot(&row, &row, fused);
     }
 }
 
@@ -229,67 +201,63 @@ fn products_of<S: Stored>(dx: &Tensor, h: &Tensor) -> Tensor {
 
 fn read_gradient_of<S: Stored>(of: &ReadGradient<'_>, h: &Tensor, dx: &Tensor, more: Option<&Tensor>) -> Tensor {
     let (shape, (_, copies, d)) = (h.size(), sizes(h));
-    let numbers = of.function.size()[0] as usize;
+    let (width, numbers) = (copies * d, of.function.size()[0] as usize);
     let [weights, function, factor, pre] = [of.weights, of.function, of.factor, of.pre].map(elements::<f32>);
     let (h, dx, more) = (elements::<S>(h), elements::<S>(dx), more.map(elements::<S>));
     filled::<S>(&shape, |range, out| {
-        for (token, out) in range.zip(out.chunks_exact_mut(copies * d)) {
-            let whole = token * copies * d..(token + 1) * copies * d;
-            let token = Token {
-                weights: &weights[token * numbers..(token + 1) * numbers],
-                factor: factor[token],
-                pre: &pre[token * copies..(token + 1) * copies],
-                h: &h[whole.clone()],
-                dx: &dx[token * d..(token + 1) * d],
-                more: more.map(|more| &more[whole]),
-            };
-            read_gradient_token(token, function, out);
+        let mut sums = vec![0f32; width];
+        for (token, out) in range.zip(out.chunks_exact_mut(width)) {
+            let whole = token * width..(token + 1) * width;
+            let weights = &weights[token * numbers..(token + 1) * numbers];
+            let pre = &pre[token * copies..(token + 1) * copies];
+            let dx = &dx[token * d..(token + 1) * d];
+            read_rows_back((&h[whole.clone()], factor[token]), (dx, pre), more.map(|more| &more[whole]), &mut sums);
+            add_function(function, weights, &mut sums);
+            rounded(&sums, out);
         }
     })
 }
 
-/// What there is of one token.
-struct Token<'a, S> {
-    weights: &'a [f32],
-    factor: f32,
-    pre: &'a [f32],
-    h: &'a [S],
-    dx: &'a [S],
-    more: Option<&'a [S]>,
-}
-
-/// Columns of a row done at a time: their sums stay in registers.
-const COLUMNS: usize = 64;
-
+/// `factor h + pre_m dx + more` of one token.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn read_gradient_token<S: Stored>(token: Token<'_, S>, function: &[f32], out: &mut [S]) {
-    let fused = target_cfg_f!(target_feature = "fma");
-    let (width, d) = (out.len(), token.dx.len());
-    for (copy, pre) in token.pre.iter().enumerate() {
-        for from in (0..d).step_by(COLUMNS) {
-            let count = COLUMNS.min(d - from);
-            let at = copy * d + from;
-            let mut sums = [0f32; COLUMNS];
-            for (row, weight) in function.chunks_exact(width).zip(token.weights) {
-                accumulate(fused, &mut sums, &row[at..at + count], *weight);
-            }
-            accumulate(fused, &mut sums, &token.h[at..at + count], token.factor);
-            accumulate(fused, &mut sums, &token.dx[from..from + count], *pre);
-            if let Some(more) = token.more {
-                accumulate(fused, &mut sums, &more[at..at + count], 1.0);
-            }
-            for (out, sum) in out[at..at + count].iter_mut().zip(&sums) {
-                *out = S::rounded(*sum);
-            }
+fn read_rows_back<S: Stored>(
+    (h, factor): (&[S], f32),
+    (dx, pre): (&[S], &[f32]),
+    more: Option<&[S]>,
+    sums: &mut [f32],
+) {
+    let d = dx.len();
+    for ((h, sums), pre) in h.chunks_exact(d).zip(sums.chunks_exact_mut(d)).zip(pre) {
+        for ((sum, h), dx) in sums.iter_mut().zip(h).zip(dx) {
+            *sum = h.wide() * factor + dx.wide() * pre;
         }
     }
+    if let Some(more) = more {
+        sums.iter_mut().zip(more).for_each(|(sum, more)| *sum += more.wide());
+    }
 }
 
-/// Adds `x * factor` to the sums of as many columns.
-#[inline(always)]
-fn accumulate<S: Stored>(fused: bool, sums: &mut [f32; COLUMNS], x: &[S], factor: f32) {
-    match <&[S; COLUMNS]>::try_from(x) {
-        Ok(x) => (0..COLUMNS).for_each(|i| sums[i] = multiply_add(fused, x[i].wide(), factor, sums[i])),
-        _ => x.iter().zip(sums).for_each(|(x, sum)| *sum = multiply_add(fused, x.wide(), factor, *sum)),
+/// Adds the rows of a function times their weights, four in one go over the sums.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
+fn add_function(function: &[f32], weights: &[f32], sums: &mut [f32]) {
+    let (fused, width) = (target_cfg_f!(target_feature = "fma"), sums.len());
+    let (mut fours, mut weights) = (function.chunks_exact(4 * width), weights.chunks_exact(4));
+    for (rows, w) in (&mut fours).zip(&mut weights) {
+        let ((a, b), (c, d)) = {
+            let (first, second) = rows.split_at(2 * width);
+            (first.split_at(width), second.split_at(width))
+        };
+        for ((((sum, a), b), c), d) in sums.iter_mut().zip(a).zip(b).zip(c).zip(d) {
+            let first = multiply_add(fused, *a, w[0], *sum);
+            *sum = multiply_add(fused, *d, w[3], multiply_add(fused, *c, w[2], multiply_add(fused, *b, w[1], first)));
+        }
     }
+    for (row, weight) in fours.remainder().chunks_exact(width).zip(weights.remainder()) {
+        sums.iter_mut().zip(row).for_each(|(sum, row)| *sum += row * weight);
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
+fn rounded<S: Stored>(sums: &[f32], out: &mut [S]) {
+    out.iter_mut().zip(sums).for_each(|(out, sum)| *out = S::rounded(*sum));
 }

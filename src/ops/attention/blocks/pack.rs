@@ -2,9 +2,10 @@
 
 use half::bf16;
 use multiversion::multiversion;
+use multiversion::target::target_cfg_f;
 
 use super::BLOCK;
-use crate::ops::cpu::{LANES, Stored, sum};
+use crate::ops::cpu::{self, LANES, Stored};
 use crate::torch_ext::Rows;
 
 /// `sum_h a[row, h] b[row, h]` of every row.
@@ -12,7 +13,7 @@ use crate::torch_ext::Rows;
 pub(super) fn dot_rows(a: Rows<'_>, b: Rows<'_>, width: usize, dots: &mut [f32]) {
     for (row, dot) in dots.iter_mut().enumerate() {
         let (a, b) = (&a.elements[row * a.stride..][..width], &b.elements[row * b.stride..][..width]);
-        *dot = sum(width, |i| a[i].wide() * b[i].wide());
+        *dot = cpu::dot(a, b, target_cfg_f!(target_feature = "fma"));
     }
 }
 

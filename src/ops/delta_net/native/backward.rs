@@ -2,14 +2,15 @@
 //! its chunks are walked back.
 
 use multiversion::multiversion;
+use multiversion::target::target_cfg_f;
 
 use super::chunk::{
     Gates, Keys, Within, add_rows, dot, dot_rows, learn, rounded, scale, scale_rows, seen, unpack, value_rows, within,
     write,
 };
 use super::{C, Inputs, Place, RUN, Shape};
-use crate::ops::cpu::Stored;
 use crate::ops::cpu::products::{Left, Part, product, solve, transpose};
+use crate::ops::cpu::{self, Stored};
 
 /// What a thread works in.
 pub(super) struct Room {
@@ -315,7 +316,7 @@ fn stretched<S: Stored>(
 ) {
     let rows = dy.chunks_exact(wide).zip(y.chunks_exact(wide)).zip(out.chunks_exact_mut(width)).take(count);
     for (((dy, y), out), scale) in rows.zip(scales) {
-        let along = crate::ops::cpu::sum(width, |i| dy[i] * y[i]) / (factor * factor);
+        let along = cpu::dot(&dy[..width], &y[..width], target_cfg_f!(target_feature = "fma")) / (factor * factor);
         let scale = scale * factor;
         for ((out, dy), y) in out.iter_mut().zip(dy).zip(y) {
             *out = S::rounded((dy - y * along) * scale);

@@ -5,7 +5,7 @@ use multiversion::target::target_cfg_f;
 
 use super::{C, Inputs, Place};
 use crate::ops::cpu::products::{Left, Part, ROWS, product, solve, transpose};
-use crate::ops::cpu::{LANES, Stored, exp, sum};
+use crate::ops::cpu::{self, LANES, Stored, exp, sum};
 use crate::ops::delta_net::EPS;
 
 /// Queries and keys of a chunk, of length 1, and their products.
@@ -130,7 +130,7 @@ fn unit_rows<S: Stored>(source: Source<'_, S>, factor: f32, (out, wide): (&mut [
             continue;
         }
         let x = &source.x[i * source.stride..][..source.width];
-        scales[i] = 1.0 / (sum(x.len(), |j| x[j].wide() * x[j].wide()) + EPS as f32).sqrt();
+        scales[i] = 1.0 / (sum(x, |x| x * x) + EPS as f32).sqrt();
         let scale = scales[i] * factor;
         out.iter_mut().zip(x).for_each(|(out, x)| *out = x.wide() * scale);
     }
@@ -322,8 +322,7 @@ pub(super) fn add_rows(x: &[f32], factors: &[f32; C], (rows, wide): (usize, usiz
 pub(super) fn dot_rows(a: &[f32], b: &[f32], (rows, wide): (usize, usize)) -> [f32; C] {
     let mut dots = [0f32; C];
     for ((a, b), dot) in a.chunks_exact(wide).zip(b.chunks_exact(wide)).zip(&mut dots[..rows]) {
-        let b = &b[..a.len()];
-        *dot = sum(a.len(), |i| a[i] * b[i]);
+        *dot = cpu::dot(a, b, target_cfg_f!(target_feature = "fma"));
     }
     dots
 }
@@ -337,8 +336,7 @@ pub(super) fn scale(x: &mut [f32], factor: f32) {
 /// The product of a with b, number by number, summed.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let b = &b[..a.len()];
-    sum(a.len(), |i| a[i] * b[i])
+    cpu::dot(a, b, target_cfg_f!(target_feature = "fma"))
 }
 
 /// Rounds rows (count, width) of x, whose rows are `wide`, to rows `stride` apart.
