@@ -329,6 +329,88 @@ fn a_run_killed_at_random_moments_ends_bit_identical() {
     bench.fail(&["train", "recipe.yaml"], 6, &["--resume", "--overwrite"]);
 }
 
+/// What an adapter may be beside plain LoRA, all at once: what is worked out of the weights, quantised, trained whole.
+#[test]
+fn an_adapter_of_every_kind_goes_on_where_it_was_and_is_the_same_to_export_eval_and_merge() {
+    let bench = Bench::new("max_steps: 12, save_steps: 2, threads: 1");
+    let kinds = [
+        "adapter.method=qlora",
+        "adapter.init_lora_weights=pissa",
+        "adapter.use_dora=true",
+        "adapter.trainable_token_indices=[5, 6]",
+        "adapter.modules_to_save=[v_proj]",
+        "adapter.exclude_modules=[v_proj]",
+    ];
+    let set: Vec<&str> = kinds.iter().flat_map(|kind| ["--set", kind]).collect();
+    let with = |arguments: &[&'static str]| [arguments, &set].concat();
+    bench.succeed(&with(&["train", "recipe.yaml", "--set", "output.dir=whole"]));
+    let expected = bench.result("whole");
+    let mut child = bench.command(&with(&["train", "recipe.yaml", "--quiet"])).spawn().unwrap();
+    while !bench.path("run/state").read_dir().is_ok_and(|mut states| states.next().is_some()) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    bench.succeed(&with(&["train", "recipe.yaml", "--resume"]));
+    let found = bench.result("run");
+    assert_eq!(found.0, expected.0, "the loss series");
+    assert!(found.1 == expected.1, "the adapter's bytes");
+    std::fs::remove_dir_all(bench.path("run/adapter")).unwrap();
+    bench.succeed(&with(&["export", "recipe.yaml", "--save", "adapter"]));
+    assert!(bench.result("run").1 == expected.1, "exported anew");
+
+    let config: Value =
+        serde_json::from_slice(&std::fs::read(bench.path("run/adapter/adapter_config.json")).unwrap()).unwrap();
+    assert_eq!([&config["r"], &config["lora_alpha"]], [&json!(8), &json!(16)], "on the base as it was");
+    assert_eq!([&config["use_dora"], &config["modules_to_save"]], [&json!(true), &json!(["v_proj"])]);
+    let loss = |arguments: &[&str]| {
+        let result: Value = serde_json::from_str(&bench.succeed(arguments)).unwrap();
+        result["loss"].as_f64().unwrap()
+    };
+    let adapted = loss(&with(&["eval", "recipe.yaml", "--json"]));
+    bench.succeed(&["merge", "--model", "base", "--adapter", "run/adapter", "--out", "merged", "--dtype", "fp32"]);
+    for merged in ["base_model=merged", "base_model=run/merged"] {
+        let merged = loss(&["eval", "recipe.yaml", "--json", "--base", "--set", merged]);
+        assert!((merged - adapted).abs() < 1e-4 * adapted, "{merged} merged, {adapted} adapted");
+    }
+    let base = loss(&["eval", "recipe.yaml", "--json", "--base"]);
+    assert!(adapted < 0.9 * base, "{adapted} adapted, {base} before");
+}
+
+#[test]
+fn new_tokens_join_the_tokenizer_the_adapter_and_the_merged_model() {
+    let bench = Bench::new("max_steps: 12, threads: 1");
+    let set = ["--set", "adapter.new_tokens=[' gives ', <a>, <b>, <c>, <d>, <e>, <f>, <end>]"];
+    let with = |arguments: &[&'static str]| [arguments, &set].concat();
+    bench.succeed(&with(&["train", "recipe.yaml"]));
+    let read = |path: &str| -> Value { serde_json::from_slice(&std::fs::read(bench.path(path)).unwrap()).unwrap() };
+    let tokens = read("run/adapter/tokenizer.json")["added_tokens"].as_array().unwrap().clone();
+    let ids: Vec<i64> = tokens.iter().rev().take(8).rev().map(|token| token["id"].as_i64().unwrap()).collect();
+    assert_eq!(tokens[tokens.len() - 8]["content"], " gives ");
+    assert_eq!(read("run/adapter/adapter_config.json")["trainable_token_indices"], json!(ids));
+    assert_eq!(
+        read("run/merged/config.json")["vocab_size"],
+        json!(ids[7] + 1),
+        "more than the {VOCABULARY} of the base"
+    );
+    let loss = |arguments: &[&str]| {
+        let result: Value = serde_json::from_str(&bench.succeed(arguments)).unwrap();
+        result["loss"].as_f64().unwrap()
+    };
+    let adapted = loss(&with(&["eval", "recipe.yaml", "--json"]));
+    bench.succeed(&["merge", "--model", "base", "--adapter", "run/adapter", "--out", "merged", "--dtype", "fp32"]);
+    for merged in ["base_model=merged", "base_model=run/merged"] {
+        let merged = loss(&["eval", "recipe.yaml", "--json", "--base", "--set", merged]);
+        assert!((merged - adapted).abs() < 1e-4 * adapted, "{merged} merged, {adapted} adapted");
+    }
+    let one =
+        ["generate", "--model", "base", "--adapter", "run/adapter", "--prompt", "add 3 and 4", "--max-tokens", "4"];
+    let two = ["generate", "--model", "merged", "--prompt", "add 3 and 4", "--max-tokens", "4"];
+    assert_eq!(bench.succeed(&one), bench.succeed(&two));
+    let again = ["train", "recipe.yaml", "--set", "output.dir=again", "--set", "base_model=merged", set[0], set[1]];
+    bench.fail(&again, 3, &["is a token already", "trainable_token_indices"]);
+}
+
 #[test]
 fn sigterm_saves_a_state_and_says_how_to_go_on() {
     let bench = Bench::new("max_steps: 100000, logging_steps: 1000");

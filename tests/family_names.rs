@@ -118,7 +118,7 @@ fn an_adapter_is_read_in_every_spelling_and_written_in_transformers() {
             "bloom" => &["dense_h_to_4h"],
             _ => &["q_proj", "down_proj"],
         });
-        let adapters = Adapters::attach(&mut model, &recipe, 1).unwrap();
+        let adapters = Adapters::attach(&mut model, &recipe, 1, None).unwrap();
         for (_, parameter) in adapters.parameters() {
             tch::no_grad(|| {
                 let _ = parameter.shallow_clone().uniform_(-0.3, 0.3);
@@ -127,7 +127,7 @@ fn an_adapter_is_read_in_every_spelling_and_written_in_transformers() {
         let expected = logits(&model);
         assert!(expected != logits(&load(base.path())), "{fixture}: the adapter changes nothing");
         let saved = base.path().join("saved");
-        peft::write(&saved, &adapters.config, adapters.updates(), None, &BTreeMap::new()).unwrap();
+        peft::write(&saved, &adapters.config, adapters.updates(), adapters.saved(), None, &BTreeMap::new()).unwrap();
         let keys = adapters.parameters().into_iter().map(|(key, _)| key).collect::<Vec<_>>();
         assert!(keys.iter().any(|key| key == theirs), "{fixture}: {keys:?}");
 
@@ -148,13 +148,14 @@ fn an_adapter_is_read_in_every_spelling_and_written_in_transformers() {
         for place in [&saved, &other] {
             let mut again = load(base.path());
             let loaded = LoadedAdapter::read(place).unwrap();
-            let attached = Adapters::attach_loaded(&mut again, &loaded, 0.0).unwrap();
+            let attached = Adapters::attach_loaded(&mut again, &loaded, 0.0, None).unwrap();
             assert!(logits(&again) == expected, "{fixture}: {}", place.display());
             assert_eq!(attached.parameters().into_iter().map(|(key, _)| key).collect::<Vec<_>>(), keys, "{fixture}");
 
             let merged = base.path().join(format!("merged-{}", place.file_name().unwrap().display()));
             let base = open(base.path());
-            merged::write(&merged, &base, &loaded.updates, None, Kind::Float, &BTreeMap::new(), &|_, _| ()).unwrap();
+            merged::write(&merged, &base, &loaded.updates, &[], None, Kind::Float, &BTreeMap::new(), &|_, _| ())
+                .unwrap();
             let worst = (logits(&load(&merged)) - &expected).abs().max().double_value(&[]);
             assert!(worst < 1e-4, "{fixture}: merged is off by {worst:e}");
             let names =
@@ -169,12 +170,13 @@ fn an_adapter_is_read_in_every_spelling_and_written_in_transformers() {
 fn what_is_typed_may_be_the_files_spelling_too() {
     let neox = folder("gpt_neox", |_| (), |name| name.replace("lm_head", "embed_out"));
     let mut model = load(neox.path());
-    let typed = |model: &mut Decoder, names: &[&str]| modules(&Adapters::attach(model, &targets(names), 1).unwrap());
+    let typed =
+        |model: &mut Decoder, names: &[&str]| modules(&Adapters::attach(model, &targets(names), 1, None).unwrap());
     assert_eq!(typed(&mut model, &["embed_out"]), BTreeSet::from(["lm_head".to_string()]));
     assert_eq!(typed(&mut model, &["embed_out", "lm_head"]), BTreeSet::from(["lm_head".to_string()]));
     let pattern =
         AdapterRecipe { target_modules: Targets::Pattern(".*layers\\.0.*dense|embed_out".into()), ..targets(&[]) };
-    let adapters = Adapters::attach(&mut model, &pattern, 1).unwrap();
+    let adapters = Adapters::attach(&mut model, &pattern, 1, None).unwrap();
     let both = ["gpt_neox.layers.0.attention.dense", "lm_head"].map(String::from);
     assert_eq!(modules(&adapters), BTreeSet::from(both.clone()));
     assert_eq!(adapters.config.target_modules, Some(Targets::Names(both.to_vec())));
@@ -196,7 +198,7 @@ fn what_is_typed_may_be_the_files_spelling_too() {
 fn the_targets_of_a_model_of_several_parts_are_written_in_full() {
     let base = folder("gemma3", |_| (), apart);
     let mut model = load(base.path());
-    let adapters = Adapters::attach(&mut model, &targets(&["q_proj"]), 1).unwrap();
+    let adapters = Adapters::attach(&mut model, &targets(&["q_proj"]), 1, None).unwrap();
     let Some(Targets::Names(written)) = &adapters.config.target_modules else { panic!("a list") };
     assert_eq!(written.len(), 3);
     assert!(written.iter().all(|name| name.starts_with("model.language_model.layers.")), "{written:?}");

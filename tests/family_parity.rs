@@ -194,7 +194,7 @@ fn logits_are_those_of_transformers_and_peft() {
     for fixture in VERIFIED.iter().map(|name| Fixture::new(name)) {
         let mut model = fixture.base();
         fixture.assert_close("logits", &fixture.logits(&model), &fixture.reference["base_logits"], TOLERANCE);
-        Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0).unwrap();
+        Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0, None).unwrap();
         fixture.assert_close("adapted logits", &fixture.logits(&model), &fixture.reference["logits"], TOLERANCE);
     }
 }
@@ -205,7 +205,7 @@ fn the_loss_and_every_adapter_gradient_are_those_of_peft_also_when_recomputed() 
         let layers = fixture.base().spec.layers.len();
         for recomputed_layers in [0, layers.div_ceil(2), layers] {
             let mut model = fixture.base();
-            let adapters = Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0).unwrap();
+            let adapters = Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0, None).unwrap();
             let forward = Forward { recomputed_layers, ..Forward::default() };
             let targets_at = fixture.reference["mask"].nonzero().squeeze_dim(1);
             let rows = fixture.hidden(&model, forward).index_select(0, &(&targets_at - 1));
@@ -253,7 +253,7 @@ fn adapters_that_peft_saved_for_experts_give_its_logits() {
     let with_one: Vec<Fixture> = VERIFIED.iter().map(|name| Fixture::new(name)).collect();
     for fixture in with_one.iter().filter(|fixture| fixture.folder.path().join("peft").is_dir()) {
         let mut model = fixture.base();
-        Adapters::attach_loaded(&mut model, &fixture.adapter_in("peft"), 0.0).unwrap();
+        Adapters::attach_loaded(&mut model, &fixture.adapter_in("peft"), 0.0, None).unwrap();
         fixture.assert_close("logits", &fixture.logits(&model), &fixture.reference["peft_logits"], TOLERANCE);
     }
 }
@@ -274,7 +274,7 @@ fn the_balancing_loss_of_routers_and_its_gradient_are_those_of_transformers() {
             let mut checkpoint = fixture.checkpoint();
             checkpoint.config = config;
             let mut model = load(&checkpoint, fixture.name);
-            let adapters = Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0).unwrap();
+            let adapters = Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0, None).unwrap();
             let (_, length) = fixture.documents().spans().next().unwrap();
             let documents = Documents::one(length);
             let balance = Balance::new(&[1.0], Device::Cpu);
@@ -300,7 +300,7 @@ fn the_balancing_loss_of_routers_and_its_gradient_are_those_of_transformers() {
 fn greedy_generation_with_a_cache_gives_the_tokens_of_transformers() {
     for fixture in VERIFIED.iter().map(|name| Fixture::new(name)) {
         let mut model = fixture.base();
-        Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0).unwrap();
+        Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0, None).unwrap();
         let ids = |key: &str| -> Vec<u32> {
             Vec::<i64>::try_from(&fixture.reference[key]).unwrap().into_iter().map(|id| id as u32).collect()
         };
@@ -318,7 +318,7 @@ fn greedy_generation_with_a_cache_gives_the_tokens_of_transformers() {
 fn a_cache_gives_the_hidden_states_of_the_full_forward_for_the_sequences_it_is_told_to_keep() {
     for fixture in VERIFIED.iter().map(|name| Fixture::new(name)) {
         let mut model = fixture.base();
-        Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0).unwrap();
+        Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0, None).unwrap();
         let whole = Documents { offsets: vec![0, 8, 15, 30] };
         let spans: Vec<(i64, i64)> = whole.spans().collect();
         let positions: Vec<i64> = spans.iter().flat_map(|(_, length)| 0..*length).collect();
@@ -406,7 +406,8 @@ fn what_peft_must_adapt_as_a_parameter_is_called_one() {
                 .unwrap();
         let expected: Option<Vec<String>> = serde_json::from_value(config["target_parameters"].clone()).unwrap();
         let mut model = fixture.base();
-        let found = Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0).unwrap().config.target_parameters;
+        let found =
+            Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0, None).unwrap().config.target_parameters;
         assert_eq!(found.is_some(), expected.is_some(), "{}", fixture.name);
         let found: BTreeSet<String> = found.unwrap_or_default().into_iter().collect();
         let expected: BTreeSet<String> = expected.unwrap_or_default().into_iter().collect();
@@ -421,9 +422,10 @@ fn adapters_and_merged_models_read_back_as_what_was_written() {
     for fixture in VERIFIED.iter().map(|name| Fixture::new(name)) {
         let checkpoint = fixture.checkpoint();
         let mut model = fixture.base();
-        let adapters = Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0).unwrap();
+        let adapters = Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0, None).unwrap();
         let place = |name: &str| -> PathBuf { fixture.folder.path().join("written").join(name) };
-        peft::write(&place("adapter"), &adapters.config, adapters.updates(), None, &BTreeMap::new()).unwrap();
+        peft::write(&place("adapter"), &adapters.config, adapters.updates(), adapters.saved(), None, &BTreeMap::new())
+            .unwrap();
         let [ours, theirs] = [place("adapter"), fixture.folder.path().join("adapter")]
             .map(|folder| read(&folder.join("adapter_model.safetensors")));
         assert_eq!(ours.len(), theirs.len());
@@ -433,7 +435,7 @@ fn adapters_and_merged_models_read_back_as_what_was_written() {
         }
 
         let config = BTreeMap::from([("config.json".to_string(), checkpoint.sidecars["config.json"].clone())]);
-        merged::write(&place("merged"), &checkpoint, adapters.updates(), None, Kind::Float, &config, &|_, _| ())
+        merged::write(&place("merged"), &checkpoint, adapters.updates(), &[], None, Kind::Float, &config, &|_, _| ())
             .unwrap();
         let merged = Checkpoint::open(&BaseSource::Folder(place("merged"))).unwrap();
         let logits = fixture.logits(&load(&merged, fixture.name));

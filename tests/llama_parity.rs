@@ -3,31 +3,39 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use engraft::adapter::Update;
+use engraft::adapter::{Adapters, LoadedAdapter, Origin, Update};
 use engraft::data::{Batch, Cursor, RowId};
-use engraft::model::{Decoder, Documents, Forward, LowRank, Sampling};
+use engraft::model::{Decoder, Documents, Forward, Sampling};
 use engraft::objective::Supervised;
 use engraft::quant::{Form, FourBitType, Layout, Scheme, Weight};
-use engraft::recipe::{BaseSource, Scheduler, TrainingRecipe};
+use engraft::recipe::{AdapterRecipe, BaseSource, InitLora, Scheduler, TrainingRecipe};
 use engraft::train::{BatchSource, Events, Identity, Interrupts, Progress, Run, RunFolder, Start, Trainer};
 use engraft::weights::Checkpoint;
 use tch::{Device, Kind, Tensor};
 
-const MODELS: [&str; 13] = [
+const MODELS: [&str; 19] = [
     "grouped-tied",
     "biases-untied",
     "linear",
     "dynamic",
     "yarn",
     "llama3-wide-heads",
+    "dora",
+    "whole-tied",
+    "whole-untied",
+    "tokens-tied",
+    "tokens-untied",
     "qlora-nf4",
     "qlora-fp4",
+    "qlora-dora",
     STORED[0].0,
     STORED[1].0,
     STORED[2].0,
     STORED[3].0,
     STORED[4].0,
 ];
+/// Where modules or rows of tokens are trained whole.
+const WHOLE: [&str; 4] = ["whole-tied", "whole-untied", "tokens-tied", "tokens-untied"];
 /// Bases that other tools have quantised (`tests/python/layouts.py`).
 const STORED: [(&str, Layout); 5] = [
     ("stored-gptq", Layout::Gptq),
@@ -66,30 +74,27 @@ fn load(name: &str) -> Decoder {
 
 /// How the base was quantised that PEFT trained on: by bitsandbytes, or as its files have it.
 fn scheme(name: &str) -> Option<Scheme> {
-    let scheme = |form| Scheme { form, kind: Kind::Float, skip: vec!["lm_head".into()], whole: false };
+    let scheme =
+        |form| Scheme { form, kind: Kind::Float, skip: vec!["lm_head".into()], whole: false, after_start: false };
     if let Some((_, layout)) = STORED.iter().find(|(stored, _)| *stored == name) {
         return Some(scheme(Form::Stored(*layout)));
     }
     let (code, double_quant) = match name.strip_prefix("qlora-")? {
-        "nf4" => (FourBitType::Nf4, true),
-        _ => (FourBitType::Fp4, false),
+        "fp4" => (FourBitType::Fp4, false),
+        _ => (FourBitType::Nf4, true),
     };
     Some(scheme(Form::FourBit { code, block: 64, double_quant }))
 }
 
 /// Puts PEFT's adapter on the decoder; gives its leaves by their key.
 fn graft(model: &mut Decoder, name: &str) -> Vec<(String, Tensor)> {
-    let saved = tensors(&folder(name).join("adapter/adapter_model.safetensors"));
-    let mut leaves = Vec::new();
-    for linear in model.linears_mut() {
-        let key = |side: &str| format!("base_model.model.{}.lora_{side}.weight", linear.name);
-        let Some(a) = saved.get(&key("A")) else { continue };
-        let (a, b) = (a.copy().set_requires_grad(true), saved[&key("B")].copy().set_requires_grad(true));
-        leaves.push((key("A"), a.shallow_clone()));
-        leaves.push((key("B"), b.shallow_clone()));
-        linear.adapter = Some(LowRank { a, b, scale: 2.0, dropout: 0.0 });
-    }
-    assert_eq!(leaves.len(), saved.len(), "every tensor of the adapter found its linear");
+    let folder = folder(name).join("adapter");
+    let adapters = Adapters::attach_loaded(model, &LoadedAdapter::read(&folder).unwrap(), 0.0, None).unwrap();
+    let leaves = adapters.parameters();
+    let saved = tensors(&folder.join("adapter_model.safetensors"));
+    // A head that shares what is trained of the embedding is stored, too.
+    let again = usize::from(name == "whole-tied");
+    assert_eq!(leaves.len() + again, saved.len(), "every tensor of the adapter found its place");
     leaves
 }
 
@@ -237,44 +242,138 @@ impl BatchSource for Recorded {
     }
 }
 
+/// Trains as the reference does; gives what was logged.
+fn twenty_steps(model: &Decoder, recorded: &Recorded) -> impl Fn(&str) -> Tensor {
+    let place = tempfile::tempdir().unwrap();
+    let identity =
+        Identity { recipe: Default::default(), data: "".into(), eval: None, base: "".into(), device: "cpu".into() };
+    let run = Run {
+        folder: RunFolder::open(place.path(), Start::Fresh).unwrap(),
+        identity,
+        training: TrainingRecipe {
+            max_steps: Some(20),
+            learning_rate: 1e-2,
+            lr_scheduler: Scheduler::Constant,
+            weight_decay: 0.01,
+            max_grad_norm: 1.0,
+            ..Default::default()
+        },
+        half: false,
+        tensorboard: false,
+        events: Events::default(),
+        progress: Progress::silent(),
+        interrupts: Interrupts::listen().unwrap(),
+        facts: Vec::new(),
+    };
+    let learner = Supervised { model, noise_alpha: 0.0, recomputed_layers: 1 };
+    Trainer::new(run, &learner).run(recorded).unwrap();
+    let metrics = std::fs::read_to_string(place.path().join("metrics.jsonl")).unwrap();
+    move |key: &str| {
+        let of = |line| serde_json::from_str::<serde_json::Value>(line).unwrap()[key].as_f64().unwrap();
+        Tensor::from_slice(&metrics.lines().map(of).collect::<Vec<f64>>()).to_kind(Kind::Float)
+    }
+}
+
+/// What PEFT's starts from the weights come to after the steps above, on the weights as they were.
+#[test]
+fn adapters_that_start_from_the_weights_learn_as_pefts() {
+    let expected = tensors(&folder("").join("starts.safetensors"));
+    for (start, name) in [(InitLora::Pissa, "pissa"), (InitLora::Olora, "olora")] {
+        let recorded = Recorded(tensors(&folder("grouped-tied").join("reference.safetensors")));
+        let mut model = load("grouped-tied");
+        let recipe = AdapterRecipe { r: 4, lora_alpha: 6.0, init_lora_weights: start, ..Default::default() };
+        let adapters = Adapters::attach(&mut model, &recipe, 1, None).unwrap();
+        assert_eq!((adapters.config.r, adapters.config.lora_alpha), (8, 12.0));
+        let series = twenty_steps(&model, &recorded);
+        assert_close(&format!("{name}: losses"), &series("loss"), &expected[&format!("{name}.losses")], 1e-4);
+        for update in adapters.updates().iter().map(Update::of_the_original) {
+            let found = update.b.matmul(&update.a) * update.scale;
+            let what = format!("{name}.update.{}", update.module);
+            assert_close(&what, &found, &expected[&what], 1e-3);
+        }
+    }
+}
+
+#[test]
+fn what_is_left_of_a_weight_is_quantised_and_found_again_by_who_loads_or_merges_the_adapter() {
+    let name = "qlora-nf4";
+    let reference = tensors(&folder(name).join("reference.safetensors"));
+    let batch = documented(&reference, "");
+    let logits = |model: &Decoder| {
+        model.logits(&model.hidden(&batch.ids, &batch.positions, &batch.documents, Forward::default()))
+    };
+    let scheme = scheme(name).unwrap();
+    let place = tempfile::tempdir().unwrap();
+    for (start, stored) in [(InitLora::Pissa, false), (InitLora::Olora, true), (InitLora::Loftq, false)] {
+        let source = if stored { folder(name).join("quantised") } else { folder(name) };
+        let checkpoint = Checkpoint::open(&BaseSource::Folder(source)).unwrap();
+        let origin = Origin { checkpoint: &checkpoint, scheme: Some(&scheme), start: None, progress: &|_, _| () };
+        let load = |scheme| Decoder::load_kept(&checkpoint, Kind::Float, Device::Cpu, scheme, &|_, _| ()).unwrap();
+        let mut model = load(Some(&scheme));
+        let recipe = AdapterRecipe { r: 4, lora_alpha: 6.0, init_lora_weights: start, ..Default::default() };
+        let adapters = Adapters::attach(&mut model, &recipe, 1, Some(&origin)).unwrap();
+        if start == InitLora::Loftq {
+            // Nearer to the base as it was than the quantised base is.
+            let original = Decoder::load(&checkpoint, Kind::Float, Device::Cpu, &|_, _| ()).unwrap();
+            let off =
+                |model: &Decoder| (logits(model) - logits(&original)).square().mean(Kind::Float).double_value(&[]);
+            let (with, without) = (off(&model), off(&load(Some(&scheme))));
+            assert!(with < 0.8 * without, "off by {with} with, by {without} without the start");
+        }
+        for (i, update) in adapters.updates().iter().enumerate() {
+            tch::no_grad(|| {
+                let noise = &update.b * 0.3 * ((i % 3) as f64 - 1.0);
+                let _ = update.b.shallow_clone().g_add_(&noise);
+            });
+        }
+        let trained = logits(&model);
+
+        let adapter = place.path().join(format!("{start:?}"));
+        let sidecars = std::collections::BTreeMap::new();
+        engraft::export::peft::write(
+            &adapter,
+            &adapters.config,
+            adapters.updates(),
+            adapters.saved(),
+            Some(&scheme),
+            &sidecars,
+        )
+        .unwrap();
+        let loaded = LoadedAdapter::read(&adapter).unwrap();
+        let mut again = load(loaded.scheme().unwrap().as_ref());
+        Adapters::attach_loaded(&mut again, &loaded, 0.0, Some(&origin)).unwrap();
+        assert_close("loaded again", &logits(&again), &trained, 1e-6);
+
+        let spec = &again.spec;
+        let updates: Vec<Update> = loaded.fit(&spec.sites(), &spec.names).unwrap().into_values().collect();
+        let merged = place.path().join(format!("{start:?}-merged"));
+        let config = [("config.json".to_string(), checkpoint.sidecars["config.json"].clone())].into();
+        let onto = loaded.scheme().unwrap();
+        engraft::export::merged::write(
+            &merged,
+            &checkpoint,
+            &updates,
+            &[],
+            onto.as_ref(),
+            Kind::Float,
+            &config,
+            &|_, _| (),
+        )
+        .unwrap();
+        let merged = Checkpoint::open(&BaseSource::Folder(merged)).unwrap();
+        let merged = Decoder::load(&merged, Kind::Float, Device::Cpu, &|_, _| ()).unwrap();
+        assert_close("merged", &logits(&merged), &trained, TOLERANCE);
+    }
+}
+
 #[test]
 fn twenty_steps_are_those_of_peft_and_torchs_adamw() {
-    for name in ["grouped-tied", "llama3-wide-heads", "qlora-nf4", "qlora-fp4", "stored-gptq"] {
+    let trained = ["grouped-tied", "llama3-wide-heads", "dora", "qlora-nf4", "qlora-fp4", "qlora-dora", "stored-gptq"];
+    for name in trained.into_iter().chain(WHOLE) {
         let recorded = Recorded(tensors(&folder(name).join("reference.safetensors")));
         let mut model = load(name);
         let leaves = graft(&mut model, name);
-        let place = tempfile::tempdir().unwrap();
-        let run = Run {
-            folder: RunFolder::open(place.path(), Start::Fresh).unwrap(),
-            identity: Identity {
-                recipe: Default::default(),
-                data: "".into(),
-                eval: None,
-                base: "".into(),
-                device: "cpu".into(),
-            },
-            training: TrainingRecipe {
-                max_steps: Some(20),
-                learning_rate: 1e-2,
-                lr_scheduler: Scheduler::Constant,
-                weight_decay: 0.01,
-                max_grad_norm: 1.0,
-                ..Default::default()
-            },
-            half: false,
-            tensorboard: false,
-            events: Events::default(),
-            progress: Progress::silent(),
-            interrupts: Interrupts::listen().unwrap(),
-            facts: Vec::new(),
-        };
-        let learner = Supervised { model: &model, noise_alpha: 0.0, recomputed_layers: 1 };
-        Trainer::new(run, &learner).run(&recorded).unwrap();
-        let metrics = std::fs::read_to_string(place.path().join("metrics.jsonl")).unwrap();
-        let series = |key: &str| {
-            let of = |line| serde_json::from_str::<serde_json::Value>(line).unwrap()[key].as_f64().unwrap();
-            Tensor::from_slice(&metrics.lines().map(of).collect::<Vec<f64>>()).to_kind(Kind::Float)
-        };
+        let series = twenty_steps(&model, &recorded);
         assert_close(&format!("{name}: losses"), &series("loss"), &recorded.0["train.losses"], 1e-4);
         assert_close(&format!("{name}: norms"), &series("grad_norm"), &recorded.0["train.gradient_norms"], 1e-4);
         for (key, leaf) in leaves {
@@ -331,6 +430,7 @@ fn a_base_in_another_tools_layout_is_kept_so_and_merged_onto_its_numbers() {
                 folder,
                 checkpoint,
                 &updates,
+                &[],
                 onto.as_ref(),
                 Kind::Float,
                 &config,
@@ -379,38 +479,44 @@ fn a_base_in_fp8_may_be_quantised_again() {
 
 /// The adapter of a fixture as what is merged.
 fn updates(name: &str, model: &Decoder) -> Vec<Update> {
-    let saved = tensors(&folder(name).join("adapter/adapter_model.safetensors"));
-    let sites = model.spec.sites().into_iter();
-    let updates: Vec<Update> = sites
-        .filter_map(|site| {
-            let key = |side: &str| format!("base_model.model.{}.lora_{side}.weight", site.name);
-            let (a, b) = (saved.get(&key("A"))?.copy(), saved[&key("B")].copy());
-            Some(Update { module: site.name.clone(), role: site.role.clone(), a, b, scale: 2.0 })
-        })
-        .collect();
-    assert_eq!(2 * updates.len(), saved.len());
-    updates
+    let adapter = LoadedAdapter::read(&folder(name).join("adapter")).unwrap();
+    adapter.fit(&model.spec.sites(), &model.spec.names).unwrap().into_values().collect()
 }
 
 #[test]
-fn merged_onto_the_quantised_numbers_the_model_answers_as_the_trained_one() {
-    for name in ["qlora-nf4", "qlora-fp4"] {
+fn merged_onto_the_numbers_it_was_trained_on_the_model_answers_as_the_trained_one() {
+    for name in ["qlora-nf4", "qlora-fp4", "qlora-dora", "dora"].into_iter().chain(WHOLE) {
         let reference = tensors(&folder(name).join("reference.safetensors"));
         let batch = documented(&reference, "");
         let checkpoint = Checkpoint::open(&BaseSource::Folder(folder(name))).unwrap();
-        let updates = updates(name, &load(name));
+        let spec = load(name).spec;
+        let adapter = LoadedAdapter::read(&folder(name).join("adapter")).unwrap();
+        let updates: Vec<Update> = adapter.fit(&spec.sites(), &spec.names).unwrap().into_values().collect();
+        let saved = adapter.saved(&spec).unwrap();
         let place = tempfile::tempdir().unwrap();
         let logits = |checkpoint: &Checkpoint, onto: Option<&Scheme>| {
             let merged = place.path().join(format!("{}-{}", onto.is_some(), checkpoint.quantised_form().is_some()));
             let config = [("config.json".to_string(), checkpoint.sidecars["config.json"].clone())].into();
-            engraft::export::merged::write(&merged, checkpoint, &updates, onto, Kind::Float, &config, &|_, _| ())
-                .unwrap();
+            engraft::export::merged::write(
+                &merged,
+                checkpoint,
+                &updates,
+                &saved,
+                onto,
+                Kind::Float,
+                &config,
+                &|_, _| (),
+            )
+            .unwrap();
             let merged = Checkpoint::open(&BaseSource::Folder(merged)).unwrap();
             let model = Decoder::load(&merged, Kind::Float, Device::Cpu, &|_, _| ()).unwrap();
             model.logits(&model.hidden(&batch.ids, &batch.positions, &batch.documents, Forward::default()))
         };
-        let stored = Checkpoint::open(&BaseSource::Folder(folder(name).join("quantised"))).unwrap();
         assert_close(name, &logits(&checkpoint, scheme(name).as_ref()), &reference["logits"], TOLERANCE);
+        if scheme(name).is_none() {
+            continue;
+        }
+        let stored = Checkpoint::open(&BaseSource::Folder(folder(name).join("quantised"))).unwrap();
         // Stored quantised, its numbers are not quantised once more.
         assert_close(name, &logits(&stored, scheme(name).as_ref()), &reference["logits"], TOLERANCE);
         let drift = (logits(&checkpoint, None) - &reference["logits"]).abs().max().double_value(&[]);

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::targets::{self, Patterns};
-use crate::recipe::{AdapterRecipe, InitLora, Targets};
+use crate::recipe::{AdapterRecipe, InitLora, Targets, TokenIndices};
 use crate::weights::json_object;
 use crate::{Error, Fault, Result};
 
@@ -38,6 +38,9 @@ pub struct AdapterConfig {
     /// Whether the scale is `alpha / sqrt(r)`.
     #[serde(default)]
     pub use_rslora: bool,
+    /// Whether the lengths of the weights' rows are trained, too (DoRA).
+    #[serde(default)]
+    pub use_dora: bool,
     /// Which modules.
     #[serde(default)]
     pub target_modules: Option<Targets>,
@@ -62,14 +65,20 @@ pub struct AdapterConfig {
     /// How A started.
     #[serde(default, deserialize_with = "init")]
     pub init_lora_weights: InitLora,
+    /// Modules trained whole.
+    #[serde(default)]
+    pub modules_to_save: Option<Vec<String>>,
+    /// Tokens trained by their rows.
+    #[serde(default)]
+    pub trainable_token_indices: Option<TokenIndices>,
+    /// Whether a head that shares the embedding's weight goes on sharing it where the embedding is trained.
+    #[serde(default)]
+    pub ensure_weight_tying: bool,
 }
 
 /// What PEFT can do beside plain LoRA on linears: its key, its name, the way out.
 const MORE_THAN_LORA: &[(&str, &str)] = &[
-    ("use_dora", "DoRA"),
     ("lora_bias", "a bias on lora_B"),
-    ("modules_to_save", "fully trained modules (modules_to_save)"),
-    ("trainable_token_indices", "trained tokens (trainable_token_indices)"),
     ("layer_replication", "replicated layers"),
     ("fan_in_fan_out", "transposed weights (fan_in_fan_out)"),
     ("alora_invocation_tokens", "aLoRA"),
@@ -103,6 +112,7 @@ const HARMLESS: &[&str] = &[
     "lora_alpha",
     "lora_dropout",
     "use_rslora",
+    "use_dora",
     "target_modules",
     "target_parameters",
     "exclude_modules",
@@ -111,6 +121,8 @@ const HARMLESS: &[&str] = &[
     "rank_pattern",
     "alpha_pattern",
     "init_lora_weights",
+    "modules_to_save",
+    "trainable_token_indices",
 ];
 /// Starts that change the base's own weights: their adapters fit the changed base only.
 const MUTATING_STARTS: &[&str] = &["pissa", "olora", "corda", "loftq", "lora_ga"];
@@ -125,6 +137,7 @@ impl AdapterConfig {
             lora_alpha: recipe.lora_alpha,
             lora_dropout: recipe.lora_dropout,
             use_rslora: recipe.use_rslora,
+            use_dora: recipe.decomposes(),
             target_modules: Some(selection.target_modules.clone()),
             target_parameters: None,
             exclude_modules: recipe.exclude_modules.clone(),
@@ -133,7 +146,19 @@ impl AdapterConfig {
             rank_pattern: recipe.rank_pattern.iter().map(|(key, r)| (key.clone(), *r)).collect(),
             alpha_pattern: recipe.alpha_pattern.iter().map(|(key, alpha)| (key.clone(), *alpha)).collect(),
             init_lora_weights: recipe.init_lora_weights,
+            modules_to_save: recipe.modules_to_save.clone(),
+            trainable_token_indices: recipe.trainable_token_indices.clone(),
+            ensure_weight_tying: false,
         }
+    }
+
+    /// Every rank `times` as large, at the same scales.
+    pub fn widen(&mut self, times: u32) {
+        let alpha = if self.use_rslora { f64::from(times).sqrt() } else { f64::from(times) };
+        self.r *= times;
+        self.lora_alpha *= alpha;
+        self.rank_pattern.iter_mut().for_each(|(_, r)| *r *= times);
+        self.alpha_pattern.iter_mut().for_each(|(_, own)| *own *= alpha);
     }
 
     /// Reads the file of `folder`, and says what in it was passed over.
@@ -173,13 +198,14 @@ impl AdapterConfig {
             "base_model_name_or_path": self.base_model_name_or_path,
             "bias": "none",
             "corda_config": null,
-            "ensure_weight_tying": false,
+            "ensure_weight_tying": self.ensure_weight_tying,
             "eva_config": null,
             "exclude_modules": self.exclude_modules,
             "fan_in_fan_out": false,
             "inference_mode": true,
             "init_lora_weights": match self.init_lora_weights {
-                InitLora::Kaiming => json!(true),
+                // Of a decomposed weight, the file has what fits the base as it was.
+                InitLora::Kaiming | InitLora::Pissa | InitLora::Olora | InitLora::Loftq => json!(true),
                 InitLora::Gaussian => json!("gaussian"),
             },
             "kasa_config": null,
@@ -193,7 +219,7 @@ impl AdapterConfig {
             "lora_ga_config": null,
             "megatron_config": null,
             "megatron_core": "megatron.core",
-            "modules_to_save": null,
+            "modules_to_save": self.modules_to_save,
             "monteclora_config": null,
             "peft_type": "LORA",
             "peft_version": PEFT_VERSION,
@@ -204,9 +230,9 @@ impl AdapterConfig {
             "target_modules": self.target_modules,
             "target_parameters": self.target_parameters,
             "task_type": "CAUSAL_LM",
-            "trainable_token_indices": null,
+            "trainable_token_indices": self.trainable_token_indices,
             "use_bdlora": null,
-            "use_dora": false,
+            "use_dora": self.use_dora,
             "use_qalora": false,
             "use_rslora": self.use_rslora,
             "velora_config": null,

@@ -1,4 +1,4 @@
-//! How A starts. Every number is a function of the seed, the module's name and its place in A, so neither the order of the
+//! How A starts where it is drawn. Every number is a function of the seed, the module's name and its place in A, so neither the order of the
 //! modules nor the number of threads changes it, and adding a module leaves the others as they were.
 
 use sha2::{Digest, Sha256};
@@ -8,6 +8,8 @@ use crate::torch_ext::filled;
 use tch::Tensor;
 
 /// A (R, in), fp32 on the CPU, without gradient.
+///
+/// Of a start that is taken from the weight ([`super::decompose`]), the numbers that its subspace iteration begins with.
 ///
 /// Kaiming is uniform in +-1/sqrt(in), what `kaiming_uniform_(a=sqrt(5))` comes to and PEFT's default; gaussian is normal with
 /// standard deviation 1/r, PEFT's `gaussian`.
@@ -20,6 +22,7 @@ pub fn start(init: InitLora, seed: u64, module: &str, (r, columns): (i64, i64)) 
             *number = match init {
                 InitLora::Kaiming => uniform(key, index) / (columns as f32).sqrt(),
                 InitLora::Gaussian => normal(key, index) / r as f32,
+                InitLora::Pissa | InitLora::Olora | InitLora::Loftq => normal(key, index),
             };
         }
     }) // (R, in)

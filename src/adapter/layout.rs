@@ -21,16 +21,19 @@ use crate::{Error, Fault, Result};
 
 /// Every tensor of an adapter's file under its key, A before B.
 pub fn tensors(updates: &[Update]) -> Vec<(String, Tensor)> {
+    let updates: Vec<Update> = updates.iter().map(Update::of_the_original).collect();
     let mut all = Vec::new();
-    let mut add = |module: &str, a: Tensor, b: Tensor| {
-        all.push((format!("{PREFIX}{module}.lora_A.weight"), a));
-        all.push((format!("{PREFIX}{module}.lora_B.weight"), b));
-    };
     for (i, update) in updates.iter().enumerate() {
-        let (a, b) = (update.a.detach(), update.b.detach());
         let Role::Experts { count, stored, parameter } = &update.role else {
-            add(&update.module, a, b);
+            let named =
+                |(name, tensor): (&str, &Tensor)| (format!("{PREFIX}{}.{name}", update.module), tensor.detach());
+            all.extend(update.tensors().map(named));
             continue;
+        };
+        let (a, b) = (update.a.detach(), update.b.detach());
+        let mut add = |module: &str, a: Tensor, b: Tensor| {
+            all.push((format!("{PREFIX}{module}.lora_A.weight"), a));
+            all.push((format!("{PREFIX}{module}.lora_B.weight"), b));
         };
         if *stored == Stored::Apart {
             for number in 0..*count {
@@ -199,6 +202,8 @@ impl Assembled {
                 a: a.copy(),
                 b: b.narrow(1, row, rows).contiguous(),
                 scale,
+                lengths: None,
+                taken: None,
             };
             row += rows;
             if self.updates.insert(index, own).is_some() {
@@ -240,6 +245,8 @@ fn joined(site: &Site, experts: &BTreeMap<i64, &Update>, place: &str) -> Result<
         a: stack(|update| &update.a),
         b: stack(|update| &update.b),
         scale: first.scale,
+        lengths: None,
+        taken: None,
     })
 }
 
@@ -261,8 +268,14 @@ pub(super) fn describe(
         Role::Linear | Role::Indexer if taken(&site.name) => Some(format!("{}.weight", site.name)),
         Role::Linear | Role::Indexer | Role::Head => None,
     };
-    if chosen.iter().all(|(index, ..)| parameter(&sites[*index]).is_none()) {
+    let Some(first) = chosen.iter().map(|(index, ..)| &sites[*index]).find(|site| parameter(site).is_some()) else {
         return Ok(());
+    };
+    if config.use_dora {
+        let what =
+            format!("is true, but {} can be adapted as a parameter only, which PEFT has no DoRA for", first.name);
+        let hint = "name the other linears in adapter.target_modules, or leave use_dora out";
+        return Err(Error::Recipe(vec![Fault::new("adapter.use_dora", what).hint(hint)]));
     }
     let mut modules = Vec::new();
     let mut parameters: BTreeMap<String, (u32, f64, Vec<&str>)> = BTreeMap::new();

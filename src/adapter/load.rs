@@ -1,16 +1,20 @@
 //! Reads an adapter folder as PEFT writes it: `adapter_config.json` and `adapter_model.safetensors`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use tch::{Device, Kind};
+use tch::{Device, Kind, Tensor};
 
 use super::config::{AdapterConfig, CONFIG, MERGE_IT, Ranks};
 use super::layout::Assembled;
+use super::saved::{self, Named, Saved, TOKENS};
+use super::targets::is_suffix;
 use super::{Update, overview};
 use crate::model::names::Names;
 use crate::model::sites::{Role, Site};
+use crate::model::{ModelSpec, Trained};
 use crate::quant::Scheme;
+use crate::recipe::TokenIndices;
 use crate::weights::Checkpoint;
 use crate::{Error, Fault, Result};
 
@@ -22,6 +26,7 @@ pub const SCHEME: &str = "base_quantization.json";
 pub const PREFIX: &str = "base_model.model.";
 
 const MAX_TEMPLATE: u64 = 1 << 20;
+const MAX_TOKENIZER: u64 = 256 << 20;
 
 /// An adapter read from its folder, checked in itself but not yet against a base.
 #[derive(Debug)]
@@ -34,6 +39,8 @@ pub struct LoadedAdapter {
     pub updates: Vec<Update>,
     /// What the user should know, in plain sentences.
     pub notices: Vec<String>,
+    /// Modules trained whole and rows of tokens, fp32, by the end of their key.
+    whole: Vec<(String, Tensor)>,
     /// Base weights stored along with a targeted head, which are passed over: module and shape.
     base_layers: BaseLayers,
 }
@@ -45,13 +52,13 @@ impl LoadedAdapter {
     /// Reads the adapter in `folder`: A and B as fp32 on the CPU.
     ///
     /// Errors name the file and what is wrong with it: not an adapter's folder, pickled weights, a damaged file, a feature beside
-    /// plain LoRA on linears, A without B, shapes that contradict each other or the config, numbers that are not finite.
+    /// LoRA and DoRA on linears, A without B, shapes that contradict each other or the config, numbers that are not finite.
     pub fn read(folder: &Path) -> Result<Self> {
         check_files(folder)?;
         let (config, mut notices) = AdapterConfig::read(folder)?;
         let path = folder.join(WEIGHTS);
         let weights = Checkpoint::open_file(&path)?;
-        let (pairs, base_layers) = sort(&path, &weights)?;
+        let Sorted { pairs, base_layers, whole } = sort(&path, &weights, &config)?;
         let ranks = config.ranks(&folder.join(CONFIG))?;
         if config.lora_alpha == 0.0 {
             notices.push(format!("{CONFIG}: lora_alpha is 0, so the adapter changes nothing"));
@@ -61,9 +68,18 @@ impl LoadedAdapter {
         }
         let updates = pairs
             .into_iter()
-            .map(|(module, pair)| read_pair(&path, &weights, &ranks, module, &pair))
+            .map(|(module, pair)| read_pair(&path, &weights, &ranks, config.use_dora, module, &pair))
             .collect::<Result<_>>()?;
-        Ok(Self { folder: folder.to_path_buf(), config, updates, notices, base_layers })
+        let whole = whole.into_iter().map(|key| {
+            let stored = weights.stored_as(&key).unwrap_or_default();
+            if !FLOATS.contains(&stored) {
+                let what = format!("is stored as {stored}; F32, F16, BF16 or F64 was expected");
+                return Err(Error::Model(Fault::new(format!("{}: {key}", path.display()), what)));
+            }
+            Ok((key.strip_prefix(PREFIX).unwrap_or(&key).to_string(), weights.tensor(&key, Kind::Float, Device::Cpu)?))
+        });
+        let whole = whole.collect::<Result<_>>()?;
+        Ok(Self { folder: folder.to_path_buf(), config, updates, notices, whole, base_layers })
     }
 
     /// The chat template that lies beside the adapter: the one it was trained with.
@@ -82,6 +98,28 @@ impl LoadedAdapter {
         std::fs::read_to_string(&path).map(Some).map_err(|error| fault(format!("cannot be read: {error}")))
     }
 
+    /// How many tokens the base must have for the rows that are trained; 0 where none are.
+    pub fn vocabulary(&self) -> i64 {
+        let ids = match &self.config.trainable_token_indices {
+            None => None,
+            Some(TokenIndices::Embedding(ids)) => ids.iter().max(),
+            Some(TokenIndices::Modules(modules)) => modules.values().flatten().max(),
+        };
+        ids.map_or(0, |id| i64::from(*id) + 1)
+    }
+
+    /// The tokenizer that lies beside the adapter.
+    pub fn tokenizer(&self) -> Result<Option<Vec<u8>>> {
+        let path = self.folder.join("tokenizer.json");
+        match path.metadata() {
+            Ok(metadata) if metadata.is_file() && metadata.len() <= MAX_TOKENIZER => {
+                std::fs::read(&path).map(Some).map_err(|error| Error::Model(Fault::at(&path, error)))
+            }
+            Ok(_) => Err(Error::Model(Fault::at(&path, format!("is no file of at most {MAX_TOKENIZER} bytes")))),
+            Err(_) => Ok(None),
+        }
+    }
+
     /// How the base was quantised when the adapter was trained; `None` where it was not, or nothing says so.
     pub fn scheme(&self) -> Result<Option<Scheme>> {
         let path = self.folder.join(SCHEME);
@@ -95,6 +133,53 @@ impl LoadedAdapter {
         }
         let text = std::fs::read(&path).map_err(|error| fault(format!("cannot be read: {error}")))?;
         Scheme::from_json(&text).map(Some).map_err(fault)
+    }
+
+    /// What of a model of this spec is trained whole, and how it is now.
+    ///
+    /// # Errors
+    /// [`Error::Model`] where the file lacks it or has another shape, and where the file has what the base has not.
+    pub fn saved(&self, spec: &ModelSpec) -> Result<Vec<Saved>> {
+        let fault = |key: &str, what: String| {
+            Error::Model(Fault::new(format!("{}: {key}", self.folder.join(WEIGHTS).display()), what))
+        };
+        let names = &spec.names;
+        let named = saved::named(spec, &self.config, self.config.ensure_weight_tying)
+            .map_err(|error| fault(CONFIG, error.to_string()))?;
+        let mut taken = BTreeSet::new();
+        let mut all = Vec::new();
+        for Named { module, shape, rows, shared_with } in named {
+            let end = if rows.is_some() { TOKENS } else { ".weight" };
+            let of_it = |(key, _): &&(String, Tensor)| {
+                let spelled = key.strip_suffix(end).into_iter().flat_map(|own| names.spec_names(own));
+                spelled
+                    .map(|name| names.module(&name))
+                    .any(|name| name == module || shared_with.as_ref() == Some(&name))
+            };
+            let found: Vec<&(String, Tensor)> = self.whole.iter().filter(of_it).collect();
+            let Some((key, tensor)) = found.first() else {
+                return Err(fault(&module, format!("is not there, but {CONFIG} says that it was trained")));
+            };
+            let expected = [rows.as_ref().map_or(shape.0, |rows| rows.len() as i64), shape.1];
+            if tensor.size() != expected {
+                let found = tensor.size();
+                return Err(fault(
+                    key,
+                    format!("is {found:?} there, {expected:?} here: another base, or other tokens"),
+                ));
+            }
+            taken.extend(found.iter().map(|(key, _)| key.as_str()));
+            let tensor = tensor.shallow_clone();
+            let trained = match rows {
+                None => Trained::Whole(tensor),
+                Some(ids) => Trained::Rows { ids: Tensor::from_slice(&ids), rows: tensor },
+            };
+            all.push(Saved { module, trained, shared_with });
+        }
+        match self.whole.iter().find(|(key, _)| !taken.contains(key.as_str())) {
+            Some((key, _)) => Err(fault(key, "is nothing of this base that is trained whole".into())),
+            None => Ok(all),
+        }
     }
 
     /// Checks that the adapter fits a base whose linears are `sites`; returns the updates by the index of their site, those of
@@ -114,7 +199,9 @@ impl LoadedAdapter {
             }
         }
         if absent.is_empty() && differing.is_empty() {
-            return Ok(updates);
+            let parted = self.scheme()?.is_some_and(|scheme| scheme.after_start);
+            let updates = updates.into_iter();
+            return Ok(updates.map(|(index, u)| (index, if parted { u.parted() } else { u })).collect());
         }
         let mut what = Vec::new();
         if !absent.is_empty() {
@@ -138,20 +225,24 @@ impl LoadedAdapter {
     }
 }
 
+const FLOATS: [&str; 4] = ["F32", "F16", "BF16", "F64"];
+
 /// The keys of one module's A and B.
 #[derive(Default)]
 struct Pair {
     a: Option<String>,
     b: Option<String>,
+    lengths: Option<String>,
 }
+
+/// How the keys of trained lengths end: as saved, and with an adapter's name left in.
+const DORA: [&str; 2] = [".lora_magnitude_vector", ".lora_magnitude_vector.default.weight"];
 
 /// What PEFT makes of a module: how its key ends, and the feature's name.
 const FEATURES: &[(&str, &str)] = &[
-    (".lora_magnitude_vector", "DoRA"),
     (".lora_embedding_A", "an adapter on an embedding"),
     (".lora_embedding_B", "an adapter on an embedding"),
     (".lora_B.bias", "a bias on lora_B"),
-    (".trainable_tokens_delta", "trained tokens (trainable_token_indices)"),
 ];
 
 fn check_files(folder: &Path) -> Result<()> {
@@ -191,10 +282,23 @@ fn check_files(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Sorts the file's keys into pairs; base weights stored along (of a targeted head) are set aside.
-fn sort(path: &Path, weights: &Checkpoint) -> Result<(BTreeMap<String, Pair>, BaseLayers)> {
+/// What a file's keys are.
+struct Sorted {
+    pairs: BTreeMap<String, Pair>,
+    base_layers: BaseLayers,
+    whole: Vec<String>,
+}
+
+/// Sorts the file's keys into pairs; what is trained whole and base weights stored along (of a targeted head) are set aside.
+fn sort(path: &Path, weights: &Checkpoint, config: &AdapterConfig) -> Result<Sorted> {
     let mut pairs: BTreeMap<String, Pair> = BTreeMap::new();
     let mut base_layers = Vec::new();
+    let mut whole = Vec::new();
+    let saves = |module: &str| {
+        let named = config.modules_to_save.iter().flatten().any(|typed| is_suffix(typed, module));
+        // A head that shares the embedding's weight is stored without being named.
+        named || (config.ensure_weight_tying && config.modules_to_save.is_some())
+    };
     let mut features = Vec::new();
     let mut unknown = Vec::new();
     for key in weights.names() {
@@ -205,8 +309,16 @@ fn sort(path: &Path, weights: &Checkpoint) -> Result<(BTreeMap<String, Pair>, Ba
             &mut pairs.entry(module.to_string()).or_default().a
         } else if let Some(module) = plain.strip_suffix(".lora_B.weight") {
             &mut pairs.entry(module.to_string()).or_default().b
+        } else if let Some(module) = DORA.iter().find_map(|end| plain.strip_suffix(end)) {
+            &mut pairs.entry(module.to_string()).or_default().lengths
         } else if let Some(module) = plain.strip_suffix(".base_layer.weight") {
             base_layers.push((module.to_string(), weights.shape(key).unwrap_or_default()));
+            continue;
+        } else if config.trainable_token_indices.is_some() && plain.ends_with(TOKENS) {
+            whole.push(key.to_string());
+            continue;
+        } else if plain.strip_suffix(".weight").is_some_and(&saves) {
+            whole.push(key.to_string());
             continue;
         } else {
             let known = FEATURES.iter().find(|(end, _)| plain.trim_end_matches(".weight").ends_with(end));
@@ -232,16 +344,23 @@ fn sort(path: &Path, weights: &Checkpoint) -> Result<(BTreeMap<String, Pair>, Ba
         let what = format!("holds tensors that are no part of a LoRA adapter on linears: {shown}{more}");
         return Err(Error::Model(Fault::at(path, what).hint(MERGE_IT)));
     }
-    if pairs.is_empty() {
+    if pairs.is_empty() && whole.is_empty() {
         return Err(Error::Model(Fault::at(
             path,
             "holds no lora_A and lora_B: nothing was trained, or nothing was saved",
         )));
     }
-    Ok((pairs, base_layers))
+    Ok(Sorted { pairs, base_layers, whole })
 }
 
-fn read_pair(path: &Path, weights: &Checkpoint, ranks: &Ranks, module: String, pair: &Pair) -> Result<Update> {
+fn read_pair(
+    path: &Path,
+    weights: &Checkpoint,
+    ranks: &Ranks,
+    use_dora: bool,
+    module: String,
+    pair: &Pair,
+) -> Result<Update> {
     let fault = |what: String| Error::Model(Fault::new(format!("{}: {module}", path.display()), what));
     let (Some(a), Some(b)) = (&pair.a, &pair.b) else {
         let (has, lacks) = if pair.a.is_some() { ("lora_A", "lora_B") } else { ("lora_B", "lora_A") };
@@ -263,9 +382,22 @@ fn read_pair(path: &Path, weights: &Checkpoint, ranks: &Ranks, module: String, p
     if i64::from(stated) != r && !of_experts {
         return Err(fault(format!("its matrices have rank {r}, but {CONFIG} says {stated} (r, rank_pattern)")));
     }
-    for key in [a, b] {
+    match &pair.lengths {
+        None if use_dora => {
+            return Err(fault(format!("has no lora_magnitude_vector, but {CONFIG} says use_dora")));
+        }
+        Some(_) if !use_dora => {
+            return Err(fault(format!("has a lora_magnitude_vector, but {CONFIG} does not say use_dora")));
+        }
+        Some(lengths) if shape(lengths) != [rows] => {
+            let found = shape(lengths);
+            return Err(fault(format!("lora_magnitude_vector is {found:?}, but lora_B has {rows} rows")));
+        }
+        Some(_) | None => {}
+    }
+    for key in [a, b].into_iter().chain(&pair.lengths) {
         let stored = weights.stored_as(key).unwrap_or_default();
-        if !["F32", "F16", "BF16", "F64"].contains(&stored) {
+        if !FLOATS.contains(&stored) {
             return Err(fault(format!("is stored as {stored}; F32, F16, BF16 or F64 was expected")));
         }
     }
@@ -274,5 +406,6 @@ fn read_pair(path: &Path, weights: &Checkpoint, ranks: &Ranks, module: String, p
         return Err(fault(format!("its scale (lora_alpha over rank {r}) is {scale}")));
     }
     let read = |key: &str| weights.tensor(key, Kind::Float, Device::Cpu);
-    Ok(Update { a: read(a)?, b: read(b)?, scale, module, role: Role::Linear })
+    let lengths = pair.lengths.as_deref().map(read).transpose()?;
+    Ok(Update { a: read(a)?, b: read(b)?, scale, module, role: Role::Linear, lengths, taken: None })
 }

@@ -9,7 +9,8 @@ use super::Update;
 /// Numbers computed at a time, so that the fp32 copies of a large head stay small beside the head itself.
 const CHUNK: i64 = 1 << 24;
 
-/// `W + scale * B A`, computed in fp32 and rounded once to `kind`, on the device of `weight` (out, in).
+/// `W + scale * B A`, its rows brought to their trained lengths with DoRA, computed in fp32 and rounded once to `kind`, on the device
+/// of `weight` (out, in).
 ///
 /// Errors with [`Error::Model`] when the shapes differ, or when a sum is not finite in that number type.
 pub fn merged(weight: &Tensor, update: &Update, kind: Kind) -> Result<Tensor> {
@@ -28,7 +29,11 @@ pub fn merged(weight: &Tensor, update: &Update, kind: Kind) -> Result<Tensor> {
             if weight.kind() == Kind::Float {
                 sum = sum.copy();
             }
-            let sum = sum.g_add_(&(b.narrow(0, start, length).matmul(&a) * update.scale)); // (chunk, in)
+            let mut sum = sum.g_add_(&(b.narrow(0, start, length).matmul(&a) * update.scale)); // (chunk, in)
+            if let Some(lengths) = &update.lengths {
+                let found = sum.norm_scalaropt_dim(2.0, [1i64].as_slice(), true); // (chunk, 1)
+                sum *= lengths.to_device(weight.device()).narrow(0, start, length).unsqueeze(1) / found;
+            }
             result.narrow(0, start, length).copy_(&sum);
         }
         let odd = result.isfinite().logical_not().sum(Kind::Int64).int64_value(&[]);
@@ -69,6 +74,8 @@ mod tests {
             a: normal([r, columns]),
             b: normal([rows, r]),
             scale: 0.375,
+            lengths: None,
+            taken: None,
         }
     }
 

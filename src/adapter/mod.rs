@@ -3,10 +3,12 @@
 //! The low-rank mechanism belongs to the model ([`crate::model::LowRank`]); this room is the policy.
 
 pub mod config;
+mod decompose;
 pub mod init;
 pub mod layout;
 pub mod load;
 pub mod merge;
+pub mod saved;
 mod spelling;
 pub mod targets;
 
@@ -20,12 +22,16 @@ use tch::{Device, Kind, Tensor};
 use crate::model::names::Names;
 use crate::model::sites::{self, Role, Site};
 use crate::model::{Decoder, Linear, LowRank};
+use crate::ops::{Magnitude, magnitude};
 use crate::recipe::{AdapterRecipe, Targets};
 use crate::torch_ext::catching;
 use crate::{Error, Fault, Result};
 
 pub use config::AdapterConfig;
+pub use decompose::Origin;
+use decompose::Originals;
 pub use load::LoadedAdapter;
+pub use saved::Saved;
 pub use targets::overview;
 
 /// The update of one linear: `scale * B A` on its weight (out, in); or of one linear of every expert of a block.
@@ -41,6 +47,11 @@ pub struct Update {
     pub b: Tensor,
     /// What B A is multiplied with.
     pub scale: f64,
+    /// The lengths that the rows of the updated weight are brought to (out), fp32, with DoRA.
+    pub lengths: Option<Tensor>,
+    /// A (R, in) and B (out, R) as they began, where `scale * B A` of them was taken off the weight before training: the whole
+    /// update of the weight as it was is this one less that.
+    pub taken: Option<(Tensor, Tensor)>,
 }
 
 impl Update {
@@ -61,13 +72,55 @@ impl Update {
     /// The update of one expert alone.
     pub fn of_expert(&self, number: i64) -> Self {
         let [a, b] = [&self.a, &self.b].map(|factor| factor.select(0, number));
-        Self { module: sites::expert(&self.module, number), role: Role::Linear, a, b, scale: self.scale }
+        Self {
+            module: sites::expert(&self.module, number),
+            role: Role::Linear,
+            a,
+            b,
+            scale: self.scale,
+            lengths: None,
+            taken: self.taken.as_ref().map(|(a, b)| (a.select(0, number), b.select(0, number))),
+        }
     }
 
     /// Another handle to the same tensors.
     pub fn shallow_clone(&self) -> Self {
-        let Self { module, role, a, b, scale } = self;
-        Self { module: module.clone(), role: role.clone(), a: a.shallow_clone(), b: b.shallow_clone(), scale: *scale }
+        let (a, b) = (self.a.shallow_clone(), self.b.shallow_clone());
+        let lengths = self.lengths.as_ref().map(Tensor::shallow_clone);
+        let taken = self.taken.as_ref().map(|(a, b)| (a.shallow_clone(), b.shallow_clone()));
+        Self { module: self.module.clone(), role: self.role.clone(), a, b, scale: self.scale, lengths, taken }
+    }
+
+    /// The same as an update of the weight as it was: of twice the rank, where something was taken off.
+    pub fn of_the_original(&self) -> Self {
+        let Some((a, b)) = &self.taken else { return self.shallow_clone() };
+        let here = |t: &Tensor, like: &Tensor| t.to_device(like.device());
+        Self {
+            a: Tensor::cat(&[&self.a.detach(), &here(a, &self.a)], -2),
+            b: Tensor::cat(&[&self.b.detach(), &(-here(b, &self.b))], -1),
+            taken: None,
+            ..self.shallow_clone()
+        }
+    }
+
+    /// What is left of a weight, (out, in) or (E, out, in), without what was taken off it, fp32; `None` where nothing was.
+    pub fn left(&self, weight: &Tensor) -> Option<Tensor> {
+        let (a, b) = self.taken.as_ref()?;
+        Some(decompose::left(weight, (a, b), self.scale))
+    }
+
+    /// What [`Update::of_the_original`] was made of.
+    fn parted(self) -> Self {
+        let r = self.rank() / 2;
+        let part = |start: i64| (self.a.narrow(-2, start, r).contiguous(), self.b.narrow(-1, start, r).contiguous());
+        let ((a, b), (first_a, first_b)) = (part(0), part(r));
+        Self { a, b, taken: Some((first_a, -first_b)), ..self }
+    }
+
+    /// What is trained of it, and how PEFT's files call it.
+    pub fn tensors(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
+        let lengths = self.lengths.iter().map(|lengths| ("lora_magnitude_vector", lengths));
+        [("lora_A.weight", &self.a), ("lora_B.weight", &self.b)].into_iter().chain(lengths)
     }
 }
 
@@ -80,38 +133,59 @@ pub struct Adapters {
     pub notices: Vec<String>,
     /// In checkpoint order.
     updates: Vec<Update>,
+    saved: Vec<Saved>,
+    start: Vec<(String, Tensor)>,
 }
 
 impl Adapters {
-    /// Gives the linears that `recipe` names an adapter: A drawn from `seed`, B zero, or both as they are in
-    /// `adapter_name_or_path`. Adapters that were there are replaced.
+    /// Gives the linears that `recipe` names an adapter: A drawn from `seed`, B zero, or both as `recipe` has them start, or as they
+    /// are in `adapter_name_or_path`. Adapters that were there are replaced.
+    ///
+    /// Starts that are taken from the weights need the `origin` of a base that is kept quantised.
     ///
     /// Errors: what [`targets::resolve`], [`LoadedAdapter::read`] and [`LoadedAdapter::fit`] find wrong; a recipe that
     /// contradicts the adapter it continues; memory.
-    pub fn attach(model: &mut Decoder, recipe: &AdapterRecipe, seed: u64) -> Result<Self> {
+    pub fn attach(model: &mut Decoder, recipe: &AdapterRecipe, seed: u64, origin: Option<&Origin<'_>>) -> Result<Self> {
         let sites = model.spec.sites();
         if let Some(folder) = &recipe.adapter_name_or_path {
             let loaded = LoadedAdapter::read(folder)?;
             let fitted = loaded.fit(&sites, &model.spec.names)?;
             agrees(&sites, &model.spec.names, recipe, &loaded, &fitted.keys().copied().collect())?;
-            return Self::attach_fitted(model, &loaded, &sites, fitted, recipe.lora_dropout);
+            return Self::attach_fitted(model, &loaded, &sites, fitted, recipe.lora_dropout, origin);
         }
         let recipe = &spelling::respelled(recipe, &sites, &model.spec.names);
         let selection = targets::resolve(&sites, recipe)?;
         let mut config = AdapterConfig::new(recipe, &selection);
-        let chosen: Vec<(usize, u32, f64)> = selection.targets.iter().map(|t| (t.index, t.r, t.scale)).collect();
+        let twice = if recipe.takes_off() { 2 } else { 1 };
+        config.widen(twice);
+        let chosen: Vec<(usize, u32, f64)> =
+            selection.targets.iter().map(|t| (t.index, twice * t.r, t.scale)).collect();
         layout::describe(&mut config, &sites, &model.spec.names, &chosen)?;
         let device = model.device;
+        let originals = Originals::of(model, origin);
         let mut linears = by_name(model);
+        let mut done = 0;
         let updates = selection.targets.iter().map(|target| {
             let site = &sites[target.index];
             let linear = linears.get_mut(&site.name).expect("every site has a linear");
             let update = catching(&site.name, || {
-                let (a, b) = fresh(site, recipe, seed, i64::from(target.r));
+                let (a, b, taken) = match recipe.starts_from_weights() {
+                    true => originals.start(site, linear, target, recipe, seed)?,
+                    false => {
+                        let (a, b) = fresh(site, recipe, seed, i64::from(target.r));
+                        (a, b, None)
+                    }
+                };
+                done += 1;
+                originals.progress(done, selection.targets.len());
                 let (module, role) = (site.name.clone(), site.role.clone());
-                Ok(Update { module, role, a: leaf(&a, device), b: leaf(&b, device), scale: target.scale })
+                let (a, b, scale) = (leaf(&a, device), leaf(&b, device), target.scale);
+                let update = Update { module, role, a, b, scale, lengths: None, taken };
+                let lengths = recipe.decomposes().then(|| leaf(&lengths(linear, &update), device));
+                let update = Update { lengths, ..update };
+                linear.adapter = Some(low_rank(linear, &update, recipe.lora_dropout));
+                Ok(update)
             })?;
-            linear.adapter = Some(low_rank(&update, recipe.lora_dropout));
             Ok(update)
         });
         let updates = updates.collect::<Result<Vec<_>>>()?;
@@ -121,14 +195,25 @@ impl Adapters {
         }
         let mut notices = selection.notices;
         notices.extend(tied_head(model, &updates));
-        Ok(Self { config, notices, updates })
+        let saved = saved::attach(model, saved::named(&model.spec, &config, true)?)?;
+        config.ensure_weight_tying = saved.iter().any(|saved| saved.shared_with.is_some());
+        let mut adapters = Self { config, notices, updates, saved, start: Vec::new() };
+        if recipe.starts_from_weights() {
+            adapters.start = adapters.parameters().into_iter().map(|(name, t)| (name, t.detach().copy())).collect();
+        }
+        Ok(adapters)
     }
 
     /// Attaches an adapter that was read, trained on from where it is: with `dropout` while training.
-    pub fn attach_loaded(model: &mut Decoder, loaded: &LoadedAdapter, dropout: f64) -> Result<Self> {
+    pub fn attach_loaded(
+        model: &mut Decoder,
+        loaded: &LoadedAdapter,
+        dropout: f64,
+        origin: Option<&Origin<'_>>,
+    ) -> Result<Self> {
         let sites = model.spec.sites();
         let fitted = loaded.fit(&sites, &model.spec.names)?;
-        Self::attach_fitted(model, loaded, &sites, fitted, dropout)
+        Self::attach_fitted(model, loaded, &sites, fitted, dropout, origin)
     }
 
     fn attach_fitted(
@@ -137,22 +222,32 @@ impl Adapters {
         sites: &[Site],
         fitted: BTreeMap<usize, Update>,
         dropout: f64,
+        origin: Option<&Origin<'_>>,
     ) -> Result<Self> {
         let device = model.device;
+        let originals = Originals::of(model, origin);
         let mut config = AdapterConfig { lora_dropout: dropout, ..loaded.config.clone() };
-        let chosen: Vec<(usize, u32, f64)> =
-            fitted.iter().map(|(index, update)| (*index, update.rank() as u32, update.scale)).collect();
+        let chosen: Vec<(usize, u32, f64)> = fitted
+            .iter()
+            .map(|(index, update)| (*index, update.of_the_original().rank() as u32, update.scale))
+            .collect();
         layout::describe(&mut config, sites, &model.spec.names, &chosen)?;
         let theirs: BTreeSet<&str> = loaded.updates.iter().map(|update| update.module.as_str()).collect();
         let otherwise_spelled = fitted.values().any(|update| !theirs.contains(update.module.as_str()));
         let mut linears = by_name(model);
         let mut updates = Vec::with_capacity(fitted.len());
-        for update in fitted.into_values() {
+        for (index, update) in fitted {
             let update = catching(&update.module, || {
-                Ok(Update { a: leaf(&update.a, device), b: leaf(&update.b, device), ..update.shallow_clone() })
+                let lengths = update.lengths.as_ref().map(|lengths| leaf(lengths, device));
+                let (a, b) = (leaf(&update.a, device), leaf(&update.b, device));
+                let update = Update { a, b, lengths, ..update.shallow_clone() };
+                let linear = linears.get_mut(&update.module).expect("every site has a linear");
+                if let Some(left) = update.left(&originals.whole(&sites[index], linear)?) {
+                    originals.leave(linear, &left);
+                }
+                linear.adapter = Some(low_rank(linear, &update, dropout));
+                Ok(update)
             })?;
-            let linear = linears.get_mut(&update.module).expect("every site has a linear");
-            linear.adapter = Some(low_rank(&update, dropout));
             updates.push(update);
         }
         // Null where PEFT was to guess from the model's type.
@@ -164,14 +259,17 @@ impl Adapters {
         }
         let mut notices = loaded.notices.clone();
         notices.extend(tied_head(model, &updates));
-        Ok(Self { config, notices, updates })
+        let saved: Vec<Saved> = loaded.saved(&model.spec)?.iter().map(|saved| saved.trainable(device)).collect();
+        saved::put(model, &saved)?;
+        Ok(Self { config, notices, updates, saved, start: Vec::new() })
     }
 
     /// Takes the adapters off again: the model is its base.
     pub fn detach(self, model: &mut Decoder) {
         for linear in model.linears_mut() {
-            linear.adapter = None;
+            (linear.adapter, linear.trained) = (None, None);
         }
+        model.embedding.trained = None;
     }
 
     /// What is trained, in checkpoint order, A before B, under the keys of PEFT's files
@@ -179,16 +277,30 @@ impl Adapters {
     /// for their number. Handles, not copies.
     pub fn parameters(&self) -> Vec<(String, Tensor)> {
         let parameters = self.updates.iter().flat_map(|update| {
-            [("A", &update.a), ("B", &update.b)].map(|(which, tensor)| {
-                (format!("{}{}.lora_{which}.weight", load::PREFIX, update.module), tensor.shallow_clone())
-            })
+            let named = |(name, tensor): (&str, &Tensor)| {
+                (format!("{}{}.{name}", load::PREFIX, update.module), tensor.shallow_clone())
+            };
+            update.tensors().map(named).collect::<Vec<_>>()
         });
-        parameters.collect()
+        let saved = self.saved.iter().filter_map(|saved| saved.tensors().into_iter().next());
+        parameters.chain(saved).collect()
     }
 
     /// How many numbers are trained.
     pub fn trainable(&self) -> usize {
-        self.updates.iter().map(|update| update.a.numel() + update.b.numel()).sum()
+        let low_rank = self.updates.iter().flat_map(Update::tensors).map(|(_, tensor)| tensor.numel());
+        low_rank.chain(self.saved.iter().map(|saved| saved.trained.leaf().numel())).sum()
+    }
+
+    /// What is trained beside the updates.
+    pub fn saved(&self) -> &[Saved] {
+        &self.saved
+    }
+
+    /// A and B as they began, under the names of [`Adapters::parameters`], where they were taken from the weights: what
+    /// [`Origin::start`] is to a later part of the run.
+    pub fn start(&self) -> &[(String, Tensor)] {
+        &self.start
     }
 
     /// The updates, in checkpoint order.
@@ -224,13 +336,26 @@ fn scale_numerator(scale: f64, r: u32, rank_stabilised: bool) -> f64 {
     if (alpha - alpha.round()).abs() < 1e-9 { alpha.round() } else { alpha }
 }
 
-/// A trained tensor of its own, on its device.
+/// A trained tensor of its own, on its device. Its rows lie one after the other, as those that are read from a file do: products of
+/// another order round otherwise, and a run that is resumed would not go on to the same bits.
 fn leaf(tensor: &Tensor, device: Device) -> Tensor {
-    tensor.to_device(device).detach().copy().set_requires_grad(true)
+    let own = Tensor::empty(tensor.size(), (Kind::Float, device));
+    tch::no_grad(|| own.shallow_clone().copy_(&tensor.detach()));
+    own.set_requires_grad(true)
 }
 
-fn low_rank(update: &Update, dropout: f64) -> LowRank {
-    LowRank { a: update.a.shallow_clone(), b: update.b.shallow_clone(), scale: update.scale, dropout }
+fn low_rank(linear: &Linear, update: &Update, dropout: f64) -> LowRank {
+    let magnitude = update
+        .lengths
+        .as_ref()
+        .map(|lengths| Magnitude { lengths: lengths.shallow_clone(), squares: magnitude::squares(&linear.weight) });
+    LowRank { a: update.a.shallow_clone(), b: update.b.shallow_clone(), scale: update.scale, dropout, magnitude }
+}
+
+/// The lengths (out), fp32, of the rows of a linear's weight with its update: where DoRA starts.
+fn lengths(linear: &Linear, update: &Update) -> Tensor {
+    let squares = magnitude::squares(&linear.weight);
+    magnitude::lengths(&linear.weight.dense(), &squares, &update.a, &(update.b.detach() * update.scale))
 }
 
 fn tied_head(model: &Decoder, updates: &[Update]) -> Option<String> {
@@ -270,6 +395,9 @@ fn agrees(
     }
     if recipe.use_rslora && !config.use_rslora {
         differs("use_rslora", "true".into(), "false".into());
+    }
+    if recipe.decomposes() && !config.use_dora {
+        differs("use_dora", "true".into(), "false".into());
     }
     let sorted = |mut pairs: Vec<(String, f64)>| {
         pairs.sort_by(|a, b| a.0.cmp(&b.0));

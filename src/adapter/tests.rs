@@ -157,7 +157,7 @@ fn canonical(mut config: Value) -> Value {
 fn the_config_is_pefts_byte_for_byte() {
     for (name, base, recipe) in cases() {
         let mut model = model(&base);
-        let mut config = Adapters::attach(&mut model, &recipe, 0).unwrap().config;
+        let mut config = Adapters::attach(&mut model, &recipe, 0, None).unwrap().config;
         config.base_model_name_or_path = Some("owner/tiny".into());
         let theirs = fs::read_to_string(fixtures().join(&name).join(config::CONFIG)).unwrap();
         let expected: Value = serde_json::from_str(&theirs).unwrap();
@@ -185,7 +185,7 @@ fn attached_parameters_have_pefts_keys_shapes_and_scales() {
     for (name, base, recipe) in cases() {
         let loaded = LoadedAdapter::read(&fixtures().join(&name)).unwrap();
         let mut model = model(&base);
-        let adapters = Adapters::attach(&mut model, &recipe, 3).unwrap();
+        let adapters = Adapters::attach(&mut model, &recipe, 3, None).unwrap();
         let order: Vec<String> =
             model.linears().iter().filter(|l| l.adapter.is_some()).map(|l| l.name.clone()).collect();
         assert_eq!(order, adapters.updates().iter().map(|u| u.module.clone()).collect::<Vec<_>>(), "{name}");
@@ -218,7 +218,7 @@ fn attached_parameters_have_pefts_keys_shapes_and_scales() {
 #[test]
 fn parameters_are_handles_to_what_the_model_uses() {
     let mut model = model("untied");
-    let adapters = Adapters::attach(&mut model, &AdapterRecipe::default(), 3).unwrap();
+    let adapters = Adapters::attach(&mut model, &AdapterRecipe::default(), 3, None).unwrap();
     for (_, tensor) in adapters.parameters() {
         let _ = tch::no_grad(|| tensor.shallow_clone().fill_(0.25));
     }
@@ -238,7 +238,7 @@ fn a_loaded_adapter_is_attached_with_its_own_numbers() {
     let mut model = model("tied");
     let recipe =
         AdapterRecipe { adapter_name_or_path: Some(loaded.folder.clone()), lora_dropout: 0.25, ..Default::default() };
-    let adapters = Adapters::attach(&mut model, &recipe, 0).unwrap();
+    let adapters = Adapters::attach(&mut model, &recipe, 0, None).unwrap();
     assert_eq!(adapters.config.lora_dropout, 0.25);
     assert_eq!((adapters.config.r, adapters.config.rank_pattern.len()), (2, 2));
     let order: Vec<&str> = model.linears().iter().filter(|l| l.adapter.is_some()).map(|l| l.name.as_str()).collect();
@@ -251,7 +251,7 @@ fn a_loaded_adapter_is_attached_with_its_own_numbers() {
     }
     assert!(model.linears().iter().filter_map(|l| l.adapter.as_ref()).all(|l| l.dropout == 0.25));
 
-    let says = |recipe: AdapterRecipe| Adapters::attach(&mut self::model("tied"), &recipe, 0).map(|_| ());
+    let says = |recipe: AdapterRecipe| Adapters::attach(&mut self::model("tied"), &recipe, 0, None).map(|_| ());
     says(AdapterRecipe { r: 2, lora_alpha: 6.0, use_rslora: true, ..recipe.clone() }).unwrap();
     let error = says(AdapterRecipe {
         r: 4,
@@ -321,24 +321,33 @@ fn files_of_older_peft_and_other_tools_are_read() {
 }
 
 #[test]
-fn more_than_plain_lora_is_refused_by_name() {
+fn what_engraft_cannot_train_is_refused_by_name() {
     for (name, feature) in [
-        ("dora", "DoRA"),
         ("bias", "bias: lora_only"),
         ("lora-bias", "a bias on lora_B"),
-        ("modules-to-save", "modules_to_save"),
         ("embedding", "an adapter on an embedding"),
-        ("trainable-tokens", "trainable_token_indices"),
         ("pissa", "began as pissa"),
     ] {
-        let text = refusal(&fixtures().join("refused").join(name));
+        let text = refusal(&fixtures().join("more").join(name));
         assert!(text.contains(feature) && text.contains("help:"), "{name}: {text}");
         if !["bias", "embedding", "pissa"].contains(&name) {
             // A config that hides it does not help.
-            let folder = copy(&format!("refused/{name}"));
+            let folder = copy(&format!("more/{name}"));
             fs::copy(fixtures().join("names").join(config::CONFIG), folder.path().join(config::CONFIG)).unwrap();
             refusal(folder.path());
         }
+    }
+    // A config that says less or more than the file has.
+    for (name, key, value, part) in [
+        ("dora", "use_dora", Value::Bool(false), "does not say use_dora"),
+        ("names", "use_dora", Value::Bool(true), "has no lora_magnitude_vector"),
+        ("modules-to-save", "modules_to_save", Value::Null, "no part of a LoRA adapter"),
+        ("trainable-tokens", "trainable_token_indices", Value::Null, "no part of a LoRA adapter"),
+    ] {
+        let folder = copy(&if name == "names" { name.to_string() } else { format!("more/{name}") });
+        spoil_config(folder.path(), key, value);
+        let text = refusal(folder.path());
+        assert!(text.contains(part), "{name}: {text}");
     }
     let folder = copy("names");
     spoil_config(folder.path(), "peft_type", Value::from("LOHA"));
@@ -433,4 +442,45 @@ fn an_adapter_for_another_base_is_refused_naming_both() {
         text.contains("7 of its modules are not linears of this base, model.layers.2.mlp.down_proj among them"),
         "{text}"
     );
+}
+
+#[test]
+fn what_is_trained_whole_must_be_there_in_its_shape() {
+    let untied = model("untied");
+    let loaded = |folder: &Path| LoadedAdapter::read(folder).unwrap();
+    let place = fixtures().join("more/trainable-tokens");
+    let saved = loaded(&place).saved(&untied.spec).unwrap();
+    assert_eq!((saved.len(), saved[0].module.as_str()), (1, "model.embed_tokens"));
+    for (value, part) in [
+        (serde_json::json!([1]), "another base, or other tokens"),
+        (serde_json::json!([1, 400]), "400 is no token of this base"),
+        (serde_json::json!([1, 1]), "names 1 twice"),
+        (serde_json::json!({"lm_head": [1, 2]}), "is not there"),
+        (serde_json::json!({"q_proj": [1, 2]}), "'q_proj' neither makes"),
+    ] {
+        let folder = copy("more/trainable-tokens");
+        spoil_config(folder.path(), "trainable_token_indices", value.clone());
+        let text = loaded(folder.path()).saved(&untied.spec).unwrap_err().to_string();
+        assert!(text.contains(part), "{value}: {text}");
+    }
+    let folder = copy("more/modules-to-save");
+    spoil_config(folder.path(), "modules_to_save", serde_json::json!(["lm_head", "norm"]));
+    let text = loaded(folder.path()).saved(&untied.spec).unwrap_err().to_string();
+    assert!(text.contains("'norm' is no module that can be trained whole"), "{text}");
+}
+
+#[test]
+fn dora_and_starts_are_refused_where_they_cannot_be() {
+    let says = |recipe: Value| {
+        let recipe = adapter_recipe(&recipe);
+        Adapters::attach(&mut model("untied"), &recipe, 0, None).map(|_| ()).unwrap_err().to_string()
+    };
+    let text = says(serde_json::json!({"r": 9, "init_lora_weights": "olora"}));
+    assert!(text.contains("no 9 directions") && text.contains("rank_pattern"), "{text}");
+    let text = says(serde_json::json!({"target_modules": ["lm_head", "q_proj"], "modules_to_save": ["lm_head"]}));
+    assert!(text.contains("lm_head is trained itself and has a low-rank adapter"), "{text}");
+    let text = says(serde_json::json!({"modules_to_save": ["lm_head"], "trainable_token_indices": {"lm_head": [1]}}));
+    assert!(text.contains("lm_head is to be trained whole and by its rows"), "{text}");
+    let text = says(serde_json::json!({"modules_to_save": ["lm_heat"]}));
+    assert!(text.contains("lm_head") && text.contains("model.embed_tokens"), "{text}");
 }

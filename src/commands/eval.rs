@@ -31,7 +31,7 @@ pub fn run(arguments: &Eval, out: &mut dyn Write) -> Result<()> {
     loading::use_cpu(plan.training.threads);
     let console = Console::new(arguments.json);
 
-    let checkpoint = loading::checkpoint(&plan.base, &console)?;
+    let (checkpoint, _) = loading::base(&plan, &console)?;
     let encoder = loading::encoder(&checkpoint, &plan.dataset)?;
     let eval = loading::dataset("eval", &plan.eval, &plan, &checkpoint, &encoder, &console)?;
     console.say(eval.report());
@@ -49,7 +49,7 @@ pub fn run(arguments: &Eval, out: &mut dyn Write) -> Result<()> {
                 fault.hint("train it, name another with --adapter, or measure the base with --base"),
             ));
         }
-        loading::adapter(&mut model, folder, &console)?;
+        loading::adapter(&mut model, folder, &checkpoint, scheme.as_ref(), &console)?;
     }
 
     // Made before anything slow is measured: a row that cannot be asked may end the command.

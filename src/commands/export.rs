@@ -6,7 +6,7 @@ use tch::Device;
 use super::console::{Console, Unit};
 use super::loading;
 use crate::Result;
-use crate::adapter::Adapters;
+use crate::adapter::{Adapters, Origin};
 use crate::cli::Export;
 use crate::data::{Dataset, Encoder};
 use crate::export::manifest;
@@ -23,7 +23,7 @@ pub fn run(arguments: &Export) -> Result<()> {
     let (folder, ledger) = RunFolder::existing(&plan.output.dir)?;
     let states = States::of(&plan.output.dir);
 
-    let checkpoint = loading::checkpoint(&plan.base, &console)?;
+    let (checkpoint, adapter) = loading::base(&plan, &console)?;
     let base_files = manifest::digests(&checkpoint.files, &|_, _| ())?;
     let tokenizer = loading::tokenizer(&checkpoint)?;
     let encoder = Encoder::dated(tokenizer, &plan.dataset, folder.day.at(0, 0, 0, 0))?;
@@ -43,7 +43,9 @@ pub fn run(arguments: &Export) -> Result<()> {
 
     let scheme = loading::scheme(&plan, &checkpoint, Device::Cpu, &console)?;
     let mut model = loading::decoder(&checkpoint, plan.kind, Device::Cpu, scheme.as_ref(), &console)?;
-    let adapters = Adapters::attach(&mut model, &plan.adapter, plan.training.seed)?;
+    let start = folder.adapter_start()?;
+    let origin = Origin { checkpoint: &checkpoint, scheme: scheme.as_ref(), start, progress: &|_, _| () };
+    let adapters = Adapters::attach(&mut model, &adapter, plan.training.seed, Some(&origin))?;
     let learner = Supervised { model: &model, noise_alpha: 0.0, recomputed_layers: 0 };
     let taken = ledger.taken(plan.training.load_best_model_at_end);
     restore(&learner.parameters(), &states.load(taken)?.adapter, &states.path(taken))?;

@@ -7,8 +7,8 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::console::{Console, Unit};
-use crate::adapter::LoadedAdapter;
 use crate::adapter::targets::overview;
+use crate::adapter::{LoadedAdapter, Update};
 use crate::cli::Inspect;
 use crate::data::{ParquetFile, SourceFiles};
 use crate::model::families;
@@ -119,7 +119,7 @@ fn tensors(checkpoint: &Checkpoint) -> Value {
 fn adapter(path: &Path) -> Result<Value> {
     let adapter = LoadedAdapter::read(path)?;
     let modules: Vec<&str> = adapter.updates.iter().map(|update| update.module.as_str()).collect();
-    let parameters: usize = adapter.updates.iter().map(|update| update.a.numel() + update.b.numel()).sum();
+    let parameters: usize = adapter.updates.iter().flat_map(Update::tensors).map(|(_, tensor)| tensor.numel()).sum();
     let untrained = adapter.updates.iter().all(|update| update.b.abs().max().double_value(&[]) == 0.0);
     let mut facts = json!({
         "kind": "adapter", "base": adapter.config.base_model_name_or_path, "r": adapter.config.r,

@@ -6,14 +6,14 @@ use std::sync::Arc;
 use tch::{Device, Kind};
 
 use super::console::{Console, Unit};
-use crate::adapter::{Adapters, LoadedAdapter};
+use crate::adapter::{Adapters, LoadedAdapter, Origin};
 use crate::cli::ModelChoice;
-use crate::data::{Dataset, Encoder, Tokenizer};
+use crate::data::{Dataset, Encoder, Tokenizer, add_tokens, grow};
 use crate::export::sidecars;
 use crate::model::{Decoder, families};
 use crate::ops::cuda;
 use crate::quant::Scheme;
-use crate::recipe::{BaseSource, CacheDequantized, DataSource, DatasetRecipe, Plan, cache_dir};
+use crate::recipe::{AdapterRecipe, BaseSource, CacheDequantized, DataSource, DatasetRecipe, Plan, cache_dir};
 use crate::torch_ext::{catching, keep_freed_memory};
 use crate::train::caches_dequantised;
 use crate::weights::Checkpoint;
@@ -28,6 +28,33 @@ pub(super) fn checkpoint(source: &BaseSource, console: &Console) -> Result<Check
         console.say(format_args!("note: {notice}"));
     }
     Ok(checkpoint)
+}
+
+/// Opens the base of a plan, with the tokens that its adapter adds; gives the adapter with their rows named.
+pub(super) fn base(plan: &Plan, console: &Console) -> Result<(Checkpoint, AdapterRecipe)> {
+    let mut checkpoint = checkpoint(&plan.base, console)?;
+    let mut recipe = plan.adapter.clone();
+    if let Some(tokens) = &plan.adapter.new_tokens {
+        let ids = add_tokens(&mut checkpoint.sidecars, tokens).map_err(|error| checkpoint.located(error))?;
+        checkpoint.vocabulary = ids.iter().max().map_or(0, |id| i64::from(*id) + 1);
+        recipe.train_tokens(&ids, families::spec(&checkpoint)?.head.tied);
+    }
+    Ok((checkpoint, recipe))
+}
+
+/// Gives a base the tokens that an adapter was trained with, where it trained any.
+pub(super) fn with_tokens_of(adapter: &LoadedAdapter, checkpoint: &mut Checkpoint) -> Result<()> {
+    checkpoint.vocabulary = adapter.vocabulary();
+    if let Some(tokenizer) = adapter.tokenizer()?.filter(|_| checkpoint.vocabulary > 0) {
+        checkpoint.sidecars.insert("tokenizer.json".into(), tokenizer);
+        if let Some(config) = checkpoint.sidecars.get_mut("config.json")
+            && let Ok(mut grown) = serde_json::from_slice(config)
+            && grow(&mut grown, checkpoint.vocabulary as u64)
+        {
+            *config = grown.to_string().into_bytes();
+        }
+    }
+    Ok(())
 }
 
 /// Refuses a folder that holds something, unless that may be replaced.
@@ -141,9 +168,12 @@ pub(super) fn chosen(choice: &ModelChoice, console: &Console) -> Result<Loaded> 
     // Asked on other numbers than it learned on, it would answer differently.
     let scheme = loaded.as_ref().map(LoadedAdapter::scheme).transpose()?.flatten();
     let kind = scheme.as_ref().map_or(choice.dtype.kind(), |scheme| scheme.kind);
+    if let Some(loaded) = &loaded {
+        with_tokens_of(loaded, &mut checkpoint)?;
+    }
     let mut model = decoder(&checkpoint, kind, device, scheme.as_ref(), console)?;
     if let Some(loaded) = &loaded {
-        put_on(&mut model, loaded, console)?;
+        put_on(&mut model, loaded, &checkpoint, scheme.as_ref(), console)?;
         // Asked in another form than it learned, and stopped at other tokens, it would answer as if untrained.
         checkpoint.sidecars = sidecars(&checkpoint, loaded.chat_template()?.as_deref());
     }
@@ -151,15 +181,28 @@ pub(super) fn chosen(choice: &ModelChoice, console: &Console) -> Result<Loaded> 
 }
 
 /// Puts the adapter of a folder on the model.
-pub(super) fn adapter(model: &mut Decoder, folder: &Path, console: &Console) -> Result<()> {
-    put_on(model, &LoadedAdapter::read(folder)?, console)
+pub(super) fn adapter(
+    model: &mut Decoder,
+    folder: &Path,
+    checkpoint: &Checkpoint,
+    scheme: Option<&Scheme>,
+    console: &Console,
+) -> Result<()> {
+    put_on(model, &LoadedAdapter::read(folder)?, checkpoint, scheme, console)
 }
 
-fn put_on(model: &mut Decoder, loaded: &LoadedAdapter, console: &Console) -> Result<()> {
+fn put_on(
+    model: &mut Decoder,
+    loaded: &LoadedAdapter,
+    checkpoint: &Checkpoint,
+    scheme: Option<&Scheme>,
+    console: &Console,
+) -> Result<()> {
     for notice in &loaded.notices {
         console.say(format_args!("note: {notice}"));
     }
-    Adapters::attach_loaded(model, loaded, 0.0).map(drop)
+    let origin = Origin { checkpoint, scheme, start: None, progress: &|_, _| () };
+    Adapters::attach_loaded(model, loaded, 0.0, Some(&origin)).map(drop)
 }
 
 /// As many CPU threads as asked for, else as many as this process may use (its cgroup's share, too), and memory kept for reuse.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::console::{Console, Unit};
 use super::loading;
-use crate::adapter::LoadedAdapter;
+use crate::adapter::{LoadedAdapter, Update};
 use crate::cli::{Merge, Onto};
 use crate::export::{merged, sidecars};
 use crate::model::families;
@@ -19,23 +19,30 @@ pub fn run(arguments: &Merge) -> Result<()> {
     let base = |fault: Fault| Error::Model(Fault { place: "--model".into(), ..fault });
     let source = BaseSource::find(&arguments.model, arguments.revision.as_deref(), Path::new("")).map_err(base)?;
     let adapter = LoadedAdapter::read(&arguments.adapter)?;
-    let checkpoint = loading::checkpoint(&source, &console)?;
+    let mut checkpoint = loading::checkpoint(&source, &console)?;
+    loading::with_tokens_of(&adapter, &mut checkpoint)?;
     for notice in &adapter.notices {
         console.say(format_args!("note: {notice}"));
     }
-    let spec = families::spec(&checkpoint)?;
+    let mut spec = families::spec(&checkpoint)?;
+    spec.grow(checkpoint.vocabulary)?;
     let updates: Vec<_> = adapter.fit(&spec.sites(), &spec.names)?.into_values().collect();
+    let saved = adapter.saved(&spec)?;
     // The template it was trained with travels with an adapter.
     let template = adapter.chat_template()?;
     let sidecars = sidecars(&checkpoint, template.as_deref());
     let kind = arguments.dtype.unwrap_or_else(|| own_dtype(&checkpoint.config)).kind();
     let trained_on = adapter.scheme()?;
     let onto = trained_on.filter(|_| arguments.onto == Onto::Dequantized);
+    let updates = match onto {
+        Some(_) => updates,
+        None => updates.iter().map(Update::of_the_original).collect(),
+    };
     if onto.is_some() {
         console.say("the update is folded into the numbers it was trained on: those of the quantised base");
     }
     let stage = console.stage("merging", Unit::Bytes);
-    merged::write(&arguments.out, &checkpoint, &updates, onto.as_ref(), kind, &sidecars, &|done, total| {
+    merged::write(&arguments.out, &checkpoint, &updates, &saved, onto.as_ref(), kind, &sidecars, &|done, total| {
         stage.at(done, total);
     })?;
     drop(stage);

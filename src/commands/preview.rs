@@ -8,7 +8,6 @@ use super::console::Console;
 use super::loading;
 use crate::cli::Preview;
 use crate::recipe::Recipe;
-use crate::weights::Checkpoint;
 use crate::{Error, Fault, Result};
 
 /// Runs the verb. Only the base's tokenizer is read, not its weights.
@@ -18,7 +17,7 @@ pub fn run(arguments: &Preview, out: &mut dyn Write) -> Result<()> {
         loading::has_eval_set(&plan)?;
     }
     let console = Console::new(arguments.json);
-    let checkpoint: Checkpoint = loading::checkpoint(&plan.base, &console)?;
+    let (checkpoint, _) = loading::base(&plan, &console)?;
     let encoder = loading::encoder(&checkpoint, &plan.dataset)?;
     let (what, sources) = if arguments.eval { ("eval", &plan.eval) } else { ("training", &plan.train) };
     let dataset = loading::dataset(what, sources, &plan, &checkpoint, &encoder, &console)?;

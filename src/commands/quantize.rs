@@ -22,7 +22,8 @@ pub fn run(arguments: &Quantize) -> Result<()> {
     if checkpoint.quantised_form().is_some_and(|stored| stored == form || !stored.may_become(form)) {
         return Err(base(Fault::new("", "is quantised already").hint("name the model it was made of")));
     }
-    let scheme = Scheme { form, kind: arguments.dtype.kind(), skip: arguments.skip.clone(), whole: false };
+    let scheme =
+        Scheme { form, kind: arguments.dtype.kind(), skip: arguments.skip.clone(), whole: false, after_start: false };
     let stage = console.stage("quantising", Unit::Things("numbers"));
     let written = quantised::write(&arguments.out, &checkpoint, &scheme, &|done, total| stage.at(done, total))?;
     drop(stage);

@@ -6,7 +6,7 @@ use tch::Kind;
 
 use super::console::{Console, Unit};
 use super::loading;
-use crate::adapter::Adapters;
+use crate::adapter::{Adapters, Origin};
 use crate::cli::Train;
 use crate::data::{Dataset, Encoder};
 use crate::export::manifest::{self, FileDigest};
@@ -36,9 +36,9 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
         (_, true) => Start::Overwrite,
         _ => Start::Fresh,
     };
-    let folder = RunFolder::open(&plan.output.dir, start)?;
+    let mut folder = RunFolder::open(&plan.output.dir, start)?;
 
-    let checkpoint = loading::checkpoint(&plan.base, &console)?;
+    let (checkpoint, adapter) = loading::base(&plan, &console)?;
     let base_files = hash_in_background(checkpoint.files.clone());
     let tokenizer = loading::tokenizer(&checkpoint)?;
     let encoder = Encoder::dated(tokenizer, &plan.dataset, folder.day.at(0, 0, 0, 0))?;
@@ -64,7 +64,18 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
             Fault::new("training.router_aux_loss_coef", format!("is {coefficient}, but the base has no experts"));
         return Err(Error::Recipe(vec![fault.hint("remove this key")]));
     }
-    let adapters = Adapters::attach(&mut model, &plan.adapter, plan.training.seed)?;
+    let adapters = {
+        let stage = console.stage("starting the adapters", Unit::Things("modules"));
+        let start = folder.adapter_start()?;
+        let origin = Origin {
+            checkpoint: &checkpoint,
+            scheme: scheme.as_ref(),
+            start,
+            progress: &|done, all| stage.at(done, all),
+        };
+        Adapters::attach(&mut model, &adapter, plan.training.seed, Some(&origin))?
+    };
+    folder.keep_adapter_start(adapters.start())?;
     for notice in &adapters.notices {
         console.say(format_args!("note: {notice}"));
     }

@@ -34,7 +34,7 @@ pub use files::{Examples, SourceFiles};
 pub use report::{DatasetReport, Place, Tally};
 pub use source::ParquetFile;
 pub use template::{BUILTIN, Builtin, ChatTemplate, Conversation, KeptApart, Rendered};
-pub use tokenizer::{TextStream, Tokenizer, Tokens};
+pub use tokenizer::{TextStream, Tokenizer, Tokens, add_tokens, grow};
 
 /// Turns an example into documents of tokens with their mask.
 pub trait Encode: Send + Sync {

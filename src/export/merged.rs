@@ -11,11 +11,13 @@ use tch::{Device, Kind, Tensor};
 
 use super::folder::Staging;
 use super::peft::tokenizer_file;
-use crate::adapter::Update;
 use crate::adapter::merge::{merged, merged_experts};
+use crate::adapter::{Saved, Update};
+use crate::data::grow;
 use crate::model::families;
 use crate::model::sites::{Role, Site, expert};
 use crate::model::spec::Stored;
+use crate::model::{Trained, grown};
 use crate::quant::Scheme;
 use crate::weights::Checkpoint;
 use crate::weights::writer::{self, SHARD_BYTES, TensorSpec};
@@ -35,21 +37,21 @@ pub fn write(
     folder: &Path,
     checkpoint: &Checkpoint,
     updates: &[Update],
+    saved: &[Saved],
     onto: Option<&Scheme>,
     kind: Kind,
     sidecars: &BTreeMap<String, Vec<u8>>,
     progress: &dyn Fn(u64, u64),
 ) -> Result<()> {
     refuse_base(folder, checkpoint)?;
-    // A base that is stored quantised already reads as the numbers it was trained on.
-    let onto = onto.filter(|scheme| checkpoint.quantised_form() != Some(scheme.form));
-    if let Some(scheme) = onto.filter(|scheme| !scheme.form.can_be_made()) {
+    let stored = onto.is_some_and(|scheme| checkpoint.quantised_form() == Some(scheme.form));
+    if let Some(scheme) = onto.filter(|scheme| !stored && !scheme.form.can_be_made()) {
         let what =
             format!("the adapter was trained on a base that is stored as {}, which this one is not", scheme.form);
         let fault = Fault::new("merge", what);
         return Err(Error::Model(fault.hint("name the base the adapter was trained on, or say --onto original")));
     }
-    let plan = Plan::new(checkpoint, updates, onto)?;
+    let plan = Plan::new(checkpoint, updates, saved, onto)?;
     let spec = |t: &Planned<'_>| {
         let kind = checkpoint.whole_kind(t.from).unwrap_or(kind);
         TensorSpec { name: t.name.clone(), kind, shape: t.shape.clone() }
@@ -66,6 +68,11 @@ pub fn write(
         // Tables of whole numbers are no weights.
         let read_as = if own == kind { onto.map_or(kind, |scheme| scheme.kind) } else { own };
         let tensor = checkpoint.tensor(planned.from, read_as, Device::Cpu)?;
+        let tensor = if planned.shape[..] == tensor.size()[..] { tensor } else { grown(tensor, planned.shape[0]) };
+        let tensor = match &planned.update {
+            Some(part) => part.left(tensor, read_as),
+            None => tensor,
+        };
         let tensor = match onto.filter(|_| planned.quantised.is_some()) {
             Some(scheme) if planned.quantised == Some(Lies::Transposed) => {
                 scheme.numbers(&tensor.transpose(1, 2).contiguous()).transpose(1, 2).contiguous()
@@ -84,7 +91,8 @@ pub fn write(
     for (name, bytes) in sidecars.iter().filter(|(name, _)| *name != "config.json") {
         writer::write_file(&staging.path().join(name), bytes)?;
     }
-    let config = config(&checkpoint.config, kind, plan.unties);
+    let mut config = config(&checkpoint.config, kind, plan.unties);
+    grow(&mut config, checkpoint.vocabulary as u64);
     writer::write_file(&staging.path().join("config.json"), format!("{config:#}\n").as_bytes())?;
     staging.commit()
 }
@@ -124,9 +132,14 @@ enum Lies {
 
 /// An update, as far as it goes into one tensor.
 enum Part<'a> {
+    /// In its place.
+    Trained(&'a Saved, Vec<i64>),
     Whole(&'a Update),
     Expert(&'a Update, i64),
-    Experts { update: &'a Update, transposed: bool },
+    Experts {
+        update: &'a Update,
+        transposed: bool,
+    },
 }
 
 impl<'a> Part<'a> {
@@ -148,15 +161,40 @@ impl<'a> Part<'a> {
 
     fn merged(&self, tensor: &Tensor, kind: Kind) -> Result<Tensor> {
         match self {
+            Self::Trained(saved, _) => Ok(saved.trained.whole(&tensor.to_kind(kind))),
             Self::Whole(update) => merged(tensor, update, kind),
             Self::Expert(update, number) => merged(tensor, &update.of_expert(*number), kind),
             Self::Experts { update, transposed } => merged_experts(tensor, update, *transposed, kind),
         }
     }
 
+    /// Whether something was taken off the weight before training.
+    fn is_of_the_rest(&self) -> bool {
+        match self {
+            Self::Trained(..) => false,
+            Self::Whole(update) | Self::Expert(update, _) | Self::Experts { update, .. } => update.taken.is_some(),
+        }
+    }
+
+    /// What was left of the weight when training began.
+    fn left(&self, tensor: Tensor, kind: Kind) -> Tensor {
+        match self {
+            Self::Trained(..) => None,
+            Self::Whole(update) => update.left(&tensor).map(|left| left.to_kind(kind)),
+            Self::Expert(update, number) => update.of_expert(*number).left(&tensor).map(|left| left.to_kind(kind)),
+            Self::Experts { update, transposed: false } => update.left(&tensor).map(|left| left.to_kind(kind)),
+            Self::Experts { update, transposed: true } => {
+                let left = update.left(&tensor.transpose(1, 2).contiguous());
+                left.map(|left| left.to_kind(kind).transpose(1, 2).contiguous())
+            }
+        }
+        .unwrap_or(tensor)
+    }
+
     /// The shape of the tensor it fits.
     fn shape(&self) -> Vec<i64> {
         match self {
+            Self::Trained(_, shape) => shape.clone(),
             Self::Whole(update) | Self::Expert(update, _) => <[i64; 2]>::from(update.shape()).to_vec(),
             Self::Experts { update, transposed } => {
                 let (rows, columns) = update.shape();
@@ -168,36 +206,49 @@ impl<'a> Part<'a> {
 
     fn module(&self) -> &str {
         match self {
+            Self::Trained(saved, _) => &saved.module,
             Self::Whole(update) | Self::Expert(update, _) | Self::Experts { update, .. } => &update.module,
         }
     }
 }
 
 impl<'a> Plan<'a> {
-    fn new(checkpoint: &'a Checkpoint, updates: &'a [Update], onto: Option<&Scheme>) -> Result<Self> {
-        let spec = families::spec(checkpoint)?;
+    fn new(
+        checkpoint: &'a Checkpoint,
+        updates: &'a [Update],
+        saved: &'a [Saved],
+        onto: Option<&Scheme>,
+    ) -> Result<Self> {
+        let mut spec = families::spec(checkpoint)?;
+        spec.grow(checkpoint.vocabulary)?;
         let head = spec.names.stored(&format!("{}.weight", spec.head.name));
+        let bias = spec.names.stored(&format!("{}.bias", spec.head.name));
         let embedding = spec.names.stored(&spec.embedding.weight);
-        let stored = |path: &str| {
-            let mut all = spec.names.spec_names(path).map(|name| spec.names.stored(&name));
-            all.find(|name| *name == head || checkpoint.shape(name).is_some()).unwrap_or_else(|| path.to_string())
-        };
-        let parts = updates.iter().flat_map(Part::of);
+        let stored = |path: &str| spec.names.stored_as(path, |name| name == head || checkpoint.shape(name).is_some());
+        let trained = saved.iter().map(|saved| {
+            let columns = saved.trained.leaf().size()[1];
+            let shape = match &saved.trained {
+                Trained::Whole(weight) => weight.size(),
+                Trained::Rows { .. } => vec![spec.vocab_size, columns],
+            };
+            (format!("{}.weight", saved.module), Part::Trained(saved, shape))
+        });
+        let parts = updates.iter().flat_map(Part::of).chain(trained);
         let mut by_weight: BTreeMap<String, Part<'_>> = parts.map(|(name, part)| (stored(&name), part)).collect();
         let quantised: BTreeMap<String, Lies> = onto.map_or_else(BTreeMap::new, |scheme| {
-            let sites = spec.sites().into_iter().filter(|site| match site.role {
-                Role::Router => false,
-                Role::Head => !spec.head.tied,
-                Role::Linear | Role::Blocks | Role::Indexer | Role::Experts { .. } => true,
-            });
+            let sites = spec.sites().into_iter();
             sites
-                .filter(|site| !scheme.skips(&site.name))
-                .flat_map(|site| lies(&site))
+                .filter(|site| site.quantisable(spec.head.tied) && !scheme.skips(&site.name))
+                .flat_map(|site| site.parameters().into_iter().map(move |name| (name, lies(&site))).collect::<Vec<_>>())
                 .map(|(name, lies)| (stored(&name), lies))
                 .collect()
         });
-        let unties = spec.head.tied && by_weight.contains_key(&head);
+        // An embedding that is trained without a head that shared its weight leaves that behind as it was.
+        let parts_from_head = |part: &Part<'_>| matches!(part, Part::Trained(saved, _) if saved.shared_with.is_none());
+        let unties =
+            spec.head.tied && (by_weight.contains_key(&head) || by_weight.get(&embedding).is_some_and(parts_from_head));
         let accounted: HashSet<String> = spec.tensors().keys().map(|name| spec.names.stored(name)).collect();
+        let stored_so = onto.is_some_and(|scheme| checkpoint.quantised_form() == Some(scheme.form));
         let mut tensors = Vec::new();
         for from in checkpoint.names() {
             // A checkpoint may store the shared weight a second time; the embedding's is the one that is used.
@@ -205,13 +256,20 @@ impl<'a> Plan<'a> {
             if second || (checkpoint.is_spare(from) && !accounted.contains(from)) {
                 continue;
             }
-            let shape = checkpoint.shape(from).unwrap_or_default();
+            let mut shape = checkpoint.shape(from).unwrap_or_default();
+            if [&embedding, &head, &bias].iter().any(|name| *name == from) {
+                shape[0] = shape[0].max(spec.vocab_size);
+            }
             tensors.push(Planned {
                 name: from.to_string(),
                 from,
                 shape: shape.clone(),
+                // A base that is stored quantised reads as the numbers it was trained on, but for what was taken off them.
+                quantised: quantised
+                    .get(from)
+                    .copied()
+                    .filter(|_| !stored_so || by_weight.get(from).is_some_and(Part::is_of_the_rest)),
                 update: by_weight.remove(from),
-                quantised: quantised.get(from).copied(),
             });
             if unties && from == embedding {
                 let update = by_weight.remove(&head);
@@ -238,12 +296,11 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// The tensors of a linear's weight, by name, and how each lies in its file.
-fn lies(site: &Site) -> Vec<(String, Lies)> {
+/// How a linear's weight lies in its file.
+fn lies(site: &Site) -> Lies {
     match &site.role {
-        Role::Experts { stored: Stored::Transposed { .. }, .. } => vec![(site.name.clone(), Lies::Transposed)],
-        Role::Experts { stored: Stored::Together, .. } => vec![(site.name.clone(), Lies::AsComputed)],
-        _ => site.modules().into_iter().map(|module| (format!("{module}.weight"), Lies::AsComputed)).collect(),
+        Role::Experts { stored: Stored::Transposed { .. }, .. } => Lies::Transposed,
+        _ => Lies::AsComputed,
     }
 }
 

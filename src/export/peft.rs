@@ -7,14 +7,15 @@ use super::folder::Staging;
 use crate::Result;
 use crate::adapter::config::CONFIG;
 use crate::adapter::load::{SCHEME, WEIGHTS};
-use crate::adapter::{AdapterConfig, Update, layout};
+use crate::adapter::{AdapterConfig, Saved, Update, layout};
 use crate::quant::Scheme;
 use crate::weights::writer::{self, TensorSpec};
 
 /// Files of a base that an adapter's folder does not repeat: PEFT takes them from the base.
 const THE_BASES_OWN: [&str; 2] = ["config.json", "generation_config.json"];
 
-/// Writes an adapter's folder, whole or not at all: `adapter_config.json`, `adapter_model.safetensors` (fp32), the tokenizer's
+/// Writes an adapter's folder, whole or not at all: `adapter_config.json`, `adapter_model.safetensors` (fp32; updates, and what is
+/// trained whole), the tokenizer's
 /// files and the chat template of `sidecars` ([`super::sidecars`]), and `base_quantization.json` where the base was quantised. An
 /// earlier one is replaced.
 ///
@@ -25,6 +26,7 @@ pub fn write(
     folder: &Path,
     config: &AdapterConfig,
     updates: &[Update],
+    saved: &[Saved],
     scheme: Option<&Scheme>,
     sidecars: &BTreeMap<String, Vec<u8>>,
 ) -> Result<()> {
@@ -32,11 +34,14 @@ pub fn write(
         [CONFIG, WEIGHTS, SCHEME, "README.md"].contains(&name) || sidecars.contains_key(name) || tokenizer_file(name)
     };
     let staging = Staging::create(folder, ours)?;
-    let tensors = layout::tensors(updates);
+    let mut tensors = layout::tensors(updates);
+    tensors.extend(saved.iter().flat_map(Saved::tensors).map(|(key, tensor)| (key, tensor.detach())));
     let specs: Vec<TensorSpec> = tensors.iter().map(|(key, tensor)| TensorSpec::of(key, tensor)).collect();
     writer::write(&staging.path().join(WEIGHTS), &specs, &BTreeMap::new(), |index| Ok(tensors[index].1.contiguous()))?;
     writer::write_file(&staging.path().join(CONFIG), config.to_json().as_bytes())?;
     if let Some(scheme) = scheme {
+        let after_start = updates.iter().any(|update| update.taken.is_some());
+        let scheme = Scheme { after_start, ..scheme.clone() };
         writer::write_file(&staging.path().join(SCHEME), scheme.to_json().as_bytes())?;
     }
     for (name, bytes) in sidecars.iter().filter(|(name, _)| !THE_BASES_OWN.contains(&name.as_str())) {

@@ -62,12 +62,29 @@ pub fn write(finished: &Finished<'_>, save: &[Save], progress: &dyn Fn(&str, u64
                     Some(name) => (Some(name.clone()), plan.recipe.revision.clone()),
                     None => (Some(plan.recipe.base_model.clone()), finished.checkpoint.commit.clone()),
                 };
-                peft::write(&folder, &config, finished.adapters.updates(), finished.scheme, &sidecars)?;
+                peft::write(
+                    &folder,
+                    &config,
+                    finished.adapters.updates(),
+                    finished.adapters.saved(),
+                    finished.scheme,
+                    &sidecars,
+                )?;
             }
             Save::Merged => {
                 let updates = finished.adapters.updates();
                 let at = |done, total| progress(name, done, total);
-                merged::write(&folder, finished.checkpoint, updates, finished.scheme, plan.kind, &sidecars, &at)?;
+                let saved = finished.adapters.saved();
+                merged::write(
+                    &folder,
+                    finished.checkpoint,
+                    updates,
+                    saved,
+                    finished.scheme,
+                    plan.kind,
+                    &sidecars,
+                    &at,
+                )?;
             }
         }
         written.push(folder);

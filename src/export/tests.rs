@@ -41,7 +41,7 @@ fn an_adapter_read_and_written_again_is_pefts_file() {
     for name in ["all-linear", "all-linear-short", "names", "regex", "patterns", "layers"] {
         let place = folder.path().join(name);
         let loaded = LoadedAdapter::read(&fixtures().join(name)).unwrap();
-        peft::write(&place, &loaded.config, &loaded.updates, None, &BTreeMap::new()).unwrap();
+        peft::write(&place, &loaded.config, &loaded.updates, &[], None, &BTreeMap::new()).unwrap();
         for file in ["adapter_config.json", "adapter_model.safetensors"] {
             let [ours, theirs] = [&place, &fixtures().join(name)].map(|folder| fs::read(folder.join(file)).unwrap());
             assert!(ours == theirs, "{name}/{file} differs");
@@ -71,7 +71,7 @@ fn an_adapters_folder_carries_the_tokenizer_and_the_template_it_was_trained_with
     let loaded = LoadedAdapter::read(&fixtures().join("names")).unwrap();
     let place = root.path().join("adapter");
     let files = sidecars(&checkpoint, Some("new"));
-    peft::write(&place, &loaded.config, &loaded.updates, None, &files).unwrap();
+    peft::write(&place, &loaded.config, &loaded.updates, &[], None, &files).unwrap();
     assert_eq!(
         names(&place),
         [
@@ -88,7 +88,7 @@ fn an_adapters_folder_carries_the_tokenizer_and_the_template_it_was_trained_with
     assert_eq!(fs::read_to_string(place.join("tokenizer_config.json")).unwrap(), expected);
     assert_eq!(sidecars(&checkpoint, None), checkpoint.sidecars);
     // Again over itself.
-    peft::write(&place, &loaded.config, &loaded.updates, None, &files).unwrap();
+    peft::write(&place, &loaded.config, &loaded.updates, &[], None, &files).unwrap();
     assert_eq!(names(root.path()), ["adapter"]);
 }
 
@@ -101,8 +101,17 @@ fn merged_weights_are_pefts_and_heads_stay_right() {
         let place = root.path().join(name);
         let calls = RefCell::new(Vec::new());
         let progress = |done, total| calls.borrow_mut().push((done, total));
-        merged::write(&place, &checkpoint, &loaded.updates, None, Kind::Float, &sidecars(&checkpoint, None), &progress)
-            .unwrap();
+        merged::write(
+            &place,
+            &checkpoint,
+            &loaded.updates,
+            &[],
+            None,
+            Kind::Float,
+            &sidecars(&checkpoint, None),
+            &progress,
+        )
+        .unwrap();
         let ours = Checkpoint::open(&BaseSource::Folder(place.clone())).unwrap();
         let theirs = Checkpoint::open_file(&fixtures().join(name).join("merged.safetensors")).unwrap();
         let sorted = |checkpoint: &Checkpoint| {
@@ -128,14 +137,23 @@ fn an_adapted_tied_head_is_untied() {
     let checkpoint = base("tied");
     let mut model = Decoder::load(&checkpoint, Kind::Float, Device::Cpu, &|_, _| ()).unwrap();
     let recipe = AdapterRecipe { target_modules: Targets::Names(vec!["lm_head".into()]), r: 2, ..Default::default() };
-    let adapters = Adapters::attach(&mut model, &recipe, 1).unwrap();
+    let adapters = Adapters::attach(&mut model, &recipe, 1, None).unwrap();
     assert!(adapters.notices[0].contains("shares its weight with the embedding"), "{:?}", adapters.notices);
     for (_, tensor) in adapters.parameters() {
         let _ = tch::no_grad(|| tensor.shallow_clone().fill_(0.5));
     }
     let place = root.path().join("merged");
-    merged::write(&place, &checkpoint, adapters.updates(), None, Kind::Float, &sidecars(&checkpoint, None), &|_, _| ())
-        .unwrap();
+    merged::write(
+        &place,
+        &checkpoint,
+        adapters.updates(),
+        &[],
+        None,
+        Kind::Float,
+        &sidecars(&checkpoint, None),
+        &|_, _| (),
+    )
+    .unwrap();
     let merged = Checkpoint::open(&BaseSource::Folder(place)).unwrap();
     assert_eq!(merged.config["tie_word_embeddings"], Value::Bool(false));
     let read = |from: &Checkpoint, name: &str| from.tensor(name, Kind::Float, Device::Cpu).unwrap();
@@ -166,7 +184,7 @@ fn a_tied_head_that_was_stored_all_the_same_is_not_stored_again() {
     Tensor::write_safetensors(&tensors, folder.join("model.safetensors")).unwrap();
     let checkpoint = Checkpoint::open(&BaseSource::Folder(folder)).unwrap();
     let place = root.path().join("merged");
-    merged::write(&place, &checkpoint, &[], None, Kind::Float, &sidecars(&checkpoint, None), &|_, _| ()).unwrap();
+    merged::write(&place, &checkpoint, &[], &[], None, Kind::Float, &sidecars(&checkpoint, None), &|_, _| ()).unwrap();
     let merged = Checkpoint::open(&BaseSource::Folder(place)).unwrap();
     assert_eq!(merged.shape("lm_head.weight"), None);
     assert_eq!(merged.names().len(), from.names().len());
@@ -181,8 +199,17 @@ fn merging_to_bf16_says_so_and_keeps_the_rest_of_the_config() {
     checkpoint.config["an_unknown_key"] = serde_json::json!({"kept": [1, 2.5]});
     let loaded = LoadedAdapter::read(&fixtures().join("all-linear")).unwrap();
     let place = root.path().join("merged");
-    merged::write(&place, &checkpoint, &loaded.updates, None, Kind::BFloat16, &sidecars(&checkpoint, None), &|_, _| ())
-        .unwrap();
+    merged::write(
+        &place,
+        &checkpoint,
+        &loaded.updates,
+        &[],
+        None,
+        Kind::BFloat16,
+        &sidecars(&checkpoint, None),
+        &|_, _| (),
+    )
+    .unwrap();
     let config = json(&place.join("config.json"));
     assert_eq!((&config["dtype"], &config["torch_dtype"]), (&Value::from("bfloat16"), &Value::from("bfloat16")));
     assert_eq!(config["an_unknown_key"], serde_json::json!({"kept": [1, 2.5]}));
@@ -218,7 +245,7 @@ fn a_base_in_fp8_is_merged_to_plain_numbers() {
     let checkpoint = Checkpoint::open(&BaseSource::Folder(folder)).unwrap();
     let mut model = Decoder::load(&checkpoint, Kind::Float, Device::Cpu, &|_, _| ()).unwrap();
     let recipe = AdapterRecipe { target_modules: Targets::Names(vec!["q_proj".into()]), r: 2, ..Default::default() };
-    let adapters = Adapters::attach(&mut model, &recipe, 1).unwrap();
+    let adapters = Adapters::attach(&mut model, &recipe, 1, None).unwrap();
     for (_, tensor) in adapters.parameters() {
         let _ = tch::no_grad(|| tensor.shallow_clone().fill_(0.1));
     }
@@ -229,8 +256,17 @@ fn a_base_in_fp8_is_merged_to_plain_numbers() {
     };
     for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::BFloat16, 0.05)] {
         let place = root.path().join(format!("{kind:?}"));
-        merged::write(&place, &checkpoint, adapters.updates(), None, kind, &sidecars(&checkpoint, None), &|_, _| ())
-            .unwrap();
+        merged::write(
+            &place,
+            &checkpoint,
+            adapters.updates(),
+            &[],
+            None,
+            kind,
+            &sidecars(&checkpoint, None),
+            &|_, _| (),
+        )
+        .unwrap();
         let merged = Checkpoint::open(&BaseSource::Folder(place)).unwrap();
         assert_eq!(merged.config.get("quantization_config"), None);
         assert_eq!(merged.names().len(), from.names().len());
@@ -246,8 +282,9 @@ fn a_merge_that_cannot_be_right_writes_nothing() {
     let root = tempfile::tempdir().unwrap();
     let place = root.path().join("merged");
     let merge = |folder: &Path, checkpoint: &Checkpoint, updates: &[Update], kind| {
-        let error = merged::write(folder, checkpoint, updates, None, kind, &sidecars(checkpoint, None), &|_, _| ())
-            .unwrap_err();
+        let error =
+            merged::write(folder, checkpoint, updates, &[], None, kind, &sidecars(checkpoint, None), &|_, _| ())
+                .unwrap_err();
         (error.exit_code(), error.to_string())
     };
     let loaded = LoadedAdapter::read(&fixtures().join("all-linear")).unwrap();

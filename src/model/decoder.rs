@@ -4,10 +4,11 @@ use tch::{Device, Kind, Tensor};
 
 use super::attention::HandedOn;
 use super::cache::Cache;
+use super::embedding::{Embedding, grown};
 use super::families;
 use super::layer::{Context, Layer};
 use super::layer_inputs::LayerInputs;
-use super::linear::{Linear, Weight};
+use super::linear::{Linear, Trained, Weight};
 use super::load::Reader;
 use super::router::{Balance, Router};
 use super::spec::{ModelSpec, Position, Rope};
@@ -27,8 +28,8 @@ pub struct Decoder {
     pub kind: Kind,
     /// Where it lives.
     pub device: Device,
-    /// (V, D).
-    embedding: Tensor,
+    /// The token embedding.
+    pub embedding: Embedding,
     embedding_norm: Option<Norm>,
     layer_inputs: Option<LayerInputs>,
     /// Where there are several copies of the stream.
@@ -70,7 +71,9 @@ impl Decoder {
         scheme: Option<&Scheme>,
         progress: &dyn Fn(u64, u64),
     ) -> Result<Self> {
-        let spec = families::spec(checkpoint)?;
+        let mut spec = families::spec(checkpoint)?;
+        spec.grow(checkpoint.vocabulary)?;
+        let grown = |table| grown(table, spec.vocab_size);
         let numbers: i64 = spec.tensors().values().map(|shape| shape.iter().product::<i64>()).sum();
         let bytes = |numbers: u64| numbers * kind.elt_size_in_bytes() as u64;
         let done = std::cell::Cell::new(0);
@@ -87,7 +90,8 @@ impl Decoder {
         }
         let reader = Reader { checkpoint, names: &spec.names, kind, device, scheme, stored, read: &read };
 
-        let embedding = reader.tensor(&spec.embedding.weight)?;
+        let name = spec.names.module(spec.embedding.weight.trim_end_matches(".weight"));
+        let embedding = Embedding { name, table: grown(reader.tensor(&spec.embedding.weight)?), trained: None };
         let embedding_norm = reader.optional_norm(spec.embedding.norm.as_ref())?;
         let layer_inputs = spec.layer_inputs.as_ref().map(|inputs| LayerInputs::load(inputs, &reader)).transpose()?;
         let copies = spec.streams.as_ref().map(|streams| Copies::load(streams, &reader)).transpose()?;
@@ -104,15 +108,19 @@ impl Decoder {
             layers.push(Layer::load(layer, rotation, &layers, &reader)?);
         }
         let final_norm = reader.norm(&spec.final_norm)?;
-        let bias = if spec.head.bias { Some(reader.tensor(&format!("{}.bias", spec.head.name))?) } else { None };
+        let bias = if spec.head.bias { Some(grown(reader.tensor(&format!("{}.bias", spec.head.name))?)) } else { None };
         let name = spec.names.module(&spec.head.name);
         // A tied head is the embedding, which is looked up and stays as it is.
         let weight = if spec.head.tied {
-            Weight::Dense(embedding.shallow_clone())
+            Weight::Dense(embedding.table.shallow_clone())
         } else {
-            reader.weight(&name, &format!("{}.weight", spec.head.name))?
+            let weight = reader.weight(&name, &format!("{}.weight", spec.head.name))?;
+            match weight.size()[0] < spec.vocab_size {
+                true => Weight::Dense(grown(weight.dense())),
+                false => weight,
+            }
         };
-        let head = Linear { name, weight, bias, adapter: None };
+        let head = Linear { name, weight, trained: None, bias, adapter: None };
         Ok(Self {
             spec,
             kind,
@@ -202,6 +210,31 @@ impl Decoder {
         self.layers.iter_mut().flat_map(Layer::linears_mut).chain(inputs).chain([&mut self.head]).collect()
     }
 
+    /// Everything that is trained, fp32 leaves with gradient, under stable names: of the embedding, then of the linears in checkpoint
+    /// order. A head that shares what is trained of the embedding does not name it again.
+    pub fn trained(&self) -> Vec<(String, Tensor)> {
+        let own = |name: &str, trained: &Trained| {
+            let part = if matches!(trained, Trained::Whole(_)) { "weight" } else { "rows" };
+            (format!("{name}.{part}"), trained.leaf().shallow_clone())
+        };
+        let embedding = self.embedding.trained.as_ref();
+        let mut all: Vec<(String, Tensor)> =
+            embedding.map(|trained| own(&self.embedding.name, trained)).into_iter().collect();
+        for linear in self.linears() {
+            let shared = |trained: &&Trained| {
+                embedding.is_some_and(|other| other.leaf().data_ptr() == trained.leaf().data_ptr())
+            };
+            all.extend(
+                linear.trained.as_ref().filter(|trained| !shared(trained)).map(|trained| own(&linear.name, trained)),
+            );
+            let Some(adapter) = &linear.adapter else { continue };
+            let lengths = adapter.magnitude.as_ref().map(|magnitude| ("lengths", &magnitude.lengths));
+            let parts = [("a", &adapter.a), ("b", &adapter.b)].into_iter().chain(lengths);
+            all.extend(parts.map(|(part, tensor)| (format!("{}.{part}", linear.name), tensor.shallow_clone())));
+        }
+        all
+    }
+
     /// Whether any router takes part in the loss that balances experts.
     pub fn balances_experts(&self) -> bool {
         self.layers.iter().filter_map(Layer::router).any(Router::balances)
@@ -218,7 +251,7 @@ impl Decoder {
     }
 
     fn embed(&self, ids: &Tensor, documents: &Documents, forward: Forward<'_>) -> Tensor {
-        let h = self.embedding.index_select(0, ids); // (T, D)
+        let h = self.embedding.look_up(ids); // (T, D)
         let h = match self.spec.embedding.scale {
             1.0 => h,
             scale => h * Tensor::from(scale).to_kind(self.kind).to_device(self.device),

@@ -39,7 +39,7 @@ fn step(folder: &Path, scheme: &Scheme, device: Device) -> Vec<Tensor> {
         let leaf = |shape: [i64; 2], seed| (randn(&shape, seed) * 0.2).to_device(device).set_requires_grad(true);
         let (a, b) = (leaf([4, input], 100 + i as u64), leaf([out, 4], 200 + i as u64));
         leaves.extend([a.shallow_clone(), b.shallow_clone()]);
-        linear.adapter = Some(LowRank { a, b, scale: 0.5, dropout: 0.0 });
+        linear.adapter = Some(LowRank { a, b, scale: 0.5, dropout: 0.0, magnitude: None });
     }
     let documents = Documents { offsets: vec![0, 13, 24] };
     let positions: Vec<i64> = documents.spans().flat_map(|(_, length)| 0..length).collect();
@@ -73,7 +73,7 @@ fn a_step_of_whole_models_is_the_same_on_cuda_kernels_and_meets_them_all() {
         let folder = tempfile::tempdir().unwrap();
         write(folder.path(), &config);
         for (kind, suffix, tolerance) in [(Kind::Float, "f32", 2e-5), (Kind::BFloat16, "bf16", 3e-2)] {
-            let scheme = |kind| Scheme { form, kind, skip: vec!["lm_head".into()], whole: false };
+            let scheme = |kind| Scheme { form, kind, skip: vec!["lm_head".into()], whole: false, after_start: false };
             let expected = step(folder.path(), &scheme(kind), Device::Cpu);
             let compare = |found: Vec<Tensor>, tolerance: f64, what: &str| {
                 assert_eq!(found.len(), expected.len());

@@ -158,7 +158,7 @@ impl Layer {
 
     /// [`Layer::forward`], keeping only what it reads and running again in backward.
     pub(super) fn forward_recomputed(&self, h: &Tensor, context: &Context<'_>, handed_on: &mut HandedOn) -> Tensor {
-        let trained: Vec<&Tensor> = self.linears().into_iter().flat_map(Linear::trained).collect();
+        let trained: Vec<&Tensor> = self.linears().into_iter().flat_map(Linear::leaves).collect();
         let layer = self.clone();
         let documents = context.documents.clone();
         let (ids, positions) = (context.ids.shallow_clone(), context.positions.shallow_clone());

@@ -3,8 +3,8 @@
 
 use tch::Tensor;
 
-pub use crate::ops::LowRank;
 use crate::ops::Operand;
+pub use crate::ops::{LowRank, Trained};
 pub use crate::quant::Weight;
 
 /// `Y = X W^T + bias (+ scale * dropout(X) A^T B^T)`.
@@ -15,6 +15,8 @@ pub struct Linear {
     pub name: String,
     /// W (out, in), or (E, out, in).
     pub weight: Weight,
+    /// What is trained in its place.
+    pub trained: Option<Trained>,
     /// (out), or (E, out).
     pub bias: Option<Tensor>,
     /// The low-rank update.
@@ -27,13 +29,9 @@ impl Clone for Linear {
         Self {
             name: self.name.clone(),
             weight: self.weight.handle(),
+            trained: self.trained.as_ref().map(Trained::handle),
             bias: self.bias.as_ref().map(Tensor::shallow_clone),
-            adapter: self.adapter.as_ref().map(|l| LowRank {
-                a: l.a.shallow_clone(),
-                b: l.b.shallow_clone(),
-                scale: l.scale,
-                dropout: l.dropout,
-            }),
+            adapter: self.adapter.as_ref().map(LowRank::handle),
         }
     }
 }
@@ -51,15 +49,16 @@ impl Linear {
     pub(super) fn operand(&self, micro_batch_seed: Option<u64>) -> Operand<'_> {
         Operand {
             weight: &self.weight,
+            trained: self.trained.as_ref(),
             bias: self.bias.as_ref(),
             low_rank: self.adapter.as_ref(),
             dropout_seed: micro_batch_seed.map(|seed| own_seed(seed, &self.name)),
         }
     }
 
-    /// A and B, if there are any.
-    pub(super) fn trained(&self) -> impl Iterator<Item = &Tensor> {
-        self.adapter.iter().flat_map(|l| [&l.a, &l.b])
+    /// What is trained of it.
+    pub(super) fn leaves(&self) -> impl Iterator<Item = &Tensor> {
+        self.operand(None).factors()
     }
 }
 

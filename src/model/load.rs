@@ -67,14 +67,14 @@ impl Reader<'_> {
         let name = self.names.module(&spec.name);
         let weight = self.weight(&name, &format!("{}.weight", spec.name))?;
         let bias = if spec.bias { Some(self.tensor(&format!("{}.bias", spec.name))?) } else { None };
-        Ok(Linear { name, weight, bias, adapter: None })
+        Ok(Linear { name, weight, trained: None, bias, adapter: None })
     }
 
     /// A linear whose weight is never quantised.
     pub(super) fn linear_as(&self, spec: &LinearSpec, kind: Kind) -> Result<Linear> {
         let weight = Weight::Dense(self.tensor_as(&format!("{}.weight", spec.name), kind)?);
         let bias = if spec.bias { Some(self.tensor_as(&format!("{}.bias", spec.name), kind)?) } else { None };
-        Ok(Linear { name: self.names.module(&spec.name), weight, bias, adapter: None })
+        Ok(Linear { name: self.names.module(&spec.name), weight, trained: None, bias, adapter: None })
     }
 
     /// The weight of a linear as the scheme keeps it: one tensor is whole at a time.
@@ -108,7 +108,7 @@ impl Reader<'_> {
                 }
                 _ => spec.bias.then(|| self.tensor(&format!("{name}_bias"))).transpose()?,
             };
-            return Ok(Linear { name: self.names.module(name), weight, bias, adapter: None });
+            return Ok(Linear { name: self.names.module(name), weight, trained: None, bias, adapter: None });
         }
         let (weight, bias) = match spec.stored {
             Stored::Apart => {
@@ -131,7 +131,7 @@ impl Reader<'_> {
         };
         let name = self.names.module(name);
         let weight = self.kept(&name, weight);
-        Ok(Linear { name, weight, bias, adapter: None })
+        Ok(Linear { name, weight, trained: None, bias, adapter: None })
     }
 
     /// The weights of all experts as they are stored, where the scheme keeps them so.

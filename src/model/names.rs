@@ -82,6 +82,12 @@ fn undone(renames: &[Rename], name: &str) -> String {
 }
 
 impl Names {
+    /// How the files call a parameter that transformers calls `path`, `there` saying which names they have; `path` where none.
+    pub fn stored_as(&self, path: &str, there: impl Fn(&str) -> bool) -> String {
+        let mut all = self.spec_names(path).map(|name| self.stored(&name));
+        all.find(|name| there(name)).unwrap_or_else(|| path.to_string())
+    }
+
     /// transformers' path of a module of the spec.
     pub fn module(&self, name: &str) -> String {
         renamed(&self.modules, name)

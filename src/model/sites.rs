@@ -53,6 +53,23 @@ impl Site {
         experts * self.shape.0 * self.shape.1
     }
 
+    /// Paths in transformers of the parameters its weight is made of: of each expert, where they are stored apart.
+    pub fn parameters(&self) -> Vec<String> {
+        match &self.role {
+            Role::Experts { stored: Stored::Together | Stored::Transposed { .. }, .. } => vec![self.name.clone()],
+            _ => self.modules().into_iter().map(|module| format!("{module}.weight")).collect(),
+        }
+    }
+
+    /// Whether it can be kept quantised: not what chooses experts, nor a head that is the embedding.
+    pub fn quantisable(&self, tied_head: bool) -> bool {
+        match self.role {
+            Role::Router => false,
+            Role::Head => !tied_head,
+            Role::Linear | Role::Blocks | Role::Indexer | Role::Experts { .. } => true,
+        }
+    }
+
     /// Module paths: of each expert, where they are stored apart.
     pub fn modules(&self) -> Vec<String> {
         match self.role {

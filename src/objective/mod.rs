@@ -29,12 +29,7 @@ pub struct Supervised<'a> {
 
 impl Learner for Supervised<'_> {
     fn parameters(&self) -> Vec<(String, Tensor)> {
-        let linears = self.model.linears().into_iter();
-        let adapters = linears.filter_map(|linear| Some((&linear.name, linear.adapter.as_ref()?)));
-        let tensors = adapters.flat_map(|(name, adapter)| {
-            [(format!("{name}.a"), adapter.a.shallow_clone()), (format!("{name}.b"), adapter.b.shallow_clone())]
-        });
-        tensors.collect()
+        self.model.trained()
     }
 
     fn loss(&self, batch: &Batch, dropout_seed: Option<u64>, scale: f64) -> Tensor {

@@ -9,8 +9,8 @@ use crate::torch_ext::custom;
 
 /// Projects x (T, G I) by `operand`, whose weight is (G O, I), without a bias: (T, G O).
 pub fn block_projection(x: &Tensor, groups: i64, operand: Operand<'_>) -> Tensor {
-    let Operand { weight, bias, low_rank, dropout_seed } = operand;
-    assert!(bias.is_none(), "a block-diagonal linear has no bias");
+    let Operand { weight, trained, bias, low_rank, dropout_seed } = operand;
+    assert!(bias.is_none() && trained.is_none(), "a block-diagonal linear has no bias and a frozen weight");
     let [rows, input] = weight.size()[..] else { unreachable!("(G O, I): checked at load") };
     let (tokens, output, kind) = (x.size()[0], rows / groups, weight.kind());
     let blocks = move |x: &Tensor, width: i64| x.view([tokens, groups, width]).transpose(0, 1); // (G, T, width)
@@ -87,10 +87,12 @@ mod tests {
                         b: x[2].to_kind(Kind::Float),
                         scale: 1.5,
                         dropout,
+                        magnitude: None,
                     });
                     let weight = weight(kind).into();
                     let low_rank = low_rank.as_ref();
-                    let operand = Operand { weight: &weight, bias: None, low_rank, dropout_seed: Some(5) };
+                    let operand =
+                        Operand { weight: &weight, trained: None, bias: None, low_rank, dropout_seed: Some(5) };
                     vec![block_projection(&x[0], groups, operand)]
                 },
                 |kind, x| {

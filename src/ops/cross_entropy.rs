@@ -68,11 +68,11 @@ fn in_chunks_of(chunk: i64, hidden: &Tensor, head: Operand<'_>, map: LogitMap, t
             let length = chunk.min(rows - start);
             let h = hidden.narrow(0, start, length);
             let target = targets.narrow(0, start, length);
-            let (logits, u) = group.forward(&h, None);
+            let (logits, kept) = group.forward(&h, None);
             let (losses, dlogits) = softmax(&logits[0], map, &target, scale, wants_gradients);
             loss += losses.sum(Kind::Float) * scale;
             if let Some(dlogits) = dlogits {
-                let (dh, df) = group.backward(|_| h.shallow_clone(), u.as_ref(), &[dlogits], wants_dhidden);
+                let (dh, df) = group.backward(|_| h.shallow_clone(), &kept, &[dlogits], wants_dhidden);
                 if let (Some(into), Some(dh)) = (&dhidden, dh) {
                     into.narrow(0, start, length).copy_(&dh);
                 }
@@ -148,7 +148,7 @@ mod tests {
                 &[randn(&[rows, d], 1)],
                 |kind, x| {
                     let w = weight(kind).into();
-                    let head = Operand { weight: &w, bias: None, low_rank: None, dropout_seed: None };
+                    let head = Operand { weight: &w, trained: None, bias: None, low_rank: None, dropout_seed: None };
                     vec![in_chunks_of(32, &x[0], head, map, &targets, 0.1)]
                 },
                 |kind, x| vec![twin(&x[0], &weight(kind), map, &targets, 0.1)],
@@ -165,9 +165,14 @@ mod tests {
             &[randn(&[rows, d], 1), randn(&[r, d], 3) * 0.3, randn(&[v, r], 4) * 0.3],
             |kind, x| {
                 let w = weight(kind).into();
-                let l =
-                    LowRank { a: x[1].to_kind(Kind::Float), b: x[2].to_kind(Kind::Float), scale: 2.0, dropout: 0.0 };
-                let head = Operand { weight: &w, bias: None, low_rank: Some(&l), dropout_seed: None };
+                let l = LowRank {
+                    a: x[1].to_kind(Kind::Float),
+                    b: x[2].to_kind(Kind::Float),
+                    scale: 2.0,
+                    dropout: 0.0,
+                    magnitude: None,
+                };
+                let head = Operand { weight: &w, trained: None, bias: None, low_rank: Some(&l), dropout_seed: None };
                 vec![cross_entropy(&x[0], head, LogitMap::PLAIN, &targets, 0.1)]
             },
             |kind, x| vec![twin(&x[0], &(weight(kind) + x[2].matmul(&x[1]) * 2.0), LogitMap::PLAIN, &targets, 0.1)],
@@ -178,7 +183,7 @@ mod tests {
     fn no_rows_is_a_loss_of_zero() {
         let hidden = randn(&[0, 8], 1).set_requires_grad(true);
         let w = randn(&[5, 8], 2).into();
-        let head = Operand { weight: &w, bias: None, low_rank: None, dropout_seed: None };
+        let head = Operand { weight: &w, trained: None, bias: None, low_rank: None, dropout_seed: None };
         let loss =
             cross_entropy(&hidden, head, LogitMap::PLAIN, &Tensor::zeros([0], (Kind::Int64, tch::Device::Cpu)), 1.0);
         assert_eq!(loss.double_value(&[]), 0.0);

@@ -128,7 +128,7 @@ pub fn gated_projection(
     residual: Option<&Tensor>,
 ) -> Tensor {
     let group = Group::of(&[operand]);
-    let (outputs, u) = tch::no_grad(|| group.forward(&activation.gated(gate, up), residual));
+    let (outputs, kept) = tch::no_grad(|| group.forward(&activation.gated(gate, up), residual));
     let mut inputs = vec![gate];
     inputs.extend(up);
     inputs.extend(residual);
@@ -147,7 +147,7 @@ pub fn gated_projection(
             }
             None => activation.gated(&gate, up.as_ref()),
         };
-        let (_, dfactors) = group.backward(x, u.as_ref(), grads, wants_dx);
+        let (_, dfactors) = group.backward(x, &kept, grads, wants_dx);
         let mut out = vec![passed.0];
         out.extend(passed.1);
         out.extend(has_residual.then(|| Some(grads[0].shallow_clone())));
@@ -181,10 +181,16 @@ mod tests {
                         b: x[4].to_kind(Kind::Float),
                         scale: 0.5,
                         dropout: 0.0,
+                        magnitude: None,
                     };
                     let weight = weight(kind).into();
-                    let operand =
-                        Operand { weight: &weight, bias: None, low_rank: Some(&low_rank), dropout_seed: None };
+                    let operand = Operand {
+                        weight: &weight,
+                        trained: None,
+                        bias: None,
+                        low_rank: Some(&low_rank),
+                        dropout_seed: None,
+                    };
                     vec![
                         gated_projection(activation, &x[0], Some(&x[1]), operand, Some(&x[2])),
                         gated_projection(activation, &x[0], None, operand, None),

@@ -16,6 +16,7 @@ mod dropout;
 pub mod experts;
 pub mod gated;
 pub mod latent;
+pub mod magnitude;
 pub mod norm;
 pub mod projection;
 pub mod recompute;
@@ -34,8 +35,9 @@ pub use delta_net::{DeltaGates, delta_rule, delta_rule_continued, delta_rule_ste
 pub use experts::{ExpertInput, Experts, Weighted, experts};
 pub use gated::{Activation, gated_projection};
 pub use latent::keys_values;
+pub use magnitude::Magnitude;
 pub use norm::Norm;
-pub use projection::{LowRank, Operand, projection};
+pub use projection::{LowRank, Operand, Trained, projection};
 pub use recompute::recompute;
 pub use rope::{RopeLayout, rope, rope_last};
 pub use split::split;

@@ -9,6 +9,7 @@ use tch::{Kind, Tensor};
 
 use super::Norm;
 use super::dropout::dropped;
+use super::magnitude::{self, Magnitude};
 use crate::quant::Weight;
 use crate::torch_ext::custom;
 
@@ -23,6 +24,63 @@ pub struct LowRank {
     pub scale: f64,
     /// Probability of dropping an element of X before A.
     pub dropout: f64,
+    /// The lengths of the rows of `W + s B A`, where they are trained.
+    pub magnitude: Option<Magnitude>,
+}
+
+impl LowRank {
+    /// `m / |V|` (out), fp32, of a weight (out, in), where magnitudes are trained. No graph.
+    pub fn gains(&self, weight: &Tensor) -> Option<Tensor> {
+        let Magnitude { lengths, squares } = self.magnitude.as_ref()?;
+        Some(lengths.detach() / magnitude::lengths(weight, squares, &self.a, &(self.b.detach() * self.scale)))
+    }
+
+    /// Another handle to the same tensors.
+    pub fn handle(&self) -> Self {
+        let Self { a, b, scale, dropout, magnitude } = self;
+        let magnitude = magnitude.as_ref().map(Magnitude::handle);
+        Self { a: a.shallow_clone(), b: b.shallow_clone(), scale: *scale, dropout: *dropout, magnitude }
+    }
+}
+
+/// What is trained of a weight itself.
+#[derive(Debug)]
+pub enum Trained {
+    /// All of it: (out, in), fp32, a leaf with gradient.
+    Whole(Tensor),
+    /// Some of its rows.
+    Rows {
+        /// Which (K), i64.
+        ids: Tensor,
+        /// What they are (K, in), fp32, a leaf with gradient.
+        rows: Tensor,
+    },
+}
+
+impl Trained {
+    /// Another handle to the same tensors.
+    pub fn handle(&self) -> Self {
+        match self {
+            Self::Whole(weight) => Self::Whole(weight.shallow_clone()),
+            Self::Rows { ids, rows } => Self::Rows { ids: ids.shallow_clone(), rows: rows.shallow_clone() },
+        }
+    }
+
+    /// A weight (out, in) with it in place, in the weight's number type. No graph.
+    pub fn whole(&self, weight: &Tensor) -> Tensor {
+        match self {
+            Self::Whole(trained) => trained.detach().to_kind(weight.kind()),
+            Self::Rows { ids, rows } => weight.index_copy(0, ids, &rows.detach().to_kind(weight.kind())),
+        }
+    }
+
+    /// The leaf.
+    pub fn leaf(&self) -> &Tensor {
+        match self {
+            Self::Whole(weight) => weight,
+            Self::Rows { rows, .. } => rows,
+        }
+    }
 }
 
 /// One of the projections of X.
@@ -30,12 +88,32 @@ pub struct LowRank {
 pub struct Operand<'a> {
     /// W (out, in), frozen.
     pub weight: &'a Weight,
+    /// What is trained in its place.
+    pub trained: Option<&'a Trained>,
     /// (out), frozen.
     pub bias: Option<&'a Tensor>,
     /// The update, if any.
     pub low_rank: Option<&'a LowRank>,
     /// Seed of this projection's dropout mask; `None` when nothing is dropped.
     pub dropout_seed: Option<u64>,
+}
+
+impl<'a> Operand<'a> {
+    /// W (out, in) as it is now, without its update, in the compute type. No graph.
+    pub fn whole(&self) -> Tensor {
+        let weight = self.weight.dense();
+        self.trained.map_or_else(|| weight.shallow_clone(), |trained| trained.whole(&weight))
+    }
+
+    /// Everything of it that is trained, in the order in which gradients are returned.
+    pub(crate) fn factors(&self) -> impl Iterator<Item = &'a Tensor> + use<'a> {
+        let weight = self.trained.map(Trained::leaf);
+        let factors = self.low_rank.into_iter().flat_map(|l| {
+            let lengths = l.magnitude.as_ref().map(|magnitude| &magnitude.lengths);
+            [&l.a, &l.b].into_iter().chain(lengths)
+        });
+        weight.into_iter().chain(factors)
+    }
 }
 
 /// Projects `input` (T, in), after `norm` if given, by every operand; `residual` (T, out) is added to the only one.
@@ -46,7 +124,7 @@ pub fn projection(
     residual: Option<&Tensor>,
 ) -> Vec<Tensor> {
     let group = Group::of(operands);
-    let (outputs, stats, u) = tch::no_grad(|| {
+    let (outputs, stats, kept) = tch::no_grad(|| {
         let (x, stats) = match norm {
             Some(norm) => {
                 let (x, stats) = norm.forward(input);
@@ -54,8 +132,8 @@ pub fn projection(
             }
             None => (input.shallow_clone(), None),
         };
-        let (outputs, u) = group.forward(&x, residual);
-        (outputs, stats, u)
+        let (outputs, kept) = group.forward(&x, residual);
+        (outputs, stats, kept)
     });
 
     let mut inputs = vec![input];
@@ -69,7 +147,7 @@ pub fn projection(
         let x = |_: Option<&Tensor>| {
             normed.as_ref().map_or_else(|| saved.shallow_clone(), |(norm, stats)| norm.again(&saved, stats))
         };
-        let (dx, dfactors) = group.backward(x, u.as_ref(), grads, wants_dx);
+        let (dx, dfactors) = group.backward(x, &kept, grads, wants_dx);
         let dinput = dx.map(|dx| match &normed {
             Some((norm, stats)) => norm.backward(&dx, &saved, stats),
             None => dx,
@@ -83,9 +161,9 @@ pub fn projection(
     })
 }
 
-/// A and B of every operand that has them, in the order in which gradients are returned.
+/// What is trained of every operand, in the order in which gradients are returned.
 pub(super) fn factors<'a>(operands: &[Operand<'a>]) -> Vec<&'a Tensor> {
-    operands.iter().filter_map(|o| o.low_rank).flat_map(|l| [&l.a, &l.b]).collect()
+    operands.iter().flat_map(Operand::factors).collect()
 }
 
 /// Projections of one X: what their forward and backward read. Holds handles to frozen tensors, never copies of them.
@@ -97,8 +175,17 @@ pub(super) struct Group {
 
 struct Member {
     weight: Weight,
+    trained: Part,
     bias: Option<Tensor>,
     update: Option<Update>,
+}
+
+/// How much of a weight is trained.
+enum Part {
+    Nothing,
+    Whole,
+    /// Rows by number (K), as they are now (K, in) in the compute type.
+    Rows(Tensor, Tensor),
 }
 
 struct Update {
@@ -109,6 +196,30 @@ struct Update {
     rows: (i64, i64),
     /// Probability and seed of dropout, when there is any.
     dropout: Option<(f64, u64)>,
+    decomposed: Option<Decomposed>,
+}
+
+/// What DoRA needs beside its update.
+struct Decomposed {
+    magnitude: Magnitude,
+    /// A (R, in) and s B (out, R), fp32.
+    a: Tensor,
+    scaled_b: Tensor,
+}
+
+/// What a forward leaves for the backward.
+pub(super) struct Kept {
+    /// U (T, sum of R) with `U_i = drop_i(X) A_i^T`.
+    u: Option<Tensor>,
+    /// For each member.
+    decomposed: Vec<Option<Lengthened>>,
+}
+
+/// Z (T, out), whose columns were multiplied with `m / |V|`; that less 1, and |V|, both (out).
+struct Lengthened {
+    z: Tensor,
+    more: Tensor,
+    lengths: Tensor,
 }
 
 impl Group {
@@ -123,14 +234,28 @@ impl Group {
                     let rank = low_rank.a.size()[0];
                     stacked.push(low_rank.a.detach().to_kind(kind));
                     start += rank;
+                    let scaled_b = low_rank.b.detach() * low_rank.scale;
                     Update {
-                        scaled_b: (low_rank.b.detach() * low_rank.scale).to_kind(kind),
+                        scaled_b: scaled_b.to_kind(kind),
                         scale: low_rank.scale,
                         rows: (start - rank, rank),
                         dropout: operand.dropout_seed.filter(|_| low_rank.dropout > 0.0).map(|s| (low_rank.dropout, s)),
+                        decomposed: low_rank.magnitude.as_ref().map(|magnitude| Decomposed {
+                            magnitude: magnitude.handle(),
+                            a: low_rank.a.detach(),
+                            scaled_b,
+                        }),
                     }
                 });
-                Member { weight: operand.weight.handle(), bias: operand.bias.map(Tensor::shallow_clone), update }
+                let (weight, trained) = match operand.trained {
+                    None => (operand.weight.handle(), Part::Nothing),
+                    Some(Trained::Whole(weight)) => (Weight::Dense(weight.detach().to_kind(kind)), Part::Whole),
+                    Some(Trained::Rows { ids, rows }) => {
+                        let rows = Part::Rows(ids.shallow_clone(), rows.detach().to_kind(kind));
+                        (operand.weight.handle(), rows)
+                    }
+                };
+                Member { weight, trained, bias: operand.bias.map(Tensor::shallow_clone), update }
             })
             .collect();
         let a = match stacked.len() {
@@ -141,39 +266,25 @@ impl Group {
         Self { members, a }
     }
 
-    /// Every Y_i (T, out_i), and U (T, sum of R) with `U_i = drop_i(X) A_i^T`.
-    pub(super) fn forward(&self, x: &Tensor, residual: Option<&Tensor>) -> (Vec<Tensor>, Option<Tensor>) {
+    /// Every Y_i (T, out_i), and what the backward needs.
+    pub(super) fn forward(&self, x: &Tensor, residual: Option<&Tensor>) -> (Vec<Tensor>, Kept) {
         assert!(residual.is_none() || self.members.len() == 1, "a residual is added to one projection");
         let u = self.a.as_ref().map(|a| self.down(x, a));
-        let outputs = self
-            .members
-            .iter()
-            .map(|member| {
-                let weight = member.weight.dense().tr(); // (in, out)
-                let mut y = match (residual, &member.bias) {
-                    (Some(residual), Some(bias)) => (residual + bias).addmm(x, &weight),
-                    (Some(added), None) | (None, Some(added)) => added.addmm(x, &weight),
-                    (None, None) => x.mm(&weight),
-                };
-                if let (Some(update), Some(u)) = (&member.update, &u) {
-                    let _ = y.addmm_(&update.columns(u), &update.scaled_b.tr());
-                }
-                y
-            })
-            .collect();
-        (outputs, u)
+        let (outputs, decomposed) = self.members.iter().map(|member| member.forward(x, u.as_ref(), residual)).collect();
+        (outputs, Kept { u, decomposed })
     }
 
-    /// dX (T, in) when wanted, and dA (R, in), dB (out, R) in fp32 of every update, from every dY_i (T, out_i).
+    /// dX (T, in) when wanted, and the gradients of [`factors`], fp32, from every dY_i (T, out_i).
     ///
-    /// With dU_i = dY_i s_i B_i: `dA_i = dU_i^T drop_i(X)`, `dB_i = s_i dY_i^T U_i`,
-    /// `dX = sum_i dY_i W_i + drop_i(dU_i A_i)`.
+    /// With dU_i = dZ_i s_i B_i: `dA_i = dU_i^T drop_i(X)`, `dB_i = s_i dZ_i^T U_i`, `dX = sum_i dZ_i W_i + drop_i(dU_i A_i)`, and
+    /// `dW_i = dY_i^T X` where W_i is trained. dZ_i is dY_i, or `dY_i m_i / |V_i|` where a magnitude is trained; then
+    /// `dm_i = sum_t dY_i Z_i / |V_i|`.
     ///
     /// `x` makes X again; it is called once, at the end, with dX.
     pub(super) fn backward(
         &self,
         x: impl FnOnce(Option<&Tensor>) -> Tensor,
-        u: Option<&Tensor>,
+        kept: &Kept,
         grads: &[Tensor],
         wants_dx: bool,
     ) -> (Option<Tensor>, Vec<Tensor>) {
@@ -182,42 +293,52 @@ impl Group {
             Some(dx) => drop(dx.addmm_(left, right)),
             None => dx = Some(left.mm(right)),
         };
-        if wants_dx {
-            for (member, dy) in self.members.iter().zip(grads) {
-                add(dy, &member.weight.dense());
-            }
+        let sides: Vec<Side<'_>> = self
+            .members
+            .iter()
+            .zip(grads)
+            .zip(&kept.decomposed)
+            .map(|((m, dy), d)| Side::new(m, dy, d.as_ref()))
+            .collect();
+        for side in sides.iter().filter(|_| wants_dx) {
+            side.through_weight(&mut add);
         }
-        let (Some(a), Some(u)) = (&self.a, u) else {
-            let _ = x(dx.as_ref());
-            return (dx, Vec::new());
+        let du: Vec<Option<Tensor>> =
+            sides.iter().map(|side| side.update().map(|update| side.dz.mm(&update.scaled_b))).collect(); // (T, R) each
+        let together = sides.iter().filter_map(Side::update).all(|update| update.dropout.is_none());
+        let all_du = || match &du[..] {
+            [Some(du)] => du.shallow_clone(),
+            du => Tensor::cat(&du.iter().flatten().collect::<Vec<_>>(), 1), // (T, sum of R)
         };
-        let updates: Vec<(&Update, &Tensor)> =
-            self.members.iter().zip(grads).filter_map(|(m, dy)| m.update.as_ref().map(|update| (update, dy))).collect();
-        let du: Vec<Tensor> = updates.iter().map(|(update, dy)| dy.mm(&update.scaled_b)).collect(); // (T, R) each
-        let da: Vec<Tensor> = if updates.iter().any(|(update, _)| update.dropout.is_some()) {
-            for ((update, _), du) in updates.iter().zip(&du).filter(|_| wants_dx) {
-                let through_a = dropped(&du.mm(&update.rows_of(a)), update.dropout);
+        let all_du = self.a.as_ref().filter(|_| together).map(|a| {
+            let all_du = all_du();
+            if wants_dx {
+                add(&all_du, a);
+            }
+            all_du
+        });
+        if let Some(a) = self.a.as_ref().filter(|_| !together && wants_dx) {
+            for (side, du) in sides.iter().zip(&du) {
+                let (Some(update), Some(du)) = (side.update(), du) else { continue };
+                let through_a = dropped(&side.through_dropout(&du.mm(&update.rows_of(a))), update.dropout);
                 dx = Some(dx.expect("wanted, so made above") + through_a);
             }
-            let x = x(dx.as_ref());
-            updates.iter().zip(&du).map(|((update, _), du)| du.tr().mm(&dropped(&x, update.dropout))).collect()
-        } else {
-            let du = if du.len() == 1 { du[0].shallow_clone() } else { Tensor::cat(&du, 1) }; // (T, sum of R)
-            if wants_dx {
-                add(&du, a);
-            }
-            let da = du.tr().mm(&x(dx.as_ref())); // (sum of R, in)
-            updates.iter().map(|(update, _)| update.rows_of(&da)).collect()
-        };
-        let dfactors = updates
-            .iter()
-            .zip(da)
-            .flat_map(|((update, dy), da)| {
-                let db = dy.tr().mm(&update.columns(u)).to_kind(Kind::Float) * update.scale;
-                [da.to_kind(Kind::Float), db]
-            })
-            .collect();
-        (dx, dfactors)
+        }
+        let x = x(dx.as_ref());
+        let all_da = all_du.map(|du| du.tr().mm(&x)); // (sum of R, in)
+        let mut factors = Vec::new();
+        for (side, du) in sides.iter().zip(&du) {
+            factors.extend(side.dweight(&x));
+            let (Some(update), Some(du), Some(u)) = (side.update(), du, &kept.u) else { continue };
+            let da = match &all_da {
+                Some(all_da) => update.rows_of(all_da),
+                None => du.tr().mm(&dropped(&x, update.dropout)),
+            };
+            let db = side.dz.tr().mm(&update.columns(u)).to_kind(Kind::Float) * update.scale;
+            factors.extend([da.to_kind(Kind::Float), db]);
+            factors.extend(side.dlengths());
+        }
+        (dx, factors)
     }
 
     fn down(&self, x: &Tensor, a: &Tensor) -> Tensor {
@@ -227,6 +348,118 @@ impl Group {
         }
         let parts: Vec<Tensor> = updates.iter().map(|u| dropped(x, u.dropout).mm(&u.rows_of(a).tr())).collect();
         Tensor::cat(&parts, 1)
+    }
+}
+
+impl Member {
+    /// Y (T, out), `u` being that of all members.
+    fn forward(&self, x: &Tensor, u: Option<&Tensor>, residual: Option<&Tensor>) -> (Tensor, Option<Lengthened>) {
+        let weight = self.weight.dense(); // (out, in)
+        let added = match (residual, &self.bias) {
+            (Some(residual), Some(bias)) => Some(residual + bias),
+            (Some(added), None) | (None, Some(added)) => Some(added.shallow_clone()),
+            (None, None) => None,
+        };
+        let update = self.update.as_ref().zip(u);
+        if let Some((update, u)) = update
+            && let Some(decomposed) = &update.decomposed
+        {
+            return decomposed.forward(x, &weight, update, u, added);
+        }
+        let weight = weight.tr(); // (in, out)
+        let mut y = added.map_or_else(|| x.mm(&weight), |added| added.addmm(x, &weight));
+        if let Some((update, u)) = update {
+            let _ = y.addmm_(&update.columns(u), &update.scaled_b.tr());
+        }
+        if let Part::Rows(ids, rows) = &self.trained {
+            let _ = y.index_copy_(1, ids, &x.mm(&rows.tr()));
+        }
+        (y, None)
+    }
+}
+
+impl Decomposed {
+    /// `Y = X W^T - D W^T + Z m / |V| + added` with `D = drop(X)` and `Z = D W^T + s U B^T`: nothing is taken off and put on again
+    /// where nothing is dropped.
+    fn forward(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        update: &Update,
+        u: &Tensor,
+        added: Option<Tensor>,
+    ) -> (Tensor, Option<Lengthened>) {
+        let Magnitude { lengths: trained, squares } = &self.magnitude;
+        let lengths = magnitude::lengths(weight, squares, &self.a, &self.scaled_b);
+        let more = trained.detach() / &lengths - 1.0;
+        let mut z = dropped(x, update.dropout).mm(&weight.tr());
+        let whole = update.dropout.map(|_| x.mm(&weight.tr()) - &z);
+        let _ = z.addmm_(&update.columns(u), &update.scaled_b.tr());
+        let y = [whole, added].into_iter().flatten().fold(magnitude::scaled(&z, &more), |y, more| y + more);
+        (y, Some(Lengthened { z, more, lengths }))
+    }
+}
+
+/// A member in the backward.
+struct Side<'a> {
+    member: &'a Member,
+    dy: &'a Tensor,
+    /// The gradient of `drop(X) W^T + s U B^T`.
+    dz: Tensor,
+    decomposed: Option<&'a Lengthened>,
+}
+
+impl<'a> Side<'a> {
+    fn new(member: &'a Member, dy: &'a Tensor, decomposed: Option<&'a Lengthened>) -> Self {
+        let dz = decomposed.map_or_else(|| dy.shallow_clone(), |kept| magnitude::scaled(dy, &kept.more));
+        Self { member, dy, dz, decomposed }
+    }
+
+    fn update(&self) -> Option<&'a Update> {
+        self.member.update.as_ref()
+    }
+
+    /// Adds what reaches X through W, as far as nothing of X was dropped.
+    fn through_weight(&self, add: &mut impl FnMut(&Tensor, &Tensor)) {
+        let weight = self.member.weight.dense();
+        match &self.member.trained {
+            Part::Rows(ids, rows) => {
+                add(&self.dy.index_fill(1, ids, 0.0), &weight);
+                add(&self.dy.index_select(1, ids), rows);
+            }
+            Part::Nothing | Part::Whole if self.drops() => add(self.dy, &weight),
+            Part::Nothing | Part::Whole => add(&self.dz, &weight),
+        }
+    }
+
+    /// What reaches `drop(X)`: `through_a`, and through W, where its product of what is left counts otherwise than that of all.
+    fn through_dropout(&self, through_a: &Tensor) -> Tensor {
+        match self.decomposed.filter(|_| self.drops()) {
+            Some(_) => through_a.addmm(&(&self.dz - self.dy), &self.member.weight.dense()),
+            None => through_a.shallow_clone(),
+        }
+    }
+
+    fn drops(&self) -> bool {
+        self.update().is_some_and(|update| update.dropout.is_some())
+    }
+
+    /// dW (out, in), or of its trained rows (K, in), fp32.
+    fn dweight(&self, x: &Tensor) -> Option<Tensor> {
+        let dy = match &self.member.trained {
+            Part::Nothing => return None,
+            Part::Whole => self.dy.shallow_clone(),
+            Part::Rows(ids, _) => self.dy.index_select(1, ids),
+        };
+        Some(dy.tr().mm(x).to_kind(Kind::Float))
+    }
+
+    /// dm (out), fp32.
+    fn dlengths(&self) -> Option<Tensor> {
+        self.decomposed.map(|kept| {
+            let products = self.dy.to_kind(Kind::Float) * &kept.z;
+            products.sum_dim_intlist([0i64].as_slice(), false, Kind::Float) / &kept.lengths
+        })
     }
 }
 
@@ -272,7 +505,7 @@ mod tests {
 
     fn low_rank(leaves: &[Tensor], i: usize, dropout: f64) -> LowRank {
         let handle = |t: &Tensor| t.to_kind(Kind::Float);
-        LowRank { a: handle(&leaves[1 + 2 * i]), b: handle(&leaves[2 + 2 * i]), scale: 1.5, dropout }
+        LowRank { a: handle(&leaves[1 + 2 * i]), b: handle(&leaves[2 + 2 * i]), scale: 1.5, dropout, magnitude: None }
     }
 
     fn plain(x: &Tensor, w: &Tensor, l: Option<&LowRank>, seed: Option<u64>) -> Tensor {
@@ -298,6 +531,7 @@ mod tests {
                     let operands: Vec<Operand> = (0..3)
                         .map(|i| Operand {
                             weight: &weights[i],
+                            trained: None,
                             bias: (i != 1).then_some(&biases[i]),
                             low_rank: Some(&low_ranks[i]),
                             dropout_seed: Some(70 + i as u64),
@@ -326,9 +560,15 @@ mod tests {
             |kind, x| {
                 let low_rank = low_rank(x, 0, 0.0);
                 let weights: Vec<Weight> = (0..2).map(|i| weight(i, kind).into()).collect();
-                let bare = Operand { weight: &weights[1], bias: None, low_rank: None, dropout_seed: None };
-                let adapted =
-                    Operand { weight: &weights[0], bias: None, low_rank: Some(&low_rank), dropout_seed: None };
+                let bare =
+                    Operand { weight: &weights[1], trained: None, bias: None, low_rank: None, dropout_seed: None };
+                let adapted = Operand {
+                    weight: &weights[0],
+                    trained: None,
+                    bias: None,
+                    low_rank: Some(&low_rank),
+                    dropout_seed: None,
+                };
                 projection(&x[0], None, &[bare, adapted], None)
             },
             |kind, x| {
@@ -346,13 +586,82 @@ mod tests {
             &inputs,
             |kind, x| {
                 let (low_rank, weight, bias) = (low_rank(x, 0, 0.0), Weight::from(weight(0, kind)), bias(0, kind));
-                let operand =
-                    Operand { weight: &weight, bias: Some(&bias), low_rank: Some(&low_rank), dropout_seed: None };
+                let operand = Operand {
+                    weight: &weight,
+                    trained: None,
+                    bias: Some(&bias),
+                    low_rank: Some(&low_rank),
+                    dropout_seed: None,
+                };
                 projection(&x[0], None, &[operand], Some(&x[3]))
             },
             |kind, x| {
                 let l = low_rank(x, 0, 0.0);
                 vec![plain(&x[0], &weight(0, kind), Some(&l), None) + bias(0, kind) + &x[3]]
+            },
+        );
+    }
+
+    #[test]
+    fn trained_lengths_equal_plain_autograd() {
+        for dropout in [0.0, 0.3] {
+            let mut inputs = leaves(&OUT[..1]);
+            inputs.push(randn(&[OUT[0]], 50).abs() + 0.3);
+            let residual = randn(&[T, OUT[0]], 9);
+            check(
+                &inputs,
+                |kind, x| {
+                    let (weight, bias) = (Weight::from(weight(0, kind)), bias(0, kind));
+                    let squares = magnitude::squares(&weight);
+                    let magnitude = Some(Magnitude { lengths: x[3].to_kind(Kind::Float), squares });
+                    let low_rank = LowRank { magnitude, ..low_rank(x, 0, dropout) };
+                    let operand = Operand {
+                        weight: &weight,
+                        trained: None,
+                        bias: Some(&bias),
+                        low_rank: Some(&low_rank),
+                        dropout_seed: Some(70),
+                    };
+                    projection(&x[0], None, &[operand], Some(&residual.to_kind(kind)))
+                },
+                |kind, x| {
+                    let (w, l) = (weight(0, kind), low_rank(x, 0, dropout));
+                    let whole = &w + l.b.matmul(&l.a) * l.scale;
+                    let found = whole.norm_scalaropt_dim(2.0, [1i64].as_slice(), false).detach();
+                    let gain = &x[3] / found;
+                    let dropped = match dropout {
+                        0.0 => x[0].shallow_clone(),
+                        p => &x[0] * keep_mask(&x[0], 1.0 - p, 70) / (1.0 - p),
+                    };
+                    let frozen = x[0].matmul(&w.tr()) - dropped.matmul(&w.tr());
+                    let adapted = dropped.matmul(&w.tr()) + dropped.matmul(&l.a.tr()).matmul(&l.b.tr()) * l.scale;
+                    vec![frozen + adapted * gain + bias(0, kind) + residual.to_kind(kind)]
+                },
+            );
+        }
+    }
+
+    #[test]
+    fn a_weight_or_some_of_its_rows_are_trained_as_by_plain_autograd() {
+        let (ids, third) = (Tensor::from_slice(&[5i64, 0, 17]), 3);
+        check(
+            &[randn(&[T, D], 1), randn(&[OUT[0], D], 2) * 0.2, randn(&[third, D], 3) * 0.2],
+            |kind, x| {
+                let weights: Vec<Weight> = (0..2).map(|i| weight(i, kind).into()).collect();
+                let whole = Trained::Whole(x[1].to_kind(Kind::Float));
+                let rows = Trained::Rows { ids: ids.shallow_clone(), rows: x[2].to_kind(Kind::Float) };
+                let bias = bias(0, kind);
+                let of = |weight, trained, bias| Operand { weight, trained, bias, low_rank: None, dropout_seed: None };
+                let [whole, mixed] = [of(&weights[0], Some(&whole), Some(&bias)), of(&weights[0], Some(&rows), None)];
+                projection(&x[0], None, &[whole, mixed, of(&weights[1], None, None)], None)
+            },
+            |kind, x| {
+                let mixed = weight(0, kind).index_copy(0, &ids, &x[2].to_kind(kind));
+                vec![
+                    x[0].matmul(&x[1].to_kind(kind).tr()) + bias(0, kind),
+                    x[0].matmul(&mixed.tr()),
+                    x[0].matmul(&weight(1, kind).tr()),
+                ]
             },
         );
     }

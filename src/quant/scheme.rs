@@ -18,6 +18,8 @@ pub struct Scheme {
     pub skip: Vec<String>,
     /// Whether a weight is quantised and made whole again at once, to be kept so: the same numbers, in more memory and less time.
     pub whole: bool,
+    /// Whether what adapters started with was taken off the weights before they were quantised (PiSSA, OLoRA).
+    pub after_start: bool,
 }
 
 /// A form to quantise to.
@@ -161,6 +163,8 @@ struct Said {
     block_size: Option<i64>,
     skip: Vec<String>,
     dtype: String,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    after_start: bool,
 }
 
 const KINDS: [(&str, Kind); 3] = [("bf16", Kind::BFloat16), ("fp16", Kind::Half), ("fp32", Kind::Float)];
@@ -174,7 +178,14 @@ impl From<&Scheme> for Said {
             Form::Stored(layout) => (layout.to_string(), None, None),
         };
         let dtype = KINDS.iter().find(|(_, kind)| *kind == scheme.kind).map_or("fp32", |(name, _)| *name);
-        Self { r#type, double_quant, block_size, skip: scheme.skip.clone(), dtype: dtype.into() }
+        Self {
+            r#type,
+            double_quant,
+            block_size,
+            skip: scheme.skip.clone(),
+            dtype: dtype.into(),
+            after_start: scheme.after_start,
+        }
     }
 }
 
@@ -204,7 +215,7 @@ impl TryFrom<Said> for Scheme {
         };
         let kind = KINDS.iter().find(|(name, _)| *name == said.dtype);
         let (_, kind) = kind.ok_or_else(|| format!("dtype is {:?}, not bf16, fp16 or fp32", said.dtype))?;
-        Ok(Self { form, kind: *kind, skip: said.skip, whole: false })
+        Ok(Self { form, kind: *kind, skip: said.skip, whole: false, after_start: said.after_start })
     }
 }
 
@@ -213,7 +224,13 @@ mod tests {
     use super::*;
 
     fn scheme(form: Form) -> Scheme {
-        Scheme { form, kind: Kind::BFloat16, skip: vec!["lm_head".to_string(), "mlp.gate".to_string()], whole: false }
+        Scheme {
+            form,
+            kind: Kind::BFloat16,
+            skip: vec!["lm_head".to_string(), "mlp.gate".to_string()],
+            whole: false,
+            after_start: false,
+        }
     }
 
     #[test]

@@ -111,7 +111,13 @@ impl QuantizationRecipe {
     /// What this asks for. Whether weights are kept whole is decided when there is a device.
     fn scheme(&self, kind: Kind) -> Scheme {
         let form = self.form.unwrap_or_default().with(self.block_size.into(), self.double_quant);
-        Scheme { form, kind, skip: self.skip.clone(), whole: self.cache_dequantized == CacheDequantized::Always }
+        Scheme {
+            form,
+            kind,
+            skip: self.skip.clone(),
+            whole: self.cache_dequantized == CacheDequantized::Always,
+            after_start: false,
+        }
     }
 }
 

@@ -279,7 +279,7 @@ mod tests {
                 "7:8: `dtype` is the text \"bfloat16\" | write `bf16`",
                 "8:23: `training.optimizer` is the text \"adamw_torch\", expected one of `adamw`, `adamw_8bit` | write `adamw`",
                 "8:50: `training.lr_scheduler` is the text \"cosin\" | write `cosine`",
-                "9:19: `adapter.method` is the text \"lokr\", expected one of `lora`, `qlora`",
+                "9:19: `adapter.method` is the text \"lokr\", expected one of `lora`, `qlora`, `dora`",
             ],
         );
     }

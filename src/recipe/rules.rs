@@ -40,6 +40,21 @@ pub(super) fn check(tree: &Node) -> Vec<Problem> {
             "`quantization` needs `adapter.method: qlora`: another method trains on a base that is not quantised";
         problems.push(Problem::new(&node.place, what, "write `adapter: {method: qlora}` or leave `quantization` out"));
     }
+    let start = given(tree, "adapter.init_lora_weights");
+    let start_is = |name: &str| start.and_then(Node::text) == Some(name);
+    if let (Some(node), true, false) = (start, start_is("loftq"), quantised) {
+        let what =
+            "`adapter.init_lora_weights: loftq` needs `adapter.method: qlora`: it makes good what quantising loses";
+        problems.push(Problem::new(&node.place, what, "choose another start, or write `method: qlora`"));
+    }
+    if let (Some(node), false) = (given(tree, "adapter.pissa_niter"), start_is("pissa")) {
+        let what = "`adapter.pissa_niter` needs `adapter.init_lora_weights: pissa`";
+        problems.push(Problem::new(&node.place, what, "leave it out, or choose that start"));
+    }
+    if let (Some(node), Some(_)) = (given(tree, "adapter.new_tokens"), given(tree, "adapter.adapter_name_or_path")) {
+        let what = "`adapter.new_tokens` cannot be added to an adapter that is continued";
+        problems.push(Problem::new(&node.place, what, "leave one of both out"));
+    }
     let form = given(tree, "quantization.type").and_then(Node::text).unwrap_or("nf4");
     for key in ["quantization.double_quant", "quantization.block_size"] {
         if let (Some(node), "int8" | "fp8") = (given(tree, key), form) {

@@ -94,8 +94,25 @@ pub struct AdapterRecipe {
     pub alpha_pattern: BTreeMap<String, f64>,
     /// Rank-stabilised scale, `lora_alpha / sqrt(r)` (arXiv:2312.03732).
     pub use_rslora: bool,
-    /// How A starts; B starts at zero.
+    /// Train the lengths of the weights' rows, too (DoRA, arXiv:2402.09353), also with `method: qlora`.
+    pub use_dora: bool,
+    /// How A and B start. `pissa` and `olora` train on what is left of the base; the adapter that is written has twice the rank and
+    /// fits the base as it was.
     pub init_lora_weights: InitLora,
+    /// For `pissa`: iterations of the fast decomposition (arXiv:0909.4061), as in PEFT's `pissa_niter_16`; the exact one where left
+    /// out, which takes minutes for a large model's every linear.
+    #[schemars(range(min = 0, max = 1000))]
+    pub pissa_niter: Option<u32>,
+    /// Modules trained whole, in fp32, by the ends of their paths: the embedding, the head, linears. A head that shares the
+    /// embedding's weight shares what is trained (PEFT's `ensure_weight_tying`), unless both are named.
+    #[schemars(length(min = 1), inner(length(min = 1)))]
+    pub modules_to_save: Option<Vec<String>>,
+    /// Tokens trained by their rows alone: ids for the embedding (and a head that shares it), or lists of ids by module.
+    pub trainable_token_indices: Option<TokenIndices>,
+    /// Tokens added to the tokenizer, and trained by their rows. Where the base has no rows left for them it gets more, which begin
+    /// as the mean of all.
+    #[schemars(length(min = 1), inner(length(min = 1)))]
+    pub new_tokens: Option<Vec<String>>,
     /// Continue from this adapter folder (PEFT layout).
     #[schemars(length(min = 1))]
     pub adapter_name_or_path: Option<PathBuf>,
@@ -114,7 +131,12 @@ impl Default for AdapterRecipe {
             rank_pattern: BTreeMap::new(),
             alpha_pattern: BTreeMap::new(),
             use_rslora: false,
+            use_dora: false,
             init_lora_weights: InitLora::Kaiming,
+            pissa_niter: None,
+            modules_to_save: None,
+            trainable_token_indices: None,
+            new_tokens: None,
             adapter_name_or_path: None,
         }
     }
@@ -129,6 +151,50 @@ pub enum AdapterMethod {
     Lora,
     /// The same on a quantised base (arXiv:2305.14314); see `quantization`.
     Qlora,
+    /// LoRA with `use_dora`.
+    Dora,
+}
+
+impl AdapterRecipe {
+    /// Whether the lengths of the weights' rows are trained, too.
+    pub fn decomposes(&self) -> bool {
+        self.use_dora || self.method == AdapterMethod::Dora
+    }
+
+    /// Trains the rows of these tokens, too, of the embedding and of a head that has rows of its own.
+    pub fn train_tokens(&mut self, ids: &[u32], tied_head: bool) {
+        let named = self.trainable_token_indices.take();
+        let with = |own: Vec<u32>| own.into_iter().chain(ids.iter().copied()).collect::<Vec<u32>>();
+        self.trainable_token_indices = Some(match named {
+            Some(TokenIndices::Modules(mut modules)) => {
+                for (_, own) in &mut modules {
+                    *own = with(std::mem::take(own));
+                }
+                TokenIndices::Modules(modules)
+            }
+            named if tied_head => TokenIndices::Embedding(match named {
+                Some(TokenIndices::Embedding(own)) => with(own),
+                Some(TokenIndices::Modules(_)) | None => with(Vec::new()),
+            }),
+            named => {
+                let own = match named {
+                    Some(TokenIndices::Embedding(own)) => own,
+                    Some(TokenIndices::Modules(_)) | None => Vec::new(),
+                };
+                TokenIndices::Modules([("embed_tokens".into(), with(own)), ("lm_head".into(), ids.to_vec())].into())
+            }
+        });
+    }
+
+    /// Whether A and B start from the weights themselves.
+    pub fn starts_from_weights(&self) -> bool {
+        self.takes_off() || self.init_lora_weights == InitLora::Loftq
+    }
+
+    /// Whether what A and B start with is taken off the weights.
+    pub fn takes_off(&self) -> bool {
+        self.adapter_name_or_path.is_none() && matches!(self.init_lora_weights, InitLora::Pissa | InitLora::Olora)
+    }
 }
 
 /// How the frozen base is quantised, with `adapter.method: qlora`. Names are bitsandbytes'.
@@ -214,21 +280,37 @@ pub enum Targets {
     Names(#[schemars(length(min = 1), inner(length(min = 1)))] Vec<String>),
 }
 
+/// Ids of tokens.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum TokenIndices {
+    /// Of the embedding.
+    Embedding(#[schemars(length(min = 1))] Vec<u32>),
+    /// By the end of a module's path: the embedding's, the head's.
+    Modules(BTreeMap<String, Vec<u32>>),
+}
+
 impl Default for Targets {
     fn default() -> Self {
         Targets::Pattern("all-linear".into())
     }
 }
 
-/// How A starts; B starts at zero.
+/// How A and B start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum InitLora {
-    /// Uniform in +-1/sqrt(in), PEFT's default (`kaiming_uniform_` with a = sqrt(5)).
+    /// A uniform in +-1/sqrt(in), PEFT's default (`kaiming_uniform_` with a = sqrt(5)); B zero.
     #[default]
     Kaiming,
-    /// Normal with standard deviation 1/r, PEFT's `gaussian`.
+    /// A normal with standard deviation 1/r, PEFT's `gaussian`; B zero.
     Gaussian,
+    /// The weight's principal singular values and vectors, which are taken off it (arXiv:2404.02948).
+    Pissa,
+    /// The first columns of its QR decomposition, which are taken off it (arXiv:2406.01775).
+    Olora,
+    /// What quantising the weight lost, with `method: qlora`; one iteration (arXiv:2310.08659).
+    Loftq,
 }
 
 /// What is learned from.

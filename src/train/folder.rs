@@ -4,13 +4,16 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use tch::Tensor;
+
 use super::disk;
 use super::ledger::Ledger;
-use super::state::States;
+use super::state::{States, tensors_from_bytes, tensors_to_bytes};
 use crate::{Error, Fault, Result};
 
 const LOCK: &str = ".lock";
 const DAY: &str = ".day";
+const ADAPTER_START: &str = "adapter_start.safetensors";
 
 /// What to do with what the folder already holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,8 +28,8 @@ pub enum Start {
 }
 
 /// What [`Start::Overwrite`] removes.
-const REPLACED: [&str; 5] =
-    ["state", super::metrics::FILE, super::tensorboard::FOLDER, super::report::FILE, "manifest.json"];
+const REPLACED: [&str; 6] =
+    ["state", ADAPTER_START, super::metrics::FILE, super::tensorboard::FOLDER, super::report::FILE, "manifest.json"];
 
 /// A run's folder, locked until this is dropped (or the process ends, however it ends).
 ///
@@ -39,6 +42,8 @@ pub struct RunFolder {
     pub start: Start,
     /// The day the run began: templates that print a date print this one, also when the run goes on another day.
     pub day: jiff::civil::Date,
+    /// Small files that belong to the run: [`RunFolder::begin`] writes them.
+    kept: Vec<(PathBuf, Vec<u8>)>,
     /// What was not there before, in the order in which it can be removed.
     made: Vec<PathBuf>,
     _lock: File,
@@ -55,7 +60,8 @@ impl RunFolder {
         let made = own.filter(|path| !path.exists()).collect();
         disk::create_folder(path)?;
         let lock = lock(&path.join(LOCK))?;
-        let mut folder = Self { path: path.to_owned(), start, day: jiff::Zoned::now().date(), made, _lock: lock };
+        let mut folder =
+            Self { path: path.to_owned(), start, day: jiff::Zoned::now().date(), kept: Vec::new(), made, _lock: lock };
         let states = States::of(path);
         match start {
             Start::Fresh => refuse_another_run(path, &states)?,
@@ -91,7 +97,36 @@ impl RunFolder {
         if self.start == Start::Overwrite {
             REPLACED.iter().try_for_each(|name| disk::remove(&self.path.join(name)))?;
         }
+        for (path, bytes) in self.kept.drain(..) {
+            disk::replace_file(&path, &bytes)?;
+        }
         disk::replace_file(&self.path.join(DAY), format!("{}\n", self.day).as_bytes())
+    }
+
+    /// What the adapters of the run that goes on here started with, where they were taken from the weights.
+    ///
+    /// # Errors
+    /// [`Error::State`] when the file is damaged.
+    pub fn adapter_start(&self) -> Result<Option<Vec<(String, Tensor)>>> {
+        let path = self.path.join(ADAPTER_START);
+        if self.start != Start::Resume || !path.exists() {
+            return Ok(None);
+        }
+        let bytes = std::fs::read(&path).map_err(|error| disk::failed("read", &path, &error))?;
+        tensors_from_bytes(&bytes, &path).map(Some)
+    }
+
+    /// Keeps what the adapters started with, for [`RunFolder::adapter_start`].
+    ///
+    /// # Errors
+    /// [`Error::Diverged`] when a number is not finite.
+    pub fn keep_adapter_start(&mut self, start: &[(String, Tensor)]) -> Result<()> {
+        let path = self.path.join(ADAPTER_START);
+        if !start.is_empty() {
+            let bytes = tensors_to_bytes(start, &path)?;
+            self.kept.push((path, bytes));
+        }
+        Ok(())
     }
 }
 

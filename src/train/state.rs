@@ -229,7 +229,7 @@ fn read(path: &Path, largest: u64) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn tensors_to_bytes(tensors: &[(String, Tensor)], place: &Path) -> Result<Vec<u8>> {
+pub(super) fn tensors_to_bytes(tensors: &[(String, Tensor)], place: &Path) -> Result<Vec<u8>> {
     let mut stored = Vec::with_capacity(tensors.len());
     for (name, tensor) in tensors {
         if tensor.isfinite().all().int64_value(&[]) == 0 {
@@ -253,7 +253,7 @@ fn tensors_to_bytes(tensors: &[(String, Tensor)], place: &Path) -> Result<Vec<u8
     bytes.map_err(|error| Error::Output(Fault::at(place, format!("cannot write the tensors: {error}"))))
 }
 
-fn tensors_from_bytes(bytes: &[u8], place: &Path) -> Result<Vec<(String, Tensor)>> {
+pub(super) fn tensors_from_bytes(bytes: &[u8], place: &Path) -> Result<Vec<(String, Tensor)>> {
     let damaged = |what: String| Error::State(Fault::at(place, what));
     let tensors = SafeTensors::deserialize(bytes).map_err(|error| damaged(format!("not safetensors: {error}")))?;
     let read = tensors.tensors().into_iter().map(|(name, view)| {

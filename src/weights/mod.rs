@@ -40,6 +40,8 @@ pub struct Checkpoint {
     /// The small files of a transformers folder by name, those that exist: `config.json`, `generation_config.json`, `tokenizer.json`,
     /// `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja`. Made from the metadata for a GGUF.
     pub sidecars: BTreeMap<String, Vec<u8>>,
+    /// How many tokens the model is to have, where that may be more than rows are stored: those beyond are the mean of all.
+    pub vocabulary: i64,
     /// The commit of a hub repository that the files are of, whatever branch or tag was asked for.
     pub commit: Option<String>,
     /// The files that hold the weights, in a stable order.
@@ -125,7 +127,18 @@ impl Checkpoint {
                 ));
             }
         }
-        Ok(Self { source: source.clone(), config, sidecars, commit, files, opened, tensors, by_name, notices })
+        Ok(Self {
+            source: source.clone(),
+            config,
+            sidecars,
+            vocabulary: 0,
+            commit,
+            files,
+            opened,
+            tensors,
+            by_name,
+            notices,
+        })
     }
 
     /// Opens one safetensors file by itself, such as an adapter's: no config, no small files.
@@ -137,6 +150,7 @@ impl Checkpoint {
             source: BaseSource::Folder(path.parent().map(Path::to_path_buf).unwrap_or_default()),
             config: serde_json::Value::Null,
             sidecars: BTreeMap::new(),
+            vocabulary: 0,
             commit: None,
             files: vec![path.to_path_buf()],
             opened: vec![file],

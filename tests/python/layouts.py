@@ -30,7 +30,6 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -317,13 +316,7 @@ def make(name, config, store, left, seed):
     ids, offsets, mask = tiny_llama.documents([19, 7, 29], generator)
     with torch.no_grad():
         base = tiny_llama.forward(model, ids, offsets)
-    peft = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    with torch.no_grad():
-        for key, weight in peft.named_parameters():
-            if "lora_B" in key:
-                weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
-    (folder / "adapter").mkdir()
-    save_file(tiny_llama.tensors_of(peft), folder / "adapter" / "adapter_model.safetensors")
+    peft = tiny_llama.adapted(model, name, generator)
     logits = tiny_llama.forward(peft, ids, offsets)
     loss = tiny_llama.mean_loss(logits, ids, offsets, mask)
     loss.backward()

@@ -5,7 +5,7 @@
 base-tied/, base-untied/    tiny random Llamas: `config.json`, `model.safetensors`
 <case>/                     `adapter_config.json`, `adapter_model.safetensors` as PEFT saves them, `recipe.json` (the same
                             wishes as engraft's recipe has them), `merged.safetensors` (fp32, by PEFT) for some
-refused/<case>/             adapters that use more than plain LoRA on linears
+more/<case>/             adapters that use more than plain LoRA on linears
 targets.json                {models: {name: {linears: [[name, out, in]], head}}, cases: [{model, recipe, expected, saved}]}
                             with `expected` [[index of the linear, r, alpha, scale]] and `saved`, the target_modules
                             PEFT writes
@@ -185,7 +185,7 @@ def main():
     for name, wishes in REFUSED.items():
         config = LoraConfig(r=2, task_type="CAUSAL_LM", **wishes)
         peft = get_peft_model(build("untied", torch.Generator().manual_seed(1)), config)
-        save(peft, FIXTURES / "refused" / name, generator)
+        save(peft, FIXTURES / "more" / name, generator)
 
     models, cases = {}, []
     for name, specs in SPECS.items():

@@ -9,14 +9,14 @@ import warnings
 
 import tiny_llama
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 WIDTHS = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
 MODELS = {
-    "qlora-nf4": (WIDTHS | {"tie_word_embeddings": False}, {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}),
-    "qlora-fp4": (WIDTHS | {"attention_bias": True}, {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}),
+    "qlora-nf4": (WIDTHS | {"tie_word_embeddings": False}, {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, {}),
+    "qlora-fp4": (WIDTHS | {"attention_bias": True}, {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}, {}),
+    "qlora-dora": (WIDTHS, {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, {"use_dora": True}),
 }
 
 
@@ -30,7 +30,7 @@ def quantised(folder, options):
     return model.train()
 
 
-def make(name, options, how, seed):
+def make(name, options, how, adapter, seed):
     """One model with its adapter and references."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -48,13 +48,7 @@ def make(name, options, how, seed):
     ids, offsets, mask = tiny_llama.documents([19, 7, 29], generator)
     with torch.no_grad():
         base = tiny_llama.forward(model, ids, offsets)
-    peft = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    with torch.no_grad():
-        for key, weight in peft.named_parameters():
-            if "lora_B" in key:
-                weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
-    (folder / "adapter").mkdir()
-    save_file(tiny_llama.tensors_of(peft), folder / "adapter" / "adapter_model.safetensors")
+    peft = tiny_llama.adapted(model, name, generator, **adapter)
 
     logits = tiny_llama.forward(peft, ids, offsets)
     loss = tiny_llama.mean_loss(logits, ids, offsets, mask)
@@ -70,8 +64,8 @@ def main():
     """Makes every model."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    for seed, (name, (options, how)) in enumerate(MODELS.items(), start=101):
-        make(name, options, how, seed)
+    for seed, (name, description) in enumerate(MODELS.items(), start=101):
+        make(name, *description, seed)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,19 @@ MODELS = {
             "original_max_position_embeddings": 32,
         },
     },
+    "dora": {"num_key_value_heads": 3, "attention_bias": True, "tie_word_embeddings": False},
+    "whole-tied": {},
+    "whole-untied": {"tie_word_embeddings": False},
+    "tokens-tied": {},
+    "tokens-untied": {"tie_word_embeddings": False},
+}
+# What an adapter is beside LoRA of rank 4.
+ADAPTERS = {
+    "dora": {"use_dora": True},
+    "whole-tied": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "whole-untied": {"modules_to_save": ["lm_head", "embed_tokens"], "target_modules": ["q_proj", "down_proj"]},
+    "tokens-tied": {"trainable_token_indices": [3, 40, 17]},
+    "tokens-untied": {"trainable_token_indices": {"lm_head": [5, 60], "embed_tokens": [8, 60, 2]}},
 }
 
 # Written in several shards, so that reading an index is tested on a real one.
@@ -104,7 +117,7 @@ SHARDED = "biases-untied"
 # how the published Llama 2 and 3 checkpoints read. The oldest called the kind `type`.
 OLD_STYLE = {"linear": "type", "llama3-wide-heads": "rope_type"}
 # Trained for some steps too.
-TRAINED = ["grouped-tied", "llama3-wide-heads"]
+TRAINED = ["grouped-tied", "llama3-wide-heads", *ADAPTERS]
 
 
 def randomise(model, generator):
@@ -172,10 +185,36 @@ def tensors_of(model):
 def gradients_of(model):
     """The adapter's gradients under the keys of its file."""
     return {
-        name.replace(".default", ""): p.grad.detach().clone().contiguous()
+        name.replace(".default", "").replace("_vector.weight", "_vector").replace(".modules_to_save", ""): p.grad.detach().clone().contiguous()
         for name, p in model.named_parameters()
         if p.requires_grad
     }
+
+
+def adapted(model, name, generator, **options):
+    """The model with an adapter whose update is not nothing, saved in the folder of the fixture."""
+    config = LoraConfig(
+        **{"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options
+    )
+    peft = get_peft_model(model, config)
+    with torch.no_grad():
+        for key, weight in peft.named_parameters():
+            if "lora_B" in key:
+                weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
+            elif "magnitude" in key:
+                weight.mul_(1 + 0.2 * torch.randn(weight.shape, generator=generator))
+            elif "modules_to_save" in key or "trainable_tokens" in key:
+                weight.add_(0.2 * torch.randn(weight.shape, generator=generator))
+    peft.peft_config["default"].base_model_name_or_path = f"tiny-random/{name}"
+    folder = FIXTURES / name / "adapter"
+    peft.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    path = folder / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    # PEFT keeps its targets in a set, whose order changes from run to run.
+    saved["target_modules"] = sorted(saved["target_modules"])
+    path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
+    return peft
 
 
 def make(name, options, seed):
@@ -205,29 +244,15 @@ def make(name, options, seed):
     with torch.no_grad():
         reference = {"ids": ids, "offsets": offsets, "mask": mask, "base_logits": forward(model, ids, offsets)}
 
-    peft = get_peft_model(
-        model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
-    with torch.no_grad():
-        for key, weight in peft.named_parameters():
-            if "lora_B" in key:
-                weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
-    peft.peft_config["default"].base_model_name_or_path = f"tiny-random/{name}"
-    peft.save_pretrained(folder / "adapter")
-    (folder / "adapter" / "README.md").unlink(missing_ok=True)
-    path = folder / "adapter" / "adapter_config.json"
-    saved = json.loads(path.read_text())
-    # PEFT keeps its targets in a set, whose order changes from run to run.
-    saved["target_modules"] = sorted(saved["target_modules"])
-    path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
-
+    peft = adapted(model, name, generator, **ADAPTERS.get(name, {}))
     logits = forward(peft, ids, offsets)
     loss = mean_loss(logits, ids, offsets, mask)
     loss.backward()
     reference |= {"logits": logits.detach(), "loss": loss.detach().reshape(1)}
     reference |= {f"grad.{k}": v for k, v in gradients_of(peft).items()}
     assert all(v.abs().max() > 0 for k, v in reference.items() if k.startswith("grad.")), "a gradient is zero"
-    assert set(gradients_of(peft)) == set(tensors_of(peft))
+    # A head that shares what is trained of the embedding is stored, too.
+    assert set(gradients_of(peft)) == set(tensors_of(peft)) - ({"base_model.model.lm_head.weight"} if name == "whole-tied" else set())
 
     if name in TRAINED:
         reference |= train(peft, generator)
@@ -250,6 +275,14 @@ def train(peft, generator):
     recorded = {}
     for k, batch in enumerate(batches):
         recorded |= {f"batch.{k}.{what}": t for what, t in zip(["ids", "offsets", "mask"], batch)}
+    losses, norms = steps(peft, batches)
+    print(f"  trained: loss {losses[0]:.3f} to {losses[-1]:.3f}")
+    recorded |= {"train.losses": torch.tensor(losses), "train.gradient_norms": torch.tensor(norms)}
+    return recorded | {f"final.{k}": v for k, v in tensors_of(peft).items()}
+
+
+def steps(peft, batches):
+    """Losses and gradient norms of some steps of AdamW on the batches in turn."""
     parameters = [p for p in peft.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
     losses, norms = [], []
@@ -261,9 +294,7 @@ def train(peft, generator):
         norms.append(torch.nn.utils.clip_grad_norm_(parameters, 1.0).item())
         optimizer.step()
         losses.append(loss.item())
-    print(f"  trained: loss {losses[0]:.3f} to {losses[-1]:.3f}")
-    recorded |= {"train.losses": torch.tensor(losses), "train.gradient_norms": torch.tensor(norms)}
-    return recorded | {f"final.{k}": v for k, v in tensors_of(peft).items()}
+    return losses, norms
 
 
 def main():

@@ -3,6 +3,7 @@
 //! Special tokens are recognised only where a template wrote them: the text `<|im_end|>` in a person's message is
 //! encoded as the characters it is made of.
 
+mod added;
 mod encode;
 mod files;
 mod stream;
@@ -15,6 +16,7 @@ use regex::Regex;
 use super::quiet::quietly;
 use crate::{Error, Fault, Result};
 
+pub use added::{add_tokens, grow};
 use encode::Plain;
 pub use encode::Tokens;
 use files::{

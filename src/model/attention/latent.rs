@@ -147,11 +147,14 @@ impl LatentAttention {
         };
         let operand = self.up.operand(None);
         let kind = operand.weight.kind();
+        let weight = operand.whole();
+        let gains = operand.low_rank.and_then(|low_rank| low_rank.gains(&weight));
         HeadsPart {
-            weight: of_heads(&operand.weight.dense()),
+            weight: of_heads(&weight),
             update: operand
                 .low_rank
                 .map(|low_rank| (low_rank.a.to_kind(kind), of_heads(&(&low_rank.b * low_rank.scale).to_kind(kind)))),
+            gains: gains.map(|gains| of_heads(&gains.unsqueeze(1)).transpose(1, 2)), // (N, 1, S)
         }
     }
 
@@ -185,11 +188,14 @@ impl LatentAttention {
 struct HeadsPart {
     weight: Tensor,
     update: Option<(Tensor, Tensor)>,
+    /// What the rows' lengths are multiplied with (N, 1, S), fp32, where they are trained.
+    gains: Option<Tensor>,
 }
 
 impl HeadsPart {
     /// x (N, T, S) of the heads to latents (N, T, Z).
     fn down(&self, x: &Tensor) -> Tensor {
+        let x = &self.lengthened(x.shallow_clone());
         let y = x.matmul(&self.weight);
         match &self.update {
             Some((a, b)) => y + x.matmul(b).matmul(a),
@@ -200,9 +206,16 @@ impl HeadsPart {
     /// Latents (N, T, Z) to x (N, T, S) of the heads.
     fn up(&self, latents: &Tensor) -> Tensor {
         let y = latents.matmul(&self.weight.transpose(1, 2));
-        match &self.update {
+        self.lengthened(match &self.update {
             Some((a, b)) => y + latents.matmul(&a.tr()).matmul(&b.transpose(1, 2)),
             None => y,
+        })
+    }
+
+    fn lengthened(&self, x: Tensor) -> Tensor {
+        match &self.gains {
+            Some(gains) => (&x * gains).to_kind(x.kind()),
+            None => x,
         }
     }
 }

@@ -33,6 +33,7 @@ struct Update {
 
 impl Bank {
     pub(super) fn of(operands: &[Operand<'_>]) -> Self {
+        assert!(operands.iter().all(|operand| operand.trained.is_none()), "experts' own weights stay as they are");
         let mut stacked: Vec<Tensor> = Vec::new();
         let mut start = 0;
         let members = operands

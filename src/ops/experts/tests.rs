@@ -87,6 +87,7 @@ fn compare(input: Fusion, weighted: Weighted, biased: bool) {
                     b: x[4 + 2 * i].to_kind(Kind::Float),
                     scale: 1.5,
                     dropout: 0.0,
+                    magnitude: None,
                 })
                 .collect();
             let tensors: Vec<(Weight, Tensor)> = shapes(fused)
@@ -96,6 +97,7 @@ fn compare(input: Fusion, weighted: Weighted, biased: bool) {
                 .collect();
             let operand = |i: usize| Operand {
                 weight: &tensors[i].0,
+                trained: None,
                 bias: biased.then_some(&tensors[i].1),
                 low_rank: Some(&low_ranks[i]),
                 dropout_seed: None,
@@ -131,12 +133,19 @@ fn equal_every_expert_over_all_tokens_with_the_chosen_ones_picked() {
 fn dropped_rows_are_the_same_in_backward() {
     // With a probability of dropping, gradients by differences must still fit.
     let weights = [0, 1].map(|i| Weight::from(weight(i, (F, D), Kind::Double)));
-    let low = |x: &[Tensor], dropout| LowRank { a: x[0].shallow_clone(), b: x[1].shallow_clone(), scale: 0.7, dropout };
+    let low = |x: &[Tensor], dropout| LowRank {
+        a: x[0].shallow_clone(),
+        b: x[1].shallow_clone(),
+        scale: 0.7,
+        dropout,
+        magnitude: None,
+    };
     let value = |x: &[Tensor]| {
         // Of the two, one alone drops.
         let lows = [low(&x[1..], 0.4), low(&x[3..], 0.0)];
         let operand = |i: usize| Operand {
             weight: &weights[i],
+            trained: None,
             bias: None,
             low_rank: Some(&lows[i]),
             dropout_seed: Some(9 + i as u64),
