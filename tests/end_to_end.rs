@@ -370,7 +370,7 @@ fn an_adapter_of_every_kind_goes_on_where_it_was_and_is_the_same_to_export_eval_
     let adapted = loss(&with(&["eval", "recipe.yaml", "--json"]));
     bench.succeed(&["merge", "--model", "base", "--adapter", "run/adapter", "--out", "merged", "--dtype", "fp32"]);
     for merged in ["base_model=merged", "base_model=run/merged"] {
-        let merged = loss(&["eval", "recipe.yaml", "--json", "--base", "--set", merged]);
+        let merged = loss(&["eval", "recipe.yaml", "--json", "--base", "--set", merged, "--set", "output.dir=other"]);
         assert!((merged - adapted).abs() < 1e-4 * adapted, "{merged} merged, {adapted} adapted");
     }
     let base = loss(&["eval", "recipe.yaml", "--json", "--base"]);
@@ -400,7 +400,7 @@ fn new_tokens_join_the_tokenizer_the_adapter_and_the_merged_model() {
     let adapted = loss(&with(&["eval", "recipe.yaml", "--json"]));
     bench.succeed(&["merge", "--model", "base", "--adapter", "run/adapter", "--out", "merged", "--dtype", "fp32"]);
     for merged in ["base_model=merged", "base_model=run/merged"] {
-        let merged = loss(&["eval", "recipe.yaml", "--json", "--base", "--set", merged]);
+        let merged = loss(&["eval", "recipe.yaml", "--json", "--base", "--set", merged, "--set", "output.dir=other"]);
         assert!((merged - adapted).abs() < 1e-4 * adapted, "{merged} merged, {adapted} adapted");
     }
     let one =
