@@ -520,6 +520,11 @@ fn a_base_in_fp8_trains_alike_quantised_on_the_way_and_stored() {
     bench.succeed(&[&merge[..], &["--onto", "original"]].concat());
     bench.fail(&["quantize", "--model", "stored", "--out", "again"], 5, &["is quantised already"]);
     let as_nf4 = ["train", "recipe.yaml", "--set", "adapter.method=qlora", "--set", "base_model=stored"];
+    for start in ["loftq", "pissa"] {
+        let start = format!("adapter.init_lora_weights={start}");
+        let start = [&as_nf4[..], &["--set", &start, "--set", "output.dir=start"]].concat();
+        bench.fail(&start, 3, &["adapter.init_lora_weights", "stored as compressed-tensors"]);
+    }
     let as_nf4 = [&as_nf4[..], &["--set", "quantization.type=nf4", "--set", "output.dir=nf4"]].concat();
     bench.fail(
         &as_nf4,

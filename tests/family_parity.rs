@@ -424,8 +424,7 @@ fn adapters_and_merged_models_read_back_as_what_was_written() {
         let mut model = fixture.base();
         let adapters = Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0, None).unwrap();
         let place = |name: &str| -> PathBuf { fixture.folder.path().join("written").join(name) };
-        peft::write(&place("adapter"), &adapters.config, adapters.updates(), adapters.saved(), None, &BTreeMap::new())
-            .unwrap();
+        peft::write(&place("adapter"), &adapters.config, adapters.learned(), None, &BTreeMap::new()).unwrap();
         let [ours, theirs] = [place("adapter"), fixture.folder.path().join("adapter")]
             .map(|folder| read(&folder.join("adapter_model.safetensors")));
         assert_eq!(ours.len(), theirs.len());
@@ -435,7 +434,7 @@ fn adapters_and_merged_models_read_back_as_what_was_written() {
         }
 
         let config = BTreeMap::from([("config.json".to_string(), checkpoint.sidecars["config.json"].clone())]);
-        merged::write(&place("merged"), &checkpoint, adapters.updates(), &[], None, Kind::Float, &config, &|_, _| ())
+        merged::write(&place("merged"), &checkpoint, adapters.learned(), None, Kind::Float, &config, &|_, _| ())
             .unwrap();
         let merged = Checkpoint::open(&BaseSource::Folder(place("merged"))).unwrap();
         let logits = fixture.logits(&load(&merged, fixture.name));

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use engraft::adapter::{Adapters, LoadedAdapter, Origin, Update};
+use engraft::adapter::{Adapters, Learned, LoadedAdapter, Origin, Update};
 use engraft::data::{Batch, Cursor, RowId};
 use engraft::model::{Decoder, Documents, Forward, Sampling};
 use engraft::objective::Supervised;
@@ -330,15 +330,7 @@ fn what_is_left_of_a_weight_is_quantised_and_found_again_by_who_loads_or_merges_
 
         let adapter = place.path().join(format!("{start:?}"));
         let sidecars = std::collections::BTreeMap::new();
-        engraft::export::peft::write(
-            &adapter,
-            &adapters.config,
-            adapters.updates(),
-            adapters.saved(),
-            Some(&scheme),
-            &sidecars,
-        )
-        .unwrap();
+        engraft::export::peft::write(&adapter, &adapters.config, adapters.learned(), Some(&scheme), &sidecars).unwrap();
         let loaded = LoadedAdapter::read(&adapter).unwrap();
         let mut again = load(loaded.scheme().unwrap().as_ref());
         Adapters::attach_loaded(&mut again, &loaded, 0.0, Some(&origin)).unwrap();
@@ -352,8 +344,7 @@ fn what_is_left_of_a_weight_is_quantised_and_found_again_by_who_loads_or_merges_
         engraft::export::merged::write(
             &merged,
             &checkpoint,
-            &updates,
-            &[],
+            updates.as_slice().into(),
             onto.as_ref(),
             Kind::Float,
             &config,
@@ -429,8 +420,7 @@ fn a_base_in_another_tools_layout_is_kept_so_and_merged_onto_its_numbers() {
             engraft::export::merged::write(
                 folder,
                 checkpoint,
-                &updates,
-                &[],
+                updates.as_slice().into(),
                 onto.as_ref(),
                 Kind::Float,
                 &config,
@@ -500,8 +490,7 @@ fn merged_onto_the_numbers_it_was_trained_on_the_model_answers_as_the_trained_on
             engraft::export::merged::write(
                 &merged,
                 checkpoint,
-                &updates,
-                &saved,
+                Learned { updates: &updates, saved: &saved },
                 onto,
                 Kind::Float,
                 &config,

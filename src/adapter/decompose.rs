@@ -76,11 +76,17 @@ impl<'a> Originals<'a> {
             return Err(Error::Recipe(vec![fault]));
         }
         let scheme = self.scheme(&site.name);
-        if let Some(scheme) = scheme.filter(|scheme| recipe.takes_off() && !scheme.form.can_be_made()) {
-            let what = format!(
-                "takes something off the base, which is stored as {} and cannot be stored so again",
-                scheme.form
-            );
+        let makes_up = recipe.init_lora_weights == InitLora::Loftq;
+        if let Some(scheme) = scheme.filter(|s| (recipe.takes_off() || makes_up) && !s.form.can_be_made()) {
+            let form = scheme.form;
+            let what = match makes_up {
+                true => format!(
+                    "makes up for what the base lost, which is stored as {form}: what it was before is not known"
+                ),
+                false => {
+                    format!("takes something off the base, which is stored as {form} and cannot be stored so again")
+                }
+            };
             let fault = Fault::new("adapter.init_lora_weights", what);
             return Err(Error::Recipe(vec![fault.hint("choose another start, or a base that is not quantised")]));
         }

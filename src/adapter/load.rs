@@ -314,10 +314,9 @@ fn sort(path: &Path, weights: &Checkpoint, config: &AdapterConfig) -> Result<Sor
         } else if let Some(module) = plain.strip_suffix(".base_layer.weight") {
             base_layers.push((module.to_string(), weights.shape(key).unwrap_or_default()));
             continue;
-        } else if config.trainable_token_indices.is_some() && plain.ends_with(TOKENS) {
-            whole.push(key.to_string());
-            continue;
-        } else if plain.strip_suffix(".weight").is_some_and(&saves) {
+        } else if (config.trainable_token_indices.is_some() && plain.ends_with(TOKENS))
+            || plain.strip_suffix(".weight").is_some_and(&saves)
+        {
             whole.push(key.to_string());
             continue;
         } else {

@@ -124,6 +124,21 @@ impl Update {
     }
 }
 
+/// What a training learned.
+#[derive(Debug, Clone, Copy)]
+pub struct Learned<'a> {
+    /// Low-rank updates of linears.
+    pub updates: &'a [Update],
+    /// What is trained whole.
+    pub saved: &'a [Saved],
+}
+
+impl<'a> From<&'a [Update]> for Learned<'a> {
+    fn from(updates: &'a [Update]) -> Self {
+        Self { updates, saved: &[] }
+    }
+}
+
 /// The adapters attached to a model: handles to their tensors, and what their config will say.
 #[derive(Debug)]
 pub struct Adapters {
@@ -292,9 +307,9 @@ impl Adapters {
         low_rank.chain(self.saved.iter().map(|saved| saved.trained.leaf().numel())).sum()
     }
 
-    /// What is trained beside the updates.
-    pub fn saved(&self) -> &[Saved] {
-        &self.saved
+    /// All that is trained.
+    pub fn learned(&self) -> Learned<'_> {
+        Learned { updates: &self.updates, saved: &self.saved }
     }
 
     /// A and B as they began, under the names of [`Adapters::parameters`], where they were taken from the weights: what

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::console::{Console, Unit};
 use super::loading;
-use crate::adapter::{LoadedAdapter, Update};
+use crate::adapter::{Learned, LoadedAdapter, Update};
 use crate::cli::{Merge, Onto};
 use crate::export::{merged, sidecars};
 use crate::model::families;
@@ -42,9 +42,17 @@ pub fn run(arguments: &Merge) -> Result<()> {
         console.say("the update is folded into the numbers it was trained on: those of the quantised base");
     }
     let stage = console.stage("merging", Unit::Bytes);
-    merged::write(&arguments.out, &checkpoint, &updates, &saved, onto.as_ref(), kind, &sidecars, &|done, total| {
-        stage.at(done, total);
-    })?;
+    merged::write(
+        &arguments.out,
+        &checkpoint,
+        Learned { updates: &updates, saved: &saved },
+        onto.as_ref(),
+        kind,
+        &sidecars,
+        &|done, total| {
+            stage.at(done, total);
+        },
+    )?;
     drop(stage);
     console.say(format_args!("wrote {}", arguments.out.display()));
     Ok(())

@@ -12,7 +12,7 @@ use tch::{Device, Kind, Tensor};
 use super::folder::Staging;
 use super::peft::tokenizer_file;
 use crate::adapter::merge::{merged, merged_experts};
-use crate::adapter::{Saved, Update};
+use crate::adapter::{Learned, Saved, Update};
 use crate::data::grow;
 use crate::model::families;
 use crate::model::sites::{Role, Site, expert};
@@ -36,8 +36,7 @@ use crate::{Error, Fault, Result};
 pub fn write(
     folder: &Path,
     checkpoint: &Checkpoint,
-    updates: &[Update],
-    saved: &[Saved],
+    learned: Learned<'_>,
     onto: Option<&Scheme>,
     kind: Kind,
     sidecars: &BTreeMap<String, Vec<u8>>,
@@ -51,7 +50,7 @@ pub fn write(
         let fault = Fault::new("merge", what);
         return Err(Error::Model(fault.hint("name the base the adapter was trained on, or say --onto original")));
     }
-    let plan = Plan::new(checkpoint, updates, saved, onto)?;
+    let plan = Plan::new(checkpoint, learned, onto)?;
     let spec = |t: &Planned<'_>| {
         let kind = checkpoint.whole_kind(t.from).unwrap_or(kind);
         TensorSpec { name: t.name.clone(), kind, shape: t.shape.clone() }
@@ -213,18 +212,14 @@ impl<'a> Part<'a> {
 }
 
 impl<'a> Plan<'a> {
-    fn new(
-        checkpoint: &'a Checkpoint,
-        updates: &'a [Update],
-        saved: &'a [Saved],
-        onto: Option<&Scheme>,
-    ) -> Result<Self> {
+    fn new(checkpoint: &'a Checkpoint, learned: Learned<'a>, onto: Option<&Scheme>) -> Result<Self> {
         let mut spec = families::spec(checkpoint)?;
         spec.grow(checkpoint.vocabulary)?;
         let head = spec.names.stored(&format!("{}.weight", spec.head.name));
         let bias = spec.names.stored(&format!("{}.bias", spec.head.name));
         let embedding = spec.names.stored(&spec.embedding.weight);
         let stored = |path: &str| spec.names.stored_as(path, |name| name == head || checkpoint.shape(name).is_some());
+        let Learned { updates, saved } = learned;
         let trained = saved.iter().map(|saved| {
             let columns = saved.trained.leaf().size()[1];
             let shape = match &saved.trained {

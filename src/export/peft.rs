@@ -7,7 +7,7 @@ use super::folder::Staging;
 use crate::Result;
 use crate::adapter::config::CONFIG;
 use crate::adapter::load::{SCHEME, WEIGHTS};
-use crate::adapter::{AdapterConfig, Saved, Update, layout};
+use crate::adapter::{AdapterConfig, Learned, Saved, layout};
 use crate::quant::Scheme;
 use crate::weights::writer::{self, TensorSpec};
 
@@ -25,8 +25,7 @@ const THE_BASES_OWN: [&str; 2] = ["config.json", "generation_config.json"];
 pub fn write(
     folder: &Path,
     config: &AdapterConfig,
-    updates: &[Update],
-    saved: &[Saved],
+    learned: Learned<'_>,
     scheme: Option<&Scheme>,
     sidecars: &BTreeMap<String, Vec<u8>>,
 ) -> Result<()> {
@@ -34,6 +33,7 @@ pub fn write(
         [CONFIG, WEIGHTS, SCHEME, "README.md"].contains(&name) || sidecars.contains_key(name) || tokenizer_file(name)
     };
     let staging = Staging::create(folder, ours)?;
+    let Learned { updates, saved } = learned;
     let mut tensors = layout::tensors(updates);
     tensors.extend(saved.iter().flat_map(Saved::tensors).map(|(key, tensor)| (key, tensor.detach())));
     let specs: Vec<TensorSpec> = tensors.iter().map(|(key, tensor)| TensorSpec::of(key, tensor)).collect();

@@ -62,24 +62,14 @@ pub fn write(finished: &Finished<'_>, save: &[Save], progress: &dyn Fn(&str, u64
                     Some(name) => (Some(name.clone()), plan.recipe.revision.clone()),
                     None => (Some(plan.recipe.base_model.clone()), finished.checkpoint.commit.clone()),
                 };
-                peft::write(
-                    &folder,
-                    &config,
-                    finished.adapters.updates(),
-                    finished.adapters.saved(),
-                    finished.scheme,
-                    &sidecars,
-                )?;
+                peft::write(&folder, &config, finished.adapters.learned(), finished.scheme, &sidecars)?;
             }
             Save::Merged => {
-                let updates = finished.adapters.updates();
                 let at = |done, total| progress(name, done, total);
-                let saved = finished.adapters.saved();
                 merged::write(
                     &folder,
                     finished.checkpoint,
-                    updates,
-                    saved,
+                    finished.adapters.learned(),
                     finished.scheme,
                     plan.kind,
                     &sidecars,

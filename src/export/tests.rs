@@ -41,7 +41,7 @@ fn an_adapter_read_and_written_again_is_pefts_file() {
     for name in ["all-linear", "all-linear-short", "names", "regex", "patterns", "layers"] {
         let place = folder.path().join(name);
         let loaded = LoadedAdapter::read(&fixtures().join(name)).unwrap();
-        peft::write(&place, &loaded.config, &loaded.updates, &[], None, &BTreeMap::new()).unwrap();
+        peft::write(&place, &loaded.config, loaded.updates.as_slice().into(), None, &BTreeMap::new()).unwrap();
         for file in ["adapter_config.json", "adapter_model.safetensors"] {
             let [ours, theirs] = [&place, &fixtures().join(name)].map(|folder| fs::read(folder.join(file)).unwrap());
             assert!(ours == theirs, "{name}/{file} differs");
@@ -71,7 +71,7 @@ fn an_adapters_folder_carries_the_tokenizer_and_the_template_it_was_trained_with
     let loaded = LoadedAdapter::read(&fixtures().join("names")).unwrap();
     let place = root.path().join("adapter");
     let files = sidecars(&checkpoint, Some("new"));
-    peft::write(&place, &loaded.config, &loaded.updates, &[], None, &files).unwrap();
+    peft::write(&place, &loaded.config, loaded.updates.as_slice().into(), None, &files).unwrap();
     assert_eq!(
         names(&place),
         [
@@ -88,7 +88,7 @@ fn an_adapters_folder_carries_the_tokenizer_and_the_template_it_was_trained_with
     assert_eq!(fs::read_to_string(place.join("tokenizer_config.json")).unwrap(), expected);
     assert_eq!(sidecars(&checkpoint, None), checkpoint.sidecars);
     // Again over itself.
-    peft::write(&place, &loaded.config, &loaded.updates, &[], None, &files).unwrap();
+    peft::write(&place, &loaded.config, loaded.updates.as_slice().into(), None, &files).unwrap();
     assert_eq!(names(root.path()), ["adapter"]);
 }
 
@@ -104,8 +104,7 @@ fn merged_weights_are_pefts_and_heads_stay_right() {
         merged::write(
             &place,
             &checkpoint,
-            &loaded.updates,
-            &[],
+            loaded.updates.as_slice().into(),
             None,
             Kind::Float,
             &sidecars(&checkpoint, None),
@@ -143,17 +142,8 @@ fn an_adapted_tied_head_is_untied() {
         let _ = tch::no_grad(|| tensor.shallow_clone().fill_(0.5));
     }
     let place = root.path().join("merged");
-    merged::write(
-        &place,
-        &checkpoint,
-        adapters.updates(),
-        &[],
-        None,
-        Kind::Float,
-        &sidecars(&checkpoint, None),
-        &|_, _| (),
-    )
-    .unwrap();
+    merged::write(&place, &checkpoint, adapters.learned(), None, Kind::Float, &sidecars(&checkpoint, None), &|_, _| ())
+        .unwrap();
     let merged = Checkpoint::open(&BaseSource::Folder(place)).unwrap();
     assert_eq!(merged.config["tie_word_embeddings"], Value::Bool(false));
     let read = |from: &Checkpoint, name: &str| from.tensor(name, Kind::Float, Device::Cpu).unwrap();
@@ -184,7 +174,16 @@ fn a_tied_head_that_was_stored_all_the_same_is_not_stored_again() {
     Tensor::write_safetensors(&tensors, folder.join("model.safetensors")).unwrap();
     let checkpoint = Checkpoint::open(&BaseSource::Folder(folder)).unwrap();
     let place = root.path().join("merged");
-    merged::write(&place, &checkpoint, &[], &[], None, Kind::Float, &sidecars(&checkpoint, None), &|_, _| ()).unwrap();
+    merged::write(
+        &place,
+        &checkpoint,
+        [].as_slice().into(),
+        None,
+        Kind::Float,
+        &sidecars(&checkpoint, None),
+        &|_, _| (),
+    )
+    .unwrap();
     let merged = Checkpoint::open(&BaseSource::Folder(place)).unwrap();
     assert_eq!(merged.shape("lm_head.weight"), None);
     assert_eq!(merged.names().len(), from.names().len());
@@ -202,8 +201,7 @@ fn merging_to_bf16_says_so_and_keeps_the_rest_of_the_config() {
     merged::write(
         &place,
         &checkpoint,
-        &loaded.updates,
-        &[],
+        loaded.updates.as_slice().into(),
         None,
         Kind::BFloat16,
         &sidecars(&checkpoint, None),
@@ -256,17 +254,8 @@ fn a_base_in_fp8_is_merged_to_plain_numbers() {
     };
     for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::BFloat16, 0.05)] {
         let place = root.path().join(format!("{kind:?}"));
-        merged::write(
-            &place,
-            &checkpoint,
-            adapters.updates(),
-            &[],
-            None,
-            kind,
-            &sidecars(&checkpoint, None),
-            &|_, _| (),
-        )
-        .unwrap();
+        merged::write(&place, &checkpoint, adapters.learned(), None, kind, &sidecars(&checkpoint, None), &|_, _| ())
+            .unwrap();
         let merged = Checkpoint::open(&BaseSource::Folder(place)).unwrap();
         assert_eq!(merged.config.get("quantization_config"), None);
         assert_eq!(merged.names().len(), from.names().len());
@@ -283,7 +272,7 @@ fn a_merge_that_cannot_be_right_writes_nothing() {
     let place = root.path().join("merged");
     let merge = |folder: &Path, checkpoint: &Checkpoint, updates: &[Update], kind| {
         let error =
-            merged::write(folder, checkpoint, updates, &[], None, kind, &sidecars(checkpoint, None), &|_, _| ())
+            merged::write(folder, checkpoint, updates.into(), None, kind, &sidecars(checkpoint, None), &|_, _| ())
                 .unwrap_err();
         (error.exit_code(), error.to_string())
     };

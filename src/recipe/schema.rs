@@ -167,7 +167,7 @@ impl AdapterRecipe {
         let with = |own: Vec<u32>| own.into_iter().chain(ids.iter().copied()).collect::<Vec<u32>>();
         self.trainable_token_indices = Some(match named {
             Some(TokenIndices::Modules(mut modules)) => {
-                for (_, own) in &mut modules {
+                for own in modules.values_mut() {
                     *own = with(std::mem::take(own));
                 }
                 TokenIndices::Modules(modules)

@@ -42,7 +42,7 @@ pub(in crate::model) struct LatentAttention {
 #[derive(Debug, Clone)]
 enum Query {
     Direct(Linear),
-    LowRank { down: Linear, norm: Norm, up: Linear },
+    LowRank { down: Linear, norm: Norm, up: Box<Linear> },
 }
 
 impl LatentAttention {
@@ -57,7 +57,7 @@ impl LatentAttention {
         let query = match &attention.query {
             LatentQuery::Direct(linear) => Query::Direct(read.linear(linear)?),
             LatentQuery::LowRank { down, norm, up } => {
-                Query::LowRank { down: read.linear(down)?, norm: read.norm(norm)?, up: read.linear(up)? }
+                Query::LowRank { down: read.linear(down)?, norm: read.norm(norm)?, up: Box::new(read.linear(up)?) }
             }
         };
         Ok(Self {

@@ -206,14 +206,14 @@ fn decays(sums: &[f32; C], rows: usize, decay: &mut [f32]) {
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 pub(super) fn seen(keys: &Keys, decay: &[f32], beta: &[f32; C], system: &mut [f32], seen: &mut [f32]) {
     let [by_keys, by_queries] = &keys.products;
-    for i in 0..keys.rows {
+    for (i, beta) in beta.iter().enumerate().take(keys.rows) {
         for from in registers(i) {
             let at = i * C + from;
             let (decay, by_keys, by_queries) = (lanes(decay, at), lanes(by_keys, at), lanes(by_queries, at));
             let (system, seen) = (lanes_mut(system, at), lanes_mut(seen, at));
             for l in 0..LANES {
                 seen[l] = by_queries[l] * decay[l];
-                system[l] = if from + l < i { by_keys[l] * decay[l] * beta[i] } else { 0.0 };
+                system[l] = if from + l < i { by_keys[l] * decay[l] * beta } else { 0.0 };
             }
         }
     }
