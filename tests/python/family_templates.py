@@ -114,6 +114,7 @@ family("mistral-v3", "</s>", BRACKETS, bos="<s>")
 family("mistral-tekken", "</s>", BRACKETS, bos="<s>")
 family("gemma-2", "<eos>", ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], bos="<bos>", ends=["<end_of_turn>"])
 family("gemma-3", "<eos>", ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>"], bos="<bos>", ends=["<end_of_turn>"])
+family("gemma-4", "<turn|>", ["<bos>", "<eos>", "<|turn>", "<turn|>", "<|think|>", "<|channel>", "<channel|>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>'], bos="<bos>", ends=["<eos>", "<|tool_response>"])  # fmt: skip
 family("phi-3", "<|endoftext|>", BARS, ends=["<|end|>"])
 family("phi-4-mini", "<|endoftext|>", BARS, ends=["<|end|>"])
 family("phi-4", "<|im_end|>", CHATML + ["<|im_sep|>"], ends=["<|endoftext|>"])

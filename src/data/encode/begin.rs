@@ -14,7 +14,7 @@ use crate::data::template::Rendered;
 /// Fields of a message that templates print.
 const FIELDS: [&str; 6] = ["content", "reasoning_content", "reasoning", "thinking", "tool_calls", "function_call"];
 /// What opens and closes a thought, which a template may write into the prompt but not into the history.
-const THOUGHTS: [&str; 3] = ["<think>", "</think>", "[THINK]"];
+const THOUGHTS: [&str; 4] = ["<think>", "</think>", "[THINK]", "<|channel>"];
 
 /// Which end of a message's texts is traced.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -133,8 +133,11 @@ fn masks_of_the_families_are_what_the_assistant_says() {
                     Ok(encoded) => encoded.documents.into_iter().next().unwrap(),
                     Err(bad) => {
                         let bad = bad.to_string();
+                        // Gemma 4 writes what is said beside a call behind the tool's answer, where no one can have said it.
+                        let moved =
+                            family.name == "gemma-4" && title == "call after text" && bad.contains("cannot be told");
                         let known = match way {
-                            "derived" => bad.contains("leaves out what the assistant says"),
+                            "derived" => moved || bad.contains("leaves out what the assistant says"),
                             _ => family.name.starts_with("glm") && bad.contains("no end-of-turn token is trained"),
                         };
                         if !known {
