@@ -23,8 +23,8 @@ impl Int8 {
         let shape = weight.size();
         let rows = weight.to_kind(Kind::Half).view([-1, shape[shape.len() - 1]]);
         let absmax = rows.abs().amax([1], false).to_kind(Kind::Float); // (rows)
-        // A row of zeros has no scale: 0 * inf, which no integer is.
-        let scale = (absmax.full_like(127.0) / &absmax).nan_to_num(0.0, 0.0, 0.0).unsqueeze(1);
+        // Not 127 / absmax, whose last bit may differ. A row of zeros has no scale: 0 * inf, which no integer is.
+        let scale = (absmax.reciprocal() * 127.0).nan_to_num(0.0, 0.0, 0.0).unsqueeze(1);
         let codes = (rows.to_kind(Kind::Float) * scale).round().to_kind(Kind::Int8);
         Self { shape, kind: weight.kind(), codes, absmax }
     }
@@ -47,6 +47,8 @@ impl Int8 {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use tch::Device;
 
     use super::*;
@@ -73,5 +75,25 @@ mod tests {
                 });
             }
         }
+    }
+
+    /// What bitsandbytes makes of the same tensors (`tests/python/bnb_quants.py`).
+    #[test]
+    fn codes_magnitudes_and_numbers_are_those_of_bitsandbytes() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/bnb_quants.safetensors");
+        let golden: BTreeMap<String, Tensor> =
+            Tensor::read_safetensors(path).expect("the fixture is committed").into_iter().collect();
+        let mut compared = 0;
+        for (name, codes) in golden.iter().filter(|(name, _)| name.ends_with(".int8.codes")) {
+            let place = name.strip_suffix(".codes").unwrap();
+            let tensor = &golden[place.strip_suffix(".int8").unwrap()];
+            let mut found = Int8::of(tensor);
+            found.kind = Kind::Float;
+            assert_same(&found.codes.view([-1]), &codes.view([-1]), name);
+            assert_same(&found.absmax, &golden[&format!("{place}.absmax")], name);
+            assert_same(&found.dequantised().view([-1]), &golden[&format!("{place}.f32")].view([-1]), name);
+            compared += 1;
+        }
+        assert!(compared > 10, "{compared} cases");
     }
 }
