@@ -1,10 +1,11 @@
-//! Compiles `src/torch_ext/torch_ext.cpp` and tells the linker where libtorch is.
+//! Compiles the C++ of `src/torch_ext` and tells the linker where libtorch is.
 
 use std::env;
 use std::path::{Path, PathBuf};
 
 fn main() {
     println!("cargo:rerun-if-changed=src/torch_ext/torch_ext.cpp");
+    println!("cargo:rerun-if-changed=src/torch_ext/cpu_memory.cpp");
     println!("cargo:rerun-if-changed=src/torch_ext/torch_ext.h");
     let lib = PathBuf::from(
         env::var_os("DEP_TCH_LIBTORCH_LIB").expect("torch-sys says where libtorch is: set LIBTORCH to its folder"),
@@ -19,7 +20,8 @@ fn main() {
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
         .define("_GLIBCXX_USE_CXX11_ABI", "1")
-        .file("src/torch_ext/torch_ext.cpp");
+        .file("src/torch_ext/torch_ext.cpp")
+        .file("src/torch_ext/cpu_memory.cpp");
     // libtorch's parallel_for lives in its headers and is serial unless compiled with OpenMP. It must be libtorch's own OpenMP
     // runtime: a second one would mean a second pool of threads on the same cores.
     let openmp = openmp_runtime(&lib).filter(|_| build.get_compiler().is_like_gnu());

@@ -44,6 +44,9 @@ pub enum Command {
     /// Write the logits of token ids to a file, for comparing with other programs
     #[command(hide = true)]
     Logits(Logits),
+    /// Quantise the tensors of a file and make them whole again, for comparing with other programs
+    #[command(hide = true)]
+    Codes(Codes),
     /// Check this machine: libtorch, CUDA, memory, disk; what is missing and how to get it
     Doctor(Doctor),
 }
@@ -169,8 +172,12 @@ pub struct Generate {
 
 /// `engraft merge`
 #[derive(Debug, Clone, PartialEq, Args)]
-#[command(after_help = "Example:
-  engraft merge --model HuggingFaceTB/SmolLM2-135M-Instruct --adapter runs/a/adapter --out merged")]
+#[command(after_help = "Examples:
+  engraft merge --model HuggingFaceTB/SmolLM2-135M-Instruct --adapter runs/a/adapter --out merged
+  engraft merge --model HuggingFaceTB/SmolLM2-135M-Instruct --adapter runs/a/adapter --out merged-4bit --quantize nf4
+
+The merged model is asked some prompts beside the adapter on its base, both computed in fp32, and how far their logits are apart is
+printed and written into the model's manifest.json.")]
 pub struct Merge {
     /// Base model: hub id, folder of safetensors or .gguf file
     #[arg(long, short, value_name = "MODEL")]
@@ -193,6 +200,35 @@ pub struct Merge {
     /// For an adapter that was trained on a quantised base: the numbers to fold it into
     #[arg(long, value_name = "NUMBERS", default_value = "dequantized")]
     pub onto: Onto,
+    /// Quantise the merged model, as transformers and bitsandbytes load it
+    #[arg(long, value_name = "TYPE")]
+    pub quantize: Option<QuantizationType>,
+    /// What is quantised, and how finely.
+    #[command(flatten)]
+    pub quantizing: Quantizing,
+    /// Ask these prompts: a text file, one to a line [default: a few of many kinds]
+    #[arg(long, value_name = "FILE", conflicts_with = "no_probe")]
+    pub probe: Option<PathBuf>,
+    /// Do not ask: the only part of merging that needs the whole model in memory, in fp32
+    #[arg(long)]
+    pub no_probe: bool,
+    /// Print the model's manifest.json
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What is quantised, and how finely.
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct Quantizing {
+    /// Keep the blocks' scales in fp32
+    #[arg(long)]
+    pub no_double_quant: bool,
+    /// Numbers to a block with a scale of its own: 32, 64, 128, ... 4096 (nf4 and fp4)
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = block_size)]
+    pub block_size: u32,
+    /// Modules that stay as they are: those whose path is such a name or ends in .NAME (repeatable)
+    #[arg(long, value_name = "NAME", default_value = "lm_head")]
+    pub skip: Vec<String>,
 }
 
 /// The numbers that an adapter trained on a quantised base is folded into.
@@ -202,6 +238,21 @@ pub enum Onto {
     Dequantized,
     /// The base's own, which the adapter has never seen: the merged model differs by what quantising had taken away.
     Original,
+}
+
+impl std::fmt::Display for Onto {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Dequantized => "dequantized",
+            Self::Original => "original",
+        })
+    }
+}
+
+impl Default for Quantizing {
+    fn default() -> Self {
+        Self { no_double_quant: false, block_size: 64, skip: vec!["lm_head".into()] }
+    }
 }
 
 /// `engraft export`
@@ -240,15 +291,9 @@ pub struct Quantize {
     /// The form of the linears' weights
     #[arg(long = "type", value_name = "TYPE", default_value = "nf4")]
     pub form: QuantizationType,
-    /// Keep the blocks' scales in fp32
-    #[arg(long)]
-    pub no_double_quant: bool,
-    /// Numbers to a block with a scale of its own: 32, 64, 128, ... 4096 (nf4 and fp4)
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = block_size)]
-    pub block_size: u32,
-    /// Modules that stay as they are: those whose path is such a name or ends in .NAME (repeatable)
-    #[arg(long, value_name = "NAME", default_value = "lm_head")]
-    pub skip: Vec<String>,
+    /// What is quantised, and how finely.
+    #[command(flatten)]
+    pub quantizing: Quantizing,
     /// Number type that weights are read in, and that what is not quantised is stored in
     #[arg(long, value_name = "DTYPE", default_value = "bf16")]
     pub dtype: Dtype,
@@ -337,6 +382,29 @@ pub struct Logits {
     pub out: PathBuf,
 }
 
+/// `engraft codes`
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct Codes {
+    /// Safetensors file of tensors in bf16, fp16 or fp32
+    #[arg(long, value_name = "FILE")]
+    pub tensors: PathBuf,
+    /// The form to quantise to
+    #[arg(long = "type", value_name = "TYPE", default_value = "nf4")]
+    pub form: QuantizationType,
+    /// How finely.
+    #[command(flatten)]
+    pub quantizing: Quantizing,
+    /// Safetensors file to write: codes, scales and numbers
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+    /// Quantise, make whole and copy each tensor so many times, and print the seconds of each
+    #[arg(long, value_name = "N")]
+    pub repeat: Option<u32>,
+    /// CPU threads [default: all that this process may use]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<u32>,
+}
+
 /// `engraft doctor`
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct Doctor {
@@ -368,9 +436,9 @@ pub struct ModelChoice {
     /// Adapter folder, as PEFT writes it
     #[arg(long, short, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
-    /// Number type of weights and activations
-    #[arg(long, value_name = "DTYPE", default_value = "bf16")]
-    pub dtype: Dtype,
+    /// Number type of weights and activations [default: bf16, or what the adapter's quantised base was made whole in]
+    #[arg(long, value_name = "DTYPE")]
+    pub dtype: Option<Dtype>,
     /// Where to run
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub device: DeviceChoice,
@@ -507,10 +575,11 @@ mod tests {
         let Command::Generate(generate) = parse("generate --model m --dtype fp32 --stop a --stop b").unwrap() else {
             panic!()
         };
-        assert_eq!((generate.prompt.as_str(), generate.model.dtype), ("-", Dtype::Fp32));
+        assert_eq!((generate.prompt.as_str(), generate.model.dtype), ("-", Some(Dtype::Fp32)));
         for line in [
             "chat --model m --adapter a --temperature 0.7 --top-p 0.9",
             "merge --model m --adapter a --out o --dtype bf16 --overwrite",
+            "merge --model m --adapter a --out o --quantize nf4 --block-size 128 --no-probe --json",
             "export r.yaml --save adapter --save merged",
             "inspect a b --json",
             "preview r.yaml --eval --rows 5 --no-color",
@@ -532,6 +601,8 @@ mod tests {
             ("generate --model m --top-p 0", "must be above 0"),
             ("generate --model m --dtype int8", "possible values"),
             ("train r.yaml --json --quiet", "cannot be used with"),
+            ("merge --model m --adapter a --out o --quantize nf4 --block-size 63", "bitsandbytes has"),
+            ("merge --model m --adapter a --out o --probe f --no-probe", "cannot be used with"),
             ("trian r.yaml", "similar subcommand"),
             ("validate", "required"),
         ] {

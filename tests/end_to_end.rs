@@ -572,12 +572,28 @@ fn a_program_reads_what_was_left_out_what_was_written_and_what_went_wrong() {
     let output = bench.engraft(&["train", "recipe.yaml", "--json"]);
     let told = events(&output.stdout);
     let kinds: Vec<&str> = told.iter().map(|event| event["event"].as_str().unwrap()).collect();
-    let expected = ["dataset", "dataset", "notice", "start", "step", "step", "eval", "state", "end", "wrote", "wrote"];
+    let expected = [
+        "dataset",
+        "dataset",
+        "memory_plan",
+        "notice",
+        "start",
+        "step",
+        "step",
+        "eval",
+        "state",
+        "end",
+        "memory",
+        "wrote",
+        "wrote",
+    ];
     assert_eq!(kinds, expected, "{told:?}");
     assert_eq!([&told[0]["set"], &told[0]["rows"], &told[0]["dropped"]], [&json!("training"), &json!(40), &json!(0)]);
     assert_eq!([&told[1]["set"], &told[1]["rows"], &told[1]["dropped"]], [&json!("eval"), &json!(2), &json!(1)]);
-    assert!(told[2]["message"].as_str().unwrap().contains("warmup of 4 steps"));
-    assert!(told[9]["path"].as_str().unwrap().ends_with("run/adapter"));
+    assert!(told[3]["message"].as_str().unwrap().contains("warmup of 4 steps"));
+    assert!(told[11]["path"].as_str().unwrap().ends_with("run/adapter"));
+    assert_eq!(told[10]["planned_bytes"], told[2]["peak"]);
+    assert!(told[10]["measured_bytes"].as_u64().unwrap() > 0);
     let manifest: Value = serde_json::from_slice(&std::fs::read(bench.path("run/manifest.json")).unwrap()).unwrap();
     assert_eq!(manifest["datasets"]["eval"]["overlong"]["count"], 1);
     assert_eq!(manifest["datasets"]["training"]["rows"], 40);
@@ -693,4 +709,129 @@ fn a_hub_models_commit_is_written_down_not_its_branch() {
     let json = |name: &str| -> Value { serde_json::from_slice(&std::fs::read(bench.path(name)).unwrap()).unwrap() };
     assert_eq!(json("run/manifest.json")["base"]["revision"], COMMIT);
     assert_eq!(json("run/adapter/adapter_config.json")["revision"], COMMIT);
+}
+
+/// `--set` for each.
+fn settings<'a>(values: &[&'a str]) -> Vec<&'a str> {
+    values.iter().flat_map(|value| ["--set", value]).collect()
+}
+
+const QLORA: &str = "adapter.method=qlora";
+
+#[test]
+fn a_merge_says_how_far_it_is_from_what_was_trained_and_what_quantising_took_away() {
+    let bench = Bench::new("max_steps: 12");
+    bench.succeed(&[&["train", "recipe.yaml"], &settings(&[QLORA, "output.save=[adapter]"])[..]].concat());
+    std::fs::write(bench.path("prompts.txt"), "add 1 and 2\n\nadd 3 and 4\n").unwrap();
+    let merge = |out: &str, more: &[&str]| -> Value {
+        let merge = ["merge", "--model", "base", "--adapter", "run/adapter", "--json", "--out", out];
+        let said: Value = serde_json::from_str(&bench.succeed(&[&merge[..], more].concat())).unwrap();
+        let written: Value =
+            serde_json::from_slice(&std::fs::read(bench.path(out).join("manifest.json")).unwrap()).unwrap();
+        assert_eq!(said, written);
+        said
+    };
+    let number = |said: &Value, of: &str, key: &str| said[of][key].as_f64().unwrap_or_else(|| panic!("{said}"));
+    let largest = |said: &Value| number(said, "drift", "max_logit_difference");
+
+    let exact = merge("exact", &[]);
+    assert_eq!(
+        (&exact["onto"], &exact["dtype"], &exact["drift"]["prompts"]),
+        (&json!("dequantized"), &json!("fp32"), &json!(8))
+    );
+    assert!(largest(&exact) < 1e-4 && exact["drift"]["greedy_agreement"] == 1.0 && exact["drift"]["same_answers"] == 8);
+    assert_eq!(exact["trained_on"]["type"], "nf4");
+    let rounded = merge("rounded", &["--probe", "prompts.txt", "--dtype", "bf16"]);
+    assert_eq!(rounded["drift"]["prompts"], 2);
+    assert!(largest(&rounded) > 10.0 * largest(&exact), "{rounded}");
+    let other = merge("other", &["--onto", "original"]);
+    assert!(largest(&other) > 3.0 * largest(&rounded), "{other}");
+    assert!(number(&other, "drift", "greedy_agreement") < 1.0, "{other}");
+
+    let again = merge("again", &["--probe", "prompts.txt", "--quantize", "nf4", "--block-size", "32"]);
+    assert_eq!(again["quantization"]["block_size"], 32);
+    let losses = again["quantization_loss"]["tensors"].as_object().unwrap();
+    assert_eq!(losses.len(), 14);
+    let of = |key| number(&again, "quantization_loss", key);
+    assert!(of("mean") > 0.03 && of("mean") < of("worst") && of("worst") < 0.2, "{again}");
+    assert_eq!(losses[again["quantization_loss"]["worst_tensor"].as_str().unwrap()], of("worst"));
+    assert!(largest(&again) > 3.0 * largest(&rounded), "{again}");
+    // Merged and then quantised, the model has the same bytes.
+    let quantize = ["quantize", "--model", "exact", "--out", "after", "--block-size", "32", "--dtype", "fp32"];
+    bench.succeed(&quantize);
+    let bytes = |folder: &str| std::fs::read(bench.path(folder).join("model.safetensors")).unwrap();
+    assert!(bytes("again") == bytes("after"));
+    let config = |folder: &str| std::fs::read_to_string(bench.path(folder).join("config.json")).unwrap();
+    assert_eq!(config("again"), config("after"));
+
+    assert_eq!(merge("unasked", &["--no-probe"])["drift"], Value::Null);
+    let fail = |more: &[&str], code, parts: &[&str]| {
+        let merge = ["merge", "--model", "base", "--adapter", "run/adapter", "--out", "none"];
+        bench.fail(&[&merge[..], more].concat(), code, parts);
+        assert!(!bench.path("none").exists());
+    };
+    std::fs::write(bench.path("long.txt"), format!("add\n{}\n", "0 1 2 ".repeat(100))).unwrap();
+    fail(&["--probe", "long.txt"], 4, &["long.txt:2", "256"]);
+    std::fs::write(bench.path("empty.txt"), "\n").unwrap();
+    fail(&["--probe", "empty.txt"], 4, &["empty.txt", "0 prompts"]);
+    fail(&["--block-size", "32"], 3, &["--block-size", "--quantize"]);
+}
+
+#[test]
+fn an_adapter_is_not_put_on_other_numbers_than_it_was_trained_on() {
+    let bench = Bench::new("max_steps: 2");
+    let with = |verb: &[&'static str], values: &[&'static str]| [verb, &settings(values)[..]].concat();
+    let nf4 = [QLORA, "output.save=[adapter]"];
+    let fp4 = [QLORA, "quantization={type: fp4}"];
+    bench.succeed(&with(&["train", "recipe.yaml"], &nf4));
+    bench.succeed(&with(&["train", "recipe.yaml"], &["output.dir=plain", "output.save=[adapter]"]));
+
+    // Each by name, and what to write.
+    let way_out = "quantization: {type: nf4, double_quant: true, block_size: 64, skip: [lm_head]}";
+    let theirs = "nf4 in blocks of 64 with quantised scales, of numbers in fp32";
+    let eval = ["eval", "recipe.yaml", "--adapter", "run/adapter"];
+    bench.fail(&eval, 5, &["run/adapter", theirs, "not quantised, in fp32", way_out]);
+    bench.fail(&with(&eval, &fp4), 5, &[theirs, "fp4 in blocks of 64", way_out]);
+    bench.fail(&with(&eval, &[QLORA, "dtype=bf16"]), 5, &[theirs, "of numbers in bf16"]);
+    bench.succeed(&with(&eval, &[QLORA]));
+    let continued =
+        ["train", "recipe.yaml", "--set", "adapter.adapter_name_or_path=run/adapter", "--set", "output.dir=on"];
+    bench.fail(&continued, 5, &[theirs, "not quantised, in fp32", way_out]);
+    bench.fail(&with(&continued, &fp4), 5, &[theirs, "fp4 in blocks of 64", way_out]);
+    assert!(!bench.path("on").exists());
+    bench.succeed(&with(&continued, &nf4));
+
+    // One that says nothing may have been trained on either.
+    let output = bench.engraft(&with(&["eval", "recipe.yaml", "--adapter", "plain/adapter"], &[QLORA]));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.contains("does not say that it was trained on a quantised base"), "{said}");
+
+    // Resumed with other numbers; how they are kept is free.
+    let resume = ["train", "recipe.yaml", "--resume"];
+    let other = [QLORA, "output.save=[adapter]", "quantization={double_quant: false}"];
+    bench.fail(&with(&resume, &other), 7, &["quantization"]);
+    bench.fail(&with(&resume, &["output.save=[adapter]"]), 7, &["adapter.method", "qlora"]);
+
+    // The base stored in another form than the adapter's.
+    bench.succeed(&["quantize", "--model", "base", "--out", "base4", "--type", "fp4", "--dtype", "fp32"]);
+    let (mine, stored) = ("nf4 in blocks of 64 with quantised scales", "fp4 in blocks of 64 with quantised scales");
+    let generate = ["generate", "--model", "base4", "--adapter", "run/adapter", "--raw", "--prompt", "add"];
+    bench.fail(&generate, 5, &["run/adapter", mine, stored]);
+    bench.fail(&["merge", "--model", "base4", "--adapter", "run/adapter", "--out", "m"], 5, &[mine, stored]);
+    // In its own it is the same base.
+    bench.succeed(&["quantize", "--model", "base", "--out", "base-nf4", "--dtype", "fp32"]);
+    let own = [
+        "generate",
+        "--model",
+        "base-nf4",
+        "--adapter",
+        "run/adapter",
+        "--raw",
+        "--prompt",
+        "add",
+        "--max-tokens",
+        "9",
+    ];
+    let unquantised = [&["generate", "--model", "base"], &own[3..]].concat();
+    assert_eq!(bench.succeed(&own), bench.succeed(&unquantised));
 }

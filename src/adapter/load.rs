@@ -122,17 +122,7 @@ impl LoadedAdapter {
 
     /// How the base was quantised when the adapter was trained; `None` where it was not, or nothing says so.
     pub fn scheme(&self) -> Result<Option<Scheme>> {
-        let path = self.folder.join(SCHEME);
-        let fault = |what: String| Error::Model(Fault::at(&path, what));
-        match path.metadata() {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Ok(metadata) if metadata.len() > MAX_TEMPLATE => {
-                return Err(fault(format!("is {} bytes; at most {MAX_TEMPLATE} are read", metadata.len())));
-            }
-            Err(_) | Ok(_) => {}
-        }
-        let text = std::fs::read(&path).map_err(|error| fault(format!("cannot be read: {error}")))?;
-        Scheme::from_json(&text).map(Some).map_err(fault)
+        trained_on(&self.folder)
     }
 
     /// What of a model of this spec is trained whole, and how it is now.
@@ -226,6 +216,23 @@ impl LoadedAdapter {
 }
 
 const FLOATS: [&str; 4] = ["F32", "F16", "BF16", "F64"];
+
+/// How the base was quantised when the adapter in `folder` was trained; `None` where it was not, or nothing says so.
+///
+/// Errors with [`Error::Model`] where the file that says it is damaged.
+pub fn trained_on(folder: &Path) -> Result<Option<Scheme>> {
+    let path = folder.join(SCHEME);
+    let fault = |what: String| Error::Model(Fault::at(&path, what));
+    match path.metadata() {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Ok(metadata) if metadata.len() > MAX_TEMPLATE => {
+            return Err(fault(format!("is {} bytes; at most {MAX_TEMPLATE} are read", metadata.len())));
+        }
+        Err(_) | Ok(_) => {}
+    }
+    let text = std::fs::read(&path).map_err(|error| fault(format!("cannot be read: {error}")))?;
+    Scheme::from_json(&text).map(Some).map_err(fault)
+}
 
 /// The keys of one module's A and B.
 #[derive(Default)]

@@ -30,7 +30,7 @@ use crate::{Error, Fault, Result};
 pub use config::AdapterConfig;
 pub use decompose::Origin;
 use decompose::Originals;
-pub use load::LoadedAdapter;
+pub use load::{LoadedAdapter, trained_on};
 pub use saved::Saved;
 pub use targets::overview;
 
@@ -125,7 +125,7 @@ impl Update {
 }
 
 /// What a training learned.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Learned<'a> {
     /// Low-rank updates of linears.
     pub updates: &'a [Update],

@@ -36,7 +36,6 @@ pub fn run(arguments: &Eval, out: &mut dyn Write) -> Result<()> {
     let eval = loading::dataset("eval", &plan.eval, &plan, &checkpoint, &encoder, &console)?;
     console.say(eval.report());
     let scheme = loading::scheme(&plan, &checkpoint, device, &console)?;
-    let mut model = loading::decoder(&checkpoint, plan.kind, device, scheme.as_ref(), &console)?;
     let adapter = match (&arguments.adapter, arguments.base) {
         (_, true) => None,
         (Some(folder), _) => Some(folder.clone()),
@@ -49,6 +48,10 @@ pub fn run(arguments: &Eval, out: &mut dyn Write) -> Result<()> {
                 fault.hint("train it, name another with --adapter, or measure the base with --base"),
             ));
         }
+        loading::same_numbers(folder, &plan, scheme.as_ref(), &checkpoint, &console)?;
+    }
+    let mut model = loading::decoder(&checkpoint, plan.kind, device, scheme.as_ref(), &console)?;
+    if let Some(folder) = &adapter {
         loading::adapter(&mut model, folder, &checkpoint, scheme.as_ref(), &console)?;
     }
 

@@ -1,19 +1,23 @@
 //! What several verbs begin with: the base opened and read, its tokenizer, a recipe's datasets, an adapter put on.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use tch::{Device, Kind};
 
 use super::console::{Console, Unit};
-use crate::adapter::{Adapters, LoadedAdapter, Origin};
-use crate::cli::ModelChoice;
+use crate::adapter::{Adapters, LoadedAdapter, Origin, trained_on};
+use crate::cli::{ModelChoice, Quantizing};
 use crate::data::{Dataset, Encoder, Tokenizer, add_tokens, grow};
+use crate::export::manifest::{self, FileDigest};
 use crate::export::sidecars;
 use crate::model::{Decoder, families};
 use crate::ops::cuda;
 use crate::quant::Scheme;
-use crate::recipe::{AdapterRecipe, BaseSource, CacheDequantized, DataSource, DatasetRecipe, Plan, cache_dir};
+use crate::recipe::{
+    AdapterRecipe, BaseSource, CacheDequantized, DataSource, DatasetRecipe, Dtype, Plan, QuantizationType, cache_dir,
+};
 use crate::torch_ext::{catching, keep_freed_memory};
 use crate::train::caches_dequantised;
 use crate::weights::Checkpoint;
@@ -117,6 +121,59 @@ pub(super) fn scheme(
     Ok(Some(scheme))
 }
 
+/// Refuses an adapter that was trained on other numbers than the base has here: `scheme` is how it is kept as the recipe says.
+pub(super) fn same_numbers(
+    adapter: &Path,
+    plan: &Plan,
+    scheme: Option<&Scheme>,
+    checkpoint: &Checkpoint,
+    console: &Console,
+) -> Result<()> {
+    let here = match scheme {
+        Some(scheme) => format!("quantised as {scheme}"),
+        None => format!("not quantised, in {}", plan.recipe.dtype),
+    };
+    let Some(trained_on) = trained_on(adapter)? else {
+        if scheme.is_some() {
+            console.say(format_args!(
+                "note: {} does not say that it was trained on a quantised base; here its base is {here}",
+                adapter.display()
+            ));
+        }
+        return Ok(());
+    };
+    let stored = checkpoint.quantised_form().is_some_and(|stored| stored == trained_on.form);
+    let same = match scheme {
+        // What is stored quantised stays so, whatever is skipped.
+        Some(scheme) if stored => scheme.kind == trained_on.kind,
+        Some(scheme) => scheme.makes_numbers_of(&trained_on),
+        None => stored && plan.kind == trained_on.kind,
+    };
+    if same {
+        return Ok(());
+    }
+    let what = format!("was trained on its base quantised as {trained_on}, but by the recipe the base is {here}");
+    let hint = format!("write into the recipe (or --set) {}", trained_on.in_recipe());
+    Err(Error::Model(Fault::at(adapter, what).hint(hint)))
+}
+
+/// Refuses a base that is stored in another quantised form than the one an adapter was trained on, which is wanted again.
+pub(super) fn stored_alike(adapter: &Path, trained_on: Option<&Scheme>, checkpoint: &Checkpoint) -> Result<()> {
+    let (Some(trained_on), Some(stored)) = (trained_on, checkpoint.quantised_form()) else { return Ok(()) };
+    if stored.may_become(trained_on.form) {
+        return Ok(());
+    }
+    let what = format!("was trained on its base quantised as {}, but this base is stored as {stored}", trained_on.form);
+    let hint = "name the base that it was trained on, or the unquantised model that both were made of";
+    Err(Error::Model(Fault::at(adapter, what).hint(hint)))
+}
+
+/// The scheme that options ask for, of numbers in `kind`.
+pub(super) fn asked(form: QuantizationType, how: &Quantizing, kind: Kind) -> Scheme {
+    let form = form.with(how.block_size.into(), !how.no_double_quant);
+    Scheme { form, kind, skip: how.skip.clone(), whole: false, after_start: false }
+}
+
 /// The tokenizer of a base.
 pub(super) fn tokenizer(checkpoint: &Checkpoint) -> Result<Arc<Tokenizer>> {
     Tokenizer::new(&checkpoint.sidecars).map(Arc::new).map_err(|error| checkpoint.located(error))
@@ -167,10 +224,12 @@ pub(super) fn chosen(choice: &ModelChoice, console: &Console) -> Result<Loaded> 
     let loaded = choice.adapter.as_deref().map(LoadedAdapter::read).transpose()?;
     // Asked on other numbers than it learned on, it would answer differently.
     let scheme = loaded.as_ref().map(LoadedAdapter::scheme).transpose()?.flatten();
-    let kind = scheme.as_ref().map_or(choice.dtype.kind(), |scheme| scheme.kind);
     if let Some(loaded) = &loaded {
+        stored_alike(&loaded.folder, scheme.as_ref(), &checkpoint)?;
         with_tokens_of(loaded, &mut checkpoint)?;
     }
+    let trained_in = scheme.as_ref().map_or(Kind::BFloat16, |scheme| scheme.kind);
+    let kind = choice.dtype.map_or(trained_in, Dtype::kind);
     let mut model = decoder(&checkpoint, kind, device, scheme.as_ref(), console)?;
     if let Some(loaded) = &loaded {
         put_on(&mut model, loaded, &checkpoint, scheme.as_ref(), console)?;
@@ -210,4 +269,14 @@ pub(super) fn use_cpu(asked: Option<u32>) {
     let allowed = || std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
     tch::set_num_threads(asked.unwrap_or_else(allowed) as i32);
     keep_freed_memory();
+}
+
+/// Digests of the base's files, made while other things load: a run is traced to them, and resuming refuses others.
+pub(super) fn hash_in_background(files: Vec<PathBuf>) -> JoinHandle<Result<Vec<FileDigest>>> {
+    std::thread::spawn(move || manifest::digests(&files, &|_, _| ()))
+}
+
+/// What a thread has found out.
+pub(super) fn joined<T>(thread: JoinHandle<Result<T>>) -> Result<T> {
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }

@@ -1,6 +1,7 @@
 //! One verb per file: straight lines, no logic of their own.
 
 pub mod chat;
+pub mod codes;
 pub mod doctor;
 pub mod eval;
 pub mod export;
@@ -30,7 +31,7 @@ pub fn run(cli: &Cli, out: &mut dyn Write) -> Result<()> {
         Command::Eval(arguments) => eval::run(arguments, out),
         Command::Chat(arguments) => chat::run(arguments, out),
         Command::Generate(arguments) => generate::run(arguments, out),
-        Command::Merge(arguments) => merge::run(arguments),
+        Command::Merge(arguments) => merge::run(arguments, out),
         Command::Export(arguments) => export::run(arguments),
         Command::Quantize(arguments) => quantize::run(arguments),
         Command::Inspect(arguments) => inspect::run(arguments, out),
@@ -38,6 +39,7 @@ pub fn run(cli: &Cli, out: &mut dyn Write) -> Result<()> {
         Command::Validate(arguments) => validate::run(arguments, out),
         Command::Schema(arguments) => schema::run(arguments, out),
         Command::Logits(arguments) => logits::run(arguments),
+        Command::Codes(arguments) => codes::run(arguments, out),
         Command::Doctor(arguments) => doctor::run(arguments, out),
     }
 }

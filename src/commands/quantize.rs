@@ -4,9 +4,9 @@ use std::path::Path;
 
 use super::console::{Console, Unit};
 use super::loading;
+use crate::adapter::Learned;
 use crate::cli::Quantize;
 use crate::export::quantised;
-use crate::quant::Scheme;
 use crate::recipe::BaseSource;
 use crate::{Error, Fault, Result};
 
@@ -18,21 +18,16 @@ pub fn run(arguments: &Quantize) -> Result<()> {
     let base = |fault: Fault| Error::Model(Fault { place: "--model".into(), ..fault });
     let source = BaseSource::find(&arguments.model, arguments.revision.as_deref(), Path::new("")).map_err(base)?;
     let checkpoint = loading::checkpoint(&source, &console)?;
-    let form = arguments.form.with(arguments.block_size.into(), !arguments.no_double_quant);
-    if checkpoint.quantised_form().is_some_and(|stored| stored == form || !stored.may_become(form)) {
+    let scheme = loading::asked(arguments.form, &arguments.quantizing, arguments.dtype.kind());
+    if checkpoint.quantised_form().is_some_and(|stored| stored == scheme.form || !stored.may_become(scheme.form)) {
         return Err(base(Fault::new("", "is quantised already").hint("name the model it was made of")));
     }
-    let scheme =
-        Scheme { form, kind: arguments.dtype.kind(), skip: arguments.skip.clone(), whole: false, after_start: false };
     let stage = console.stage("quantising", Unit::Things("numbers"));
-    let written = quantised::write(&arguments.out, &checkpoint, &scheme, &|done, total| stage.at(done, total))?;
+    let at = |done, total| stage.at(done, total);
+    let written =
+        quantised::write(&arguments.out, &checkpoint, Learned::default(), None, &scheme, &checkpoint.sidecars, &at)?;
     drop(stage);
-    if written.experts > 0 {
-        console.say(format_args!(
-            "note: linears of experts ({}) are written as they are: bitsandbytes quantises linears only",
-            written.experts
-        ));
-    }
-    console.say(format_args!("wrote {}: {} weights in {}", arguments.out.display(), written.quantised, arguments.form));
+    console.say(format_args!("wrote {}", arguments.out.display()));
+    console.say(format_args!("{written}"));
     Ok(())
 }

@@ -1,7 +1,5 @@
 //! `engraft train`: from a recipe to an adapter.
 
-use std::path::PathBuf;
-
 use tch::Kind;
 
 use super::console::{Console, Unit};
@@ -9,13 +7,13 @@ use super::loading;
 use crate::adapter::{Adapters, Origin};
 use crate::cli::Train;
 use crate::data::{Dataset, Encoder};
-use crate::export::manifest::{self, FileDigest};
+use crate::export::manifest;
 use crate::export::run::{self, Finished};
 use crate::objective::Supervised;
-use crate::recipe::{DataSource, Recipe};
+use crate::recipe::{DataSource, Recipe, TrainingRecipe};
 use crate::train::{
-    Datasets, Event, Events, Identity, Interrupts, Progress, Run, RunFolder, Start, Trainer, bytes_beside, device_name,
-    recomputed_layers,
+    Datasets, Event, Events, Identity, Interrupts, MemoryPlan, Planned, Progress, Run, RunFolder, Start, Trainer,
+    bytes_beside, device_name, memory_bytes, peak_memory_bytes, recomputed_layers,
 };
 use crate::{Error, Fault, Result};
 
@@ -39,7 +37,7 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
     let mut folder = RunFolder::open(&plan.output.dir, start)?;
 
     let (checkpoint, adapter) = loading::base(&plan, &console)?;
-    let base_files = hash_in_background(checkpoint.files.clone());
+    let base_files = loading::hash_in_background(checkpoint.files.clone());
     let tokenizer = loading::tokenizer(&checkpoint)?;
     let encoder = Encoder::dated(tokenizer, &plan.dataset, folder.day.at(0, 0, 0, 0))?;
     let open = |set: &str, sources: &[DataSource]| -> Result<Dataset> {
@@ -52,6 +50,10 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
     let eval = (!plan.eval.is_empty()).then(|| open("eval", &plan.eval)).transpose()?;
 
     let scheme = loading::scheme(&plan, &checkpoint, device, &console)?;
+    if let Some(continued) = &plan.adapter.adapter_name_or_path {
+        loading::same_numbers(continued, &plan, scheme.as_ref(), &checkpoint, &console)?;
+    }
+    let before = memory_bytes(device);
     let mut model = loading::decoder(&checkpoint, plan.kind, device, scheme.as_ref(), &console)?;
     let (longest, made_for) = (train.report().longest, model.spec.max_position_embeddings as u64);
     if longest > made_for {
@@ -87,9 +89,22 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
     if recomputed_layers > 0 {
         console.say(format_args!("{recomputed_layers} of {} layers are recomputed", model.spec.layers.len()));
     }
+    let largest =
+        train.largest_micro_batch(plan.training.micro_batch_size.into(), micro_batches(&plan.training, &train));
+    let memory = MemoryPlan::of(&Planned {
+        model: &model,
+        beside,
+        accumulates: plan.training.gradient_accumulation_steps > 1,
+        largest,
+        recomputed_layers,
+    });
+    if let Some(memory) = &memory {
+        console.say(memory);
+        events.tell(&Event::MemoryPlan(memory));
+    }
     let learner =
         Supervised { model: &model, noise_alpha: plan.training.neftune_noise_alpha.unwrap_or(0.0), recomputed_layers };
-    let base_files = base_files.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    let base_files = loading::joined(base_files)?;
     let device_name = device_name(device);
     let run = Run {
         identity: Identity {
@@ -120,6 +135,13 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
         Datasets { train: &train, eval: eval.as_ref(), micro_batch_size: plan.training.micro_batch_size.into() };
     let outcome = Trainer::new(run, &learner).run(&source)?;
 
+    if let (Some(plan), Some(before), Some(peak)) = (&memory, before, peak_memory_bytes(device)) {
+        let (planned_bytes, measured_bytes) = (plan.peak, peak.saturating_sub(before));
+        let [planned, measured] = [planned_bytes, measured_bytes].map(|bytes| bytes as f64 / 1e9);
+        console.say(format_args!("memory: {measured:.2} GB at most, {planned:.2} were planned"));
+        events.tell(&Event::Memory { planned_bytes, measured_bytes });
+    }
+
     let finished = Finished {
         plan: &plan,
         checkpoint: &checkpoint,
@@ -141,7 +163,13 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
     Ok(())
 }
 
-/// Digests of the base's files, made while other things load: resuming refuses another base, whatever differs in it.
-fn hash_in_background(files: Vec<PathBuf>) -> std::thread::JoinHandle<Result<Vec<FileDigest>>> {
-    std::thread::spawn(move || manifest::digests(&files, &|_, _| ()))
+/// Micro-batches of a run, as far as its recipe tells.
+fn micro_batches(training: &TrainingRecipe, train: &Dataset) -> u64 {
+    match training.max_steps {
+        Some(steps) => steps * u64::from(training.gradient_accumulation_steps),
+        None => {
+            let pass = train.micro_batches_in_epoch(0, training.micro_batch_size.into());
+            (training.epochs * pass as f64).ceil() as u64
+        }
+    }
 }

@@ -28,7 +28,7 @@ mod tokenize;
 mod tokenizer;
 
 pub use batch::Batches;
-pub use dataset::{Dataset, DatasetFile};
+pub use dataset::{Dataset, DatasetFile, MicroBatchSize};
 pub use encode::Encoder;
 pub use files::{Examples, SourceFiles};
 pub use report::{DatasetReport, Place, Tally};

@@ -1,6 +1,7 @@
 //! How good a model is: its loss on held-out rows, and its answers beside the rows' own.
 
 mod answers;
+mod probe;
 mod questions;
 
 use std::ops::ControlFlow;
@@ -13,6 +14,7 @@ use crate::model::{Decoder, Forward};
 use crate::objective::supervised;
 
 pub use answers::{Answer, Score, answer_all, score};
+pub use probe::{Drift, Probes, Reply};
 pub use questions::{Question, Questions, questions};
 
 /// Loss on a dataset.

@@ -1,4 +1,4 @@
-//! `manifest.json`: what went into a run and what came out, with the SHA-256 of every file, so that a result can be traced and
+//! `manifest.json`: what went into a run or a merged model and what came out, with the SHA-256 of every file, so that a result can be traced and
 //! made again.
 
 use std::collections::BTreeMap;
@@ -10,7 +10,9 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::quantised::Loss;
 use crate::data::DatasetReport;
+use crate::evaluate::Drift;
 use crate::weights::{Checkpoint, sha256_file, writer};
 use crate::{Error, Fault, Result};
 
@@ -79,13 +81,66 @@ pub struct FileDigest {
     pub sha256: String,
 }
 
+impl Base {
+    /// A checkpoint that was named `name`, with digests of its files.
+    pub fn of(checkpoint: &Checkpoint, name: &str, files: Vec<FileDigest>) -> Self {
+        Self {
+            name: name.into(),
+            revision: checkpoint.commit.clone(),
+            files,
+            config: checkpoint.sidecars.get("config.json").map(|bytes| sha256(bytes)),
+        }
+    }
+}
+
+/// What went into a merged model, and what merging changed beside the update.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MergeManifest {
+    /// Version of engraft.
+    pub engraft_version: String,
+    /// Version of libtorch.
+    pub libtorch_version: String,
+    /// When it was written, RFC 3339, UTC.
+    pub created: String,
+    /// The base model.
+    pub base: Base,
+    /// The adapter's files.
+    pub adapter: Vec<FileDigest>,
+    /// How the base was quantised when the adapter was trained; absent where it was not, or nothing says so.
+    pub trained_on: Option<serde_json::Value>,
+    /// What the update was folded into, where there was a choice: `dequantized` or `original`.
+    pub onto: Option<String>,
+    /// Number type of what is not quantised.
+    pub dtype: String,
+    /// How the merged model is quantised; absent where it is not.
+    pub quantization: Option<serde_json::Value>,
+    /// What quantising took away.
+    pub quantization_loss: Option<Loss>,
+    /// How far it is from the adapter on its base; absent where nothing was asked.
+    pub drift: Option<Drift>,
+    /// What was written, with paths relative to the model's folder.
+    pub outputs: Vec<FileDigest>,
+}
+
+impl MergeManifest {
+    /// Writes it into the model's folder, whole or not at all. Errors with [`Error::Output`].
+    pub fn write(&self, folder: &Path) -> Result<()> {
+        write(folder, self)
+    }
+}
+
+/// As `manifest.json`.
+fn write(folder: &Path, manifest: &impl Serialize) -> Result<()> {
+    let path = folder.join(MANIFEST);
+    let text = serde_json::to_string_pretty(manifest)
+        .map_err(|error| Error::Output(Fault::at(&path, format_args!("cannot be put into JSON: {error}"))))?;
+    writer::write_file(&path, format!("{text}\n").as_bytes())
+}
+
 impl Manifest {
     /// Writes it into the run's folder, whole or not at all. Errors with [`Error::Output`].
     pub fn write(&self, folder: &Path) -> Result<()> {
-        let path = folder.join(MANIFEST);
-        let text = serde_json::to_string_pretty(self)
-            .map_err(|error| Error::Output(Fault::at(&path, format_args!("cannot be put into JSON: {error}"))))?;
-        writer::write_file(&path, format!("{text}\n").as_bytes())
+        write(folder, self)
     }
 
     /// Reads it back.

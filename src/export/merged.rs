@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
 use super::folder::Staging;
+use super::manifest::MANIFEST;
 use super::peft::tokenizer_file;
 use crate::adapter::merge::{merged, merged_experts};
 use crate::adapter::{Learned, Saved, Update};
@@ -42,58 +43,106 @@ pub fn write(
     sidecars: &BTreeMap<String, Vec<u8>>,
     progress: &dyn Fn(u64, u64),
 ) -> Result<()> {
-    refuse_base(folder, checkpoint)?;
-    let stored = onto.is_some_and(|scheme| checkpoint.quantised_form() == Some(scheme.form));
-    if let Some(scheme) = onto.filter(|scheme| !stored && !scheme.form.can_be_made()) {
-        let what =
-            format!("the adapter was trained on a base that is stored as {}, which this one is not", scheme.form);
-        let fault = Fault::new("merge", what);
-        return Err(Error::Model(fault.hint("name the base the adapter was trained on, or say --onto original")));
-    }
-    let plan = Plan::new(checkpoint, learned, onto)?;
-    let spec = |t: &Planned<'_>| {
-        let kind = checkpoint.whole_kind(t.from).unwrap_or(kind);
-        TensorSpec { name: t.name.clone(), kind, shape: t.shape.clone() }
-    };
-    let specs: Vec<TensorSpec> = plan.tensors.iter().map(spec).collect();
+    let merging = Merging::new(folder, checkpoint, learned, onto, kind)?;
+    let specs: Vec<TensorSpec> = (0..merging.tensors()).map(|index| merging.spec(index)).collect();
     let bytes = |spec: &TensorSpec| spec.shape.iter().product::<i64>() as u64 * spec.kind.elt_size_in_bytes() as u64;
     let (mut done, total) = (0, specs.iter().map(bytes).sum());
 
-    let ours = |name: &str| is_ours(name, sidecars);
-    let staging = Staging::create(folder, ours)?;
+    let staging = Staging::create(folder, |name| is_ours(name, sidecars))?;
     writer::write_model(staging.path(), &specs, SHARD_BYTES, |index| {
-        let planned = &plan.tensors[index];
-        let own = specs[index].kind;
-        // Tables of whole numbers are no weights.
-        let read_as = if own == kind { onto.map_or(kind, |scheme| scheme.kind) } else { own };
-        let tensor = checkpoint.tensor(planned.from, read_as, Device::Cpu)?;
+        let tensor = merging.tensor(index, specs[index].kind)?;
+        done += bytes(&specs[index]);
+        progress(done, total);
+        Ok(tensor)
+    })?;
+    finish(staging, &merging.config(), sidecars)
+}
+
+/// Puts the small files beside the weights, and the folder into its place.
+pub(super) fn finish(staging: Staging, config: &Value, sidecars: &BTreeMap<String, Vec<u8>>) -> Result<()> {
+    for (name, bytes) in sidecars.iter().filter(|(name, _)| *name != "config.json") {
+        writer::write_file(&staging.path().join(name), bytes)?;
+    }
+    writer::write_file(&staging.path().join("config.json"), format!("{config:#}\n").as_bytes())?;
+    staging.commit()
+}
+
+/// A base with updates folded in, made tensor by tensor as it is read.
+pub(super) struct Merging<'a> {
+    checkpoint: &'a Checkpoint,
+    plan: Plan<'a>,
+    onto: Option<&'a Scheme>,
+    kind: Kind,
+}
+
+impl<'a> Merging<'a> {
+    /// What [`write`] would write into `folder`, and its errors but those of the tensors' own numbers and of the disk.
+    pub(super) fn new(
+        folder: &Path,
+        checkpoint: &'a Checkpoint,
+        learned: Learned<'a>,
+        onto: Option<&'a Scheme>,
+        kind: Kind,
+    ) -> Result<Self> {
+        refuse_base(folder, checkpoint)?;
+        let stored = onto.is_some_and(|scheme| checkpoint.quantised_form() == Some(scheme.form));
+        if let Some(scheme) = onto.filter(|scheme| !stored && !scheme.form.can_be_made()) {
+            let what =
+                format!("the adapter was trained on a base that is stored as {}, which this one is not", scheme.form);
+            let fault = Fault::new("merge", what);
+            return Err(Error::Model(fault.hint("name the base the adapter was trained on, or say --onto original")));
+        }
+        Ok(Self { checkpoint, plan: Plan::new(checkpoint, learned, onto)?, onto, kind })
+    }
+
+    /// How many tensors there are.
+    pub(super) fn tensors(&self) -> usize {
+        self.plan.tensors.len()
+    }
+
+    /// A tensor as it is stored in plain numbers.
+    pub(super) fn spec(&self, index: usize) -> TensorSpec {
+        let Planned { name, from, shape, .. } = &self.plan.tensors[index];
+        let kind = self.checkpoint.whole_kind(from).unwrap_or(self.kind);
+        TensorSpec { name: name.clone(), kind, shape: shape.clone() }
+    }
+
+    /// A tensor's numbers, rounded once to `kind`; tables of whole numbers, which are no weights, are of their own.
+    pub(super) fn tensor(&self, index: usize, kind: Kind) -> Result<Tensor> {
+        let planned = &self.plan.tensors[index];
+        let whole = self.checkpoint.whole_kind(planned.from);
+        let read_as = whole.unwrap_or_else(|| self.onto.map_or(self.kind, |scheme| scheme.kind));
+        let tensor = self.checkpoint.tensor(planned.from, read_as, Device::Cpu)?;
         let tensor = if planned.shape[..] == tensor.size()[..] { tensor } else { grown(tensor, planned.shape[0]) };
         let tensor = match &planned.update {
             Some(part) => part.left(tensor, read_as),
             None => tensor,
         };
-        let tensor = match onto.filter(|_| planned.quantised.is_some()) {
+        let tensor = match self.onto.filter(|_| planned.quantised.is_some()) {
             Some(scheme) if planned.quantised == Some(Lies::Transposed) => {
                 scheme.numbers(&tensor.transpose(1, 2).contiguous()).transpose(1, 2).contiguous()
             }
             Some(scheme) => scheme.numbers(&tensor),
             None => tensor,
         };
-        let tensor = match &planned.update {
-            Some(part) => part.merged(&tensor, own)?,
-            None => tensor.to_kind(own),
-        };
-        done += bytes(&specs[index]);
-        progress(done, total);
-        Ok(tensor)
-    })?;
-    for (name, bytes) in sidecars.iter().filter(|(name, _)| *name != "config.json") {
-        writer::write_file(&staging.path().join(name), bytes)?;
+        let own = whole.unwrap_or(kind);
+        match &planned.update {
+            Some(part) => part.merged(&tensor, own),
+            None => Ok(tensor.to_kind(own)),
+        }
     }
-    let mut config = config(&checkpoint.config, kind, plan.unties);
-    grow(&mut config, checkpoint.vocabulary as u64);
-    writer::write_file(&staging.path().join("config.json"), format!("{config:#}\n").as_bytes())?;
-    staging.commit()
+
+    /// The base's config, with what merging changes.
+    pub(super) fn config(&self) -> Value {
+        let mut config = config(&self.checkpoint.config, self.kind, self.plan.unties);
+        grow(&mut config, self.checkpoint.vocabulary as u64);
+        config
+    }
+
+    /// Whether the head has a weight of its own here that it shares with the embedding in the base.
+    pub(super) fn unties(&self) -> bool {
+        self.plan.unties
+    }
 }
 
 /// Whether a model that is written may replace a file of this name.
@@ -102,7 +151,7 @@ pub(super) fn is_ours(name: &str, sidecars: &BTreeMap<String, Vec<u8>>) -> bool 
     weights || sidecars.contains_key(name) || tokenizer_file(name) || OURS.contains(&name)
 }
 
-const OURS: [&str; 3] = ["config.json", "generation_config.json", "README.md"];
+const OURS: [&str; 4] = ["config.json", "generation_config.json", MANIFEST, "README.md"];
 
 /// What is stored.
 struct Plan<'a> {
@@ -299,11 +348,6 @@ fn lies(site: &Site) -> Lies {
     }
 }
 
-/// The base's config, its weights stored as `kind`, in plain numbers.
-pub(super) fn with_dtype(base: &Value, kind: Kind) -> Value {
-    config(base, kind, false)
-}
-
 /// What torch calls a number type.
 pub(super) fn dtype_name(kind: Kind) -> &'static str {
     match kind {
@@ -350,7 +394,7 @@ fn change(fields: &mut Map<String, Value>, dtype: &Value, unties: bool) {
 }
 
 /// Merging must not replace the files it reads.
-pub(super) fn refuse_base(folder: &Path, checkpoint: &Checkpoint) -> Result<()> {
+fn refuse_base(folder: &Path, checkpoint: &Checkpoint) -> Result<()> {
     // A folder that does not exist yet holds no base.
     let Ok(folder) = fs::canonicalize(folder) else { return Ok(()) };
     // The hub's cache holds links: neither they nor what they point at may be lost.

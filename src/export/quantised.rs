@@ -1,15 +1,18 @@
 //! A base quantised once and for all: the folder that transformers and bitsandbytes write and load (`load_in_4bit`, `load_in_8bit`), and
 //! for fp8, which bitsandbytes does not have, that of compressed-tensors (weights of eight bits, inputs as they are).
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt;
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 use super::folder::Staging;
-use super::merged::{dtype_name, is_ours, refuse_base, with_dtype};
+use super::merged::{Merging, dtype_name, finish, is_ours};
 use crate::Result;
+use crate::adapter::Learned;
 use crate::model::families;
 use crate::model::sites::Role;
 use crate::quant::four_bit::{Absmax, FourBit, NESTED_BLOCK};
@@ -21,22 +24,74 @@ use crate::weights::writer::{self, SHARD_BYTES, TensorSpec};
 const STATE_BYTES: usize = 320;
 
 /// What was written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Written {
     /// Weights that were quantised.
     pub quantised: usize,
     /// Linears of experts, which transformers keeps in parameters that bitsandbytes does not reach: written as they are.
     pub experts: usize,
+    /// What quantising took away.
+    pub loss: Loss,
 }
 
-/// Writes `checkpoint` quantised as `scheme` says into `folder`, whole or not at all; an earlier model is replaced.
+/// What quantising took away: of each weight W, which became Q, `|Q - W| / |W|` in Frobenius norms.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct Loss {
+    /// The mean over the weights.
+    pub mean: f64,
+    /// The largest.
+    pub worst: f64,
+    /// The weight that has it.
+    pub worst_tensor: String,
+    /// All weights by name.
+    pub tensors: BTreeMap<String, f64>,
+}
+
+impl Loss {
+    fn of(tensors: BTreeMap<String, f64>) -> Self {
+        let worst = tensors.iter().max_by(|one, other| one.1.total_cmp(other.1));
+        let (worst_tensor, worst) = worst.map(|(name, loss)| (name.clone(), *loss)).unwrap_or_default();
+        let mean = tensors.values().sum::<f64>() / tensors.len().max(1) as f64;
+        Self { mean, worst, worst_tensor, tensors }
+    }
+}
+
+impl fmt::Display for Loss {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { mean, worst, worst_tensor, .. } = self;
+        write!(f, "relative error {:.2}% on average, {:.2}% at worst ({worst_tensor})", 100.0 * mean, 100.0 * worst)
+    }
+}
+
+impl fmt::Display for Written {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} weights are quantised: {}", self.quantised, self.loss)?;
+        if self.experts > 0 {
+            let experts = self.experts;
+            write!(f, "\nlinears of experts ({experts}) are written as they are: bitsandbytes quantises linears only")?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes `checkpoint`, what was `learned` folded in, quantised as `scheme` says into `folder`, whole or not at all; an earlier model is
+/// replaced.
 ///
-/// Tensors keep the checkpoint's names; what is not quantised is stored in the scheme's number type. `progress` is called with numbers
-/// done and in all.
+/// Tensors keep the checkpoint's names; what is not quantised is stored in the scheme's number type, to which weights are rounded
+/// before they are quantised. `onto` and `sidecars` are those of [`super::merged::write`]. `progress` is called with numbers done and
+/// in all.
 ///
-/// Errors: what the checkpoint finds damaged; [`crate::Error::Output`] for a folder that cannot be written or is the base's own.
-pub fn write(folder: &Path, checkpoint: &Checkpoint, scheme: &Scheme, progress: &dyn Fn(u64, u64)) -> Result<Written> {
-    refuse_base(folder, checkpoint)?;
+/// Errors: those of [`super::merged::write`].
+pub fn write(
+    folder: &Path,
+    checkpoint: &Checkpoint,
+    learned: Learned<'_>,
+    onto: Option<&Scheme>,
+    scheme: &Scheme,
+    sidecars: &BTreeMap<String, Vec<u8>>,
+    progress: &dyn Fn(u64, u64),
+) -> Result<Written> {
+    let merging = Merging::new(folder, checkpoint, learned, onto, scheme.kind)?;
     let spec = families::spec(checkpoint)?;
     let sites = spec.sites();
     let path = |module: &str| {
@@ -44,69 +99,78 @@ pub fn write(folder: &Path, checkpoint: &Checkpoint, scheme: &Scheme, progress: 
         let mut all = spec.names.spec_names(&weight).map(|name| spec.names.stored(&name));
         all.find(|name| checkpoint.shape(name).is_some())
     };
-    let linears = sites.iter().filter(|site| match site.role {
-        Role::Linear | Role::Indexer => true,
-        Role::Head => !spec.head.tied,
-        Role::Router | Role::Blocks | Role::Experts { .. } => false,
-    });
-    let chosen: HashMap<String, &str> = linears
-        .filter(|site| !scheme.skips(&site.name))
-        .filter_map(|site| Some((path(&site.name)?, site.name.as_str())))
+    let linears = sites.iter().filter(|site| matches!(site.role, Role::Linear | Role::Indexer | Role::Head));
+    let head = spec.names.stored(&format!("{}.weight", spec.head.name));
+    let own_head = !spec.head.tied || merging.unties();
+    let chosen: HashSet<String> = linears
+        .filter(|site| (site.role != Role::Head || own_head) && !scheme.skips(&site.name))
+        .filter_map(|site| path(&site.name).or_else(|| (site.role == Role::Head).then(|| head.clone())))
         .collect();
 
-    let mut parts: Vec<(TensorSpec, Source<'_>)> = Vec::new();
-    for name in checkpoint.names() {
-        let shape = checkpoint.shape(name).unwrap_or_default();
-        if chosen.contains_key(name) {
-            let own = layout(scheme, name, &shape);
-            parts.extend(own.into_iter().map(|spec| (spec, Source { tensor: name, quantised: true })));
+    let mut parts: Vec<(TensorSpec, Source)> = Vec::new();
+    for index in 0..merging.tensors() {
+        let plain = merging.spec(index);
+        if chosen.contains(&plain.name) {
+            let own = layout(scheme, &plain.name, &plain.shape);
+            parts.extend(own.into_iter().map(|spec| (spec, Source { index, quantised: true })));
         } else {
-            let kind = checkpoint.whole_kind(name).unwrap_or(scheme.kind);
-            let spec = TensorSpec { name: name.to_string(), kind, shape };
-            parts.push((spec, Source { tensor: name, quantised: false }));
+            parts.push((plain, Source { index, quantised: false }));
         }
     }
     let specs: Vec<TensorSpec> = parts.iter().map(|(spec, _)| spec.clone()).collect();
-    let total: u64 = checkpoint.names().iter().filter_map(|name| checkpoint.shape(name)).map(|s| numbers(&s)).sum();
+    let total: u64 = (0..merging.tensors()).map(|index| numbers(&merging.spec(index).shape)).sum();
 
-    let staging = Staging::create(folder, |name| is_ours(name, &checkpoint.sidecars))?;
+    let staging = Staging::create(folder, |name| is_ours(name, sidecars))?;
     let mut done = 0;
-    // A weight is read once; what its other tensors will hold waits here until the file comes to them.
+    let mut losses = BTreeMap::new();
+    // A weight is made once; what its other tensors will hold waits here until the file comes to them.
     let mut waiting: HashMap<String, Tensor> = HashMap::new();
-    writer::write_model(staging.path(), &specs, SHARD_BYTES, |index| {
-        let (own, source) = &parts[index];
+    writer::write_model(staging.path(), &specs, SHARD_BYTES, |at| {
+        let (own, source) = &parts[at];
         if let Some(tensor) = waiting.remove(&own.name) {
             return Ok(tensor);
         }
-        let tensor =
-            checkpoint.tensor(source.tensor, if source.quantised { scheme.kind } else { own.kind }, Device::Cpu)?;
-        done += tensor.numel() as u64;
-        progress(done, total);
+        let told = |tensor: &Tensor, done: &mut u64| {
+            *done += tensor.numel() as u64;
+            progress(*done, total);
+        };
         if !source.quantised {
+            let tensor = merging.tensor(source.index, own.kind)?;
+            told(&tensor, &mut done);
             return Ok(tensor);
         }
-        waiting.extend(made(scheme, source.tensor, &tensor));
+        let name = merging.spec(source.index).name;
+        let exact = merging.tensor(source.index, Kind::Float)?;
+        let weight = exact.to_kind(scheme.kind);
+        losses.insert(name.clone(), relative_error(&scheme.numbers(&weight), &exact));
+        waiting.extend(made(scheme, &name, &weight));
+        told(&exact, &mut done);
         Ok(waiting.remove(&own.name).expect("all tensors of the weight were just made"))
     })?;
-    for (name, bytes) in checkpoint.sidecars.iter().filter(|(name, _)| *name != "config.json") {
-        writer::write_file(&staging.path().join(name), bytes)?;
-    }
-    let routers =
-        sites.iter().filter(|site| matches!(site.role, Role::Router | Role::Blocks)).map(|site| site.name.clone());
-    let skipped: Vec<String> = scheme.skip.iter().cloned().chain(routers).collect();
-    let mut config = with_dtype(&checkpoint.config, scheme.kind);
+    let routers = sites.iter().filter(|site| matches!(site.role, Role::Router | Role::Blocks));
+    let shared = sites.iter().filter(|site| site.role == Role::Head && !own_head && !scheme.skips(&site.name));
+    let as_they_are = routers.chain(shared).map(|site| site.name.clone());
+    let skipped: Vec<String> = scheme.skip.iter().cloned().chain(as_they_are).collect();
+    let mut config = merging.config();
     if let Some(fields) = config.as_object_mut() {
         fields.insert("quantization_config".into(), quantization_config(scheme, &skipped));
     }
-    writer::write_file(&staging.path().join("config.json"), format!("{config:#}\n").as_bytes())?;
-    staging.commit()?;
+    finish(staging, &config, sidecars)?;
     let experts = sites.iter().filter(|site| matches!(site.role, Role::Experts { .. })).count();
-    Ok(Written { quantised: chosen.len(), experts })
+    Ok(Written { quantised: chosen.len(), experts, loss: Loss::of(losses) })
+}
+
+/// `|found - exact| / |exact|`; 0 of a weight of zeros, which every form holds.
+fn relative_error(found: &Tensor, exact: &Tensor) -> f64 {
+    let norm = |tensor: &Tensor| tensor.to_kind(Kind::Float).norm().double_value(&[]);
+    let whole = norm(exact);
+    if whole == 0.0 { 0.0 } else { norm(&(found.to_kind(Kind::Float) - exact)) / whole }
 }
 
 /// Where a written tensor comes from.
-struct Source<'a> {
-    tensor: &'a str,
+struct Source {
+    /// Of the merged model's tensor.
+    index: usize,
     /// Whether it is one of those that stand for the tensor; otherwise it is the tensor.
     quantised: bool,
 }

@@ -111,12 +111,7 @@ fn manifest(finished: &Finished<'_>, written: &[PathBuf]) -> Result<Manifest> {
             _ => "fp32",
         }
         .into(),
-        base: Base {
-            name: plan.recipe.base_model.clone(),
-            revision: finished.checkpoint.commit.clone(),
-            files: finished.base_files.clone(),
-            config: finished.checkpoint.sidecars.get("config.json").map(|bytes| manifest::sha256(bytes)),
-        },
+        base: Base::of(finished.checkpoint, &plan.recipe.base_model, finished.base_files.clone()),
         train: dataset_files(finished.train),
         eval: finished.eval.map(dataset_files).unwrap_or_default(),
         datasets: reports.collect(),

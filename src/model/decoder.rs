@@ -63,7 +63,8 @@ impl Decoder {
     }
 
     /// [`Decoder::load`], the weights of linears quantised as they are read where `scheme` says so: the peak is the quantised model
-    /// and one whole tensor.
+    /// and one whole tensor. Where `kind` is not the scheme's, all numbers are those that the scheme has them be, computed with in
+    /// `kind`, and the linears' are kept whole.
     pub fn load_kept(
         checkpoint: &Checkpoint,
         kind: Kind,

@@ -26,9 +26,13 @@ pub(super) struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// In the model's number type.
+    /// In the model's number type; of the numbers that a scheme's type leaves of what is stored, where there is a scheme.
     pub(super) fn tensor(&self, name: &str) -> Result<Tensor> {
-        self.tensor_as(name, self.kind)
+        Ok(self.tensor_as(name, self.rounded_to())?.to_kind(self.kind))
+    }
+
+    fn rounded_to(&self) -> Kind {
+        self.scheme.map_or(self.kind, |scheme| scheme.kind)
     }
 
     /// In fp32, for what is computed in it.
@@ -80,10 +84,13 @@ impl Reader<'_> {
     /// The weight of a linear as the scheme keeps it: one tensor is whole at a time.
     pub(super) fn weight(&self, module: &str, name: &str) -> Result<Weight> {
         if let Some(scheme) = self.scheme.filter(|_| self.stored)
-            && let Some(stored) = self.checkpoint.quantised(&self.names.stored(name), self.kind, self.device)?
+            && let Some(stored) = self.checkpoint.quantised(&self.names.stored(name), scheme.kind, self.device)?
         {
             (self.read)(stored.size().iter().product::<i64>() as u64);
-            return Ok(scheme.store(stored));
+            return Ok(match scheme.kind == self.kind {
+                true => scheme.store(stored),
+                false => Weight::Dense(stored.dequantised().to_kind(self.kind)),
+            });
         }
         let tensor = self.tensor(name)?;
         Ok(self.kept(module, tensor))
@@ -92,7 +99,9 @@ impl Reader<'_> {
     pub(super) fn kept(&self, module: &str, tensor: Tensor) -> Weight {
         // What a base that is stored quantised has left as it was stays so.
         match self.scheme.filter(|scheme| !self.stored && !scheme.skips(module)) {
-            Some(scheme) => scheme.keep(&tensor),
+            Some(scheme) if scheme.kind == self.kind => scheme.keep(&tensor),
+            // Computed in another type, the numbers stay those of the scheme's.
+            Some(scheme) => Weight::Dense(scheme.numbers(&tensor).to_kind(self.kind)),
             None => Weight::Dense(tensor),
         }
     }

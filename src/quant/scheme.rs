@@ -1,5 +1,6 @@
 //! How a base is quantised while it is loaded.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -100,7 +101,31 @@ impl Form {
     }
 }
 
+impl fmt::Display for Scheme {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, of numbers in {}", self.form, name_of(self.kind))?;
+        if self.skip.is_empty() { Ok(()) } else { write!(f, ", all but {}", self.skip.join(", ")) }
+    }
+}
+
 impl Scheme {
+    /// Whether both make the same numbers of the same base, whatever the memory they keep them in.
+    pub fn makes_numbers_of(&self, other: &Self) -> bool {
+        let skipped = |scheme: &Self| scheme.skip.iter().cloned().collect::<BTreeSet<String>>();
+        (self.form, self.kind, skipped(self)) == (other.form, other.kind, skipped(other))
+    }
+
+    /// What a recipe says to ask for it, of a base that is stored so where it cannot be made.
+    pub fn in_recipe(&self) -> String {
+        let Said { r#type: form, double_quant, block_size, skip, dtype, .. } = Said::from(self);
+        let (form, skip) =
+            (if self.form.can_be_made() { format!("type: {form}, ") } else { String::new() }, skip.join(", "));
+        let blocks = double_quant.zip(block_size);
+        let blocks = blocks.map(|(double, block)| format!("double_quant: {double}, block_size: {block}, "));
+        let blocks = blocks.unwrap_or_default();
+        format!("dtype: {dtype}, adapter: {{method: qlora}}, quantization: {{{form}{blocks}skip: [{skip}]}}")
+    }
+
     /// Whether a module stays as it is.
     pub fn skips(&self, module: &str) -> bool {
         let ends_in =
@@ -139,7 +164,12 @@ impl Scheme {
 
     /// As JSON, for the folder of an adapter that was trained so.
     pub fn to_json(&self) -> String {
-        format!("{:#}\n", serde_json::to_value(Said::from(self)).expect("names, numbers and flags have a JSON form"))
+        format!("{:#}\n", self.to_value())
+    }
+
+    /// As JSON, for a manifest.
+    pub fn to_value(&self) -> serde_json::Value {
+        serde_json::to_value(Said::from(self)).expect("names, numbers and flags have a JSON form")
     }
 
     /// Of its JSON.
@@ -169,6 +199,10 @@ struct Said {
 
 const KINDS: [(&str, Kind); 3] = [("bf16", Kind::BFloat16), ("fp16", Kind::Half), ("fp32", Kind::Float)];
 
+fn name_of(kind: Kind) -> &'static str {
+    KINDS.iter().find(|(_, known)| *known == kind).map_or("fp32", |(name, _)| *name)
+}
+
 impl From<&Scheme> for Said {
     fn from(scheme: &Scheme) -> Self {
         let (r#type, double_quant, block_size) = match scheme.form {
@@ -177,13 +211,12 @@ impl From<&Scheme> for Said {
             Form::Fp8 => ("fp8".into(), None, None),
             Form::Stored(layout) => (layout.to_string(), None, None),
         };
-        let dtype = KINDS.iter().find(|(_, kind)| *kind == scheme.kind).map_or("fp32", |(name, _)| *name);
         Self {
             r#type,
             double_quant,
             block_size,
             skip: scheme.skip.clone(),
-            dtype: dtype.into(),
+            dtype: name_of(scheme.kind).into(),
             after_start: scheme.after_start,
         }
     }
@@ -244,6 +277,29 @@ mod tests {
         ] {
             assert_eq!(scheme(Form::Int8).skips(module), skipped, "{module}");
         }
+    }
+
+    #[test]
+    fn schemes_make_the_same_numbers_where_form_type_and_what_is_skipped_agree() {
+        let nf4 = |block| Form::FourBit { code: FourBitType::Nf4, block, double_quant: true };
+        let one = scheme(nf4(64));
+        let reordered = Scheme { skip: one.skip.iter().rev().cloned().collect(), whole: true, ..one.clone() };
+        assert!(one.makes_numbers_of(&reordered));
+        let others = [
+            scheme(nf4(128)),
+            Scheme { kind: Kind::Float, ..one.clone() },
+            Scheme { skip: vec!["lm_head".into()], ..one.clone() },
+        ];
+        assert!(others.iter().all(|other| !one.makes_numbers_of(other)));
+        assert_eq!(
+            one.to_string(),
+            "nf4 in blocks of 64 with quantised scales, of numbers in bf16, all but lm_head, mlp.gate"
+        );
+        assert_eq!(
+            one.in_recipe(),
+            "dtype: bf16, adapter: {method: qlora}, quantization: {type: nf4, double_quant: true, block_size: 64, \
+             skip: [lm_head, mlp.gate]}"
+        );
     }
 
     #[test]

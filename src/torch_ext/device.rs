@@ -17,6 +17,8 @@ unsafe extern "C" {
         total: *mut i64,
     ) -> *mut c_char;
     fn engraft_cuda_stream(index: c_int, stream: *mut *mut c_void) -> *mut c_char;
+    fn engraft_allocate_on_cpu();
+    fn engraft_cpu_memory(allocated: *mut i64, peak: *mut i64, used: *mut i64);
     fn engraft_cpu_capability() -> *const c_char;
     fn engraft_torch_version() -> *const c_char;
 }
@@ -67,16 +69,39 @@ pub fn cuda_index(device: Device) -> Option<usize> {
     }
 }
 
-/// Tells the C library's allocator to keep what is freed: a training step asks for the same blocks over and over, and handing
-/// them back to the kernel costs a page fault for every 4 KiB, every time. A no-op where there is no glibc.
+/// Gives tensors on the CPU memory of their own (`cpu_memory.cpp`), which is kept when it is freed: a training step asks for the same
+/// blocks over and over, and handing them back to the kernel costs a page fault for every 4 KiB, every time. What else is large, such
+/// as what oneDNN compiles, is handed back. To be called before the first product.
 pub fn keep_freed_memory() {
+    // SAFETY: what libtorch has allocated before is freed by whom it came from.
+    unsafe { engraft_allocate_on_cpu() };
     #[cfg(target_env = "gnu")]
     // SAFETY: sets numbers of the allocator; unknown or refused ones change nothing.
     unsafe {
-        libc::mallopt(libc::M_MMAP_MAX, 0);
+        // A threshold that is set does not rise with what is freed, as it does otherwise.
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10);
         libc::mallopt(libc::M_TRIM_THRESHOLD, c_int::MAX);
-        libc::mallopt(libc::M_TOP_PAD, 256 << 20);
     }
+}
+
+/// Memory of tensors on the CPU, in bytes, of those of at least 4 KiB.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CpuMemory {
+    /// Held by tensors now.
+    pub allocated: u64,
+    /// The most that was held at once.
+    pub peak: u64,
+    /// What it took, with the holes between them.
+    pub used: u64,
+}
+
+/// Memory of tensors on the CPU since [`keep_freed_memory`].
+pub fn cpu_memory() -> CpuMemory {
+    let (mut allocated, mut peak, mut used) = (0, 0, 0);
+    // SAFETY: three distinct places to write to.
+    unsafe { engraft_cpu_memory(&mut allocated, &mut peak, &mut used) };
+    let [allocated, peak, used] = [allocated, peak, used].map(|bytes| bytes.max(0) as u64);
+    CpuMemory { allocated, peak, used }
 }
 
 /// The instruction set libtorch chose for its CPU kernels, as in `AVX512`.

@@ -59,6 +59,11 @@ char* engraft_cuda_memory(int index, int64_t* allocated, int64_t* peak, int64_t*
 // The CUDA stream that this thread puts work of device `index` on; nullptr is the default one.
 char* engraft_cuda_stream(int index, void** stream);
 
+// From now on tensors on the CPU lie in a region of their own (cpu_memory.cpp).
+void engraft_allocate_on_cpu();
+// Bytes that such tensors hold now, the most they held at once, and how much of the region was ever used.
+void engraft_cpu_memory(int64_t* allocated, int64_t* peak, int64_t* used);
+
 // Runs body(context, begin, end) over 0..n on libtorch's own CPU threads.
 void engraft_parallel_for(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);
 

@@ -108,6 +108,7 @@ pub struct Identity {
 const FREE: &[&str] = &[
     "output",
     "device",
+    "quantization.cache_dequantized",
     "training.threads",
     "training.recompute",
     "training.logging_steps",

@@ -8,19 +8,129 @@
 //! [`DELTA_RUN`] tokens. Of several copies of the stream, each half keeps all, and what it gives. Recomputed, it keeps the stream once. The most that is alive beside that is one block's worth of
 //! gradients and the head's chunk of logits.
 
+use std::fmt;
+
+use serde::Serialize;
 use tch::{Device, Kind};
 
-use crate::model::ModelSpec;
+use crate::data::MicroBatchSize;
 use crate::model::spec::{
     Attention, CompressedAttention, DeltaNet, ExpertGateUp, Experts, FeedForward, GateUp, GroupedAttention,
     LatentQuery, Projection, Residual, Routing,
 };
+use crate::model::{Decoder, ModelSpec};
 use crate::ops::delta_net::TOKENS_OF_A_RUN as DELTA_RUN;
 use crate::recipe::Recompute;
-use crate::torch_ext::cuda_memory;
+use crate::torch_ext::{cpu_memory, cuda_memory};
 
 /// Share of the memory that is free which activations may take: the rest is for what the allocator cannot reuse.
 const SHARE: f64 = 0.85;
+
+/// Bytes that libtorch takes besides tensors once it computes: code that is read in, products that oneDNN compiles, their scratch.
+const OF_LIBTORCH: u64 = 115 << 20;
+
+/// What a run is expected to take beyond what the process has before the base is read, in bytes; made before the first step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct MemoryPlan {
+    /// The base as it is kept, and the adapter: measured, as they are there.
+    pub weights: u64,
+    /// The adapter's gradients: made in backward, while activations go.
+    pub gradients: u64,
+    /// The optimizer's state.
+    pub optimizer: u64,
+    /// What the blocks keep of the largest micro-batch for backward.
+    pub activations: u64,
+    /// What is alive beside that: a block's worth of gradients, or a chunk of logits and their gradient.
+    pub working: u64,
+    /// The most that was alive at once while the base was read; a step takes it over.
+    pub loading: u64,
+    /// What libtorch takes besides tensors.
+    pub libtorch: u64,
+    /// The most at once of all of it.
+    pub peak: u64,
+}
+
+/// What the plan depends on.
+pub struct Planned<'a> {
+    /// The model with its adapters.
+    pub model: &'a Decoder,
+    /// Gradients and the optimizer's state ([`super::bytes_beside`]).
+    pub beside: u64,
+    /// Whether a step has several micro-batches, so that gradients are there while activations are kept.
+    pub accumulates: bool,
+    /// The largest micro-batch.
+    pub largest: MicroBatchSize,
+    /// Blocks that run again in backward.
+    pub recomputed_layers: usize,
+}
+
+impl MemoryPlan {
+    /// Call it when the model and its adapters are loaded; `None` where the device does not tell what they take.
+    pub fn of(planned: &Planned<'_>) -> Option<Self> {
+        let Planned { model, beside, accumulates, largest: MicroBatchSize { tokens, trained }, recomputed_layers } =
+            *planned;
+        let (weights, loading, libtorch) = match model.device {
+            Device::Cpu => {
+                let memory = cpu_memory();
+                (memory.allocated, memory.used, OF_LIBTORCH)
+            }
+            Device::Cuda(index) => {
+                let memory = cuda_memory(index).ok()?;
+                (memory.allocated as u64, memory.peak as u64, 0)
+            }
+            _ => return None,
+        };
+        let (spec, element) = (&model.spec, model.kind.elt_size_in_bytes() as u64);
+        let kept = kept_by_blocks(spec, model.kind);
+        let (ranks, numbers) = model.linears().iter().filter_map(|linear| linear.adapter.as_ref()).fold(
+            (0, 0),
+            |(ranks, numbers), adapter| {
+                let rank = adapter.b.size().last().copied().unwrap_or(0) as u64;
+                (ranks + rank, numbers + (adapter.a.numel() + adapter.b.numel()) as u64)
+            },
+        );
+        let share = (kept.len() - recomputed_layers) as u64;
+        let layers = kept.len().max(1) as u64;
+        // X A^T of every adapter, and A and B in the activations' type.
+        let of_adapters = (ranks * tokens + numbers) * element * share / layers;
+        let copies = spec.streams.as_ref().map_or(1, |streams| streams.count as u64);
+        let hidden = spec.hidden_size as u64 * element;
+        let recomputed = recomputed_layers as u64 * copies * hidden;
+        let activations = (kept[recomputed_layers..].iter().sum::<u64>() + recomputed) * tokens + of_adapters;
+        let vocabulary = spec.vocab_size as u64;
+        let chunk = trained.min((64 << 20) / (4 * vocabulary)).max(1);
+        // Logits and their gradient; the last hidden states before and after their norm, the trained ones and their gradient.
+        let head = 2 * chunk * vocabulary * element + (2 * tokens + 2 * trained) * hidden;
+        let again = if recomputed_layers > 0 { 2 } else { 1 };
+        let block = again * kept.iter().max().copied().unwrap_or(0) * tokens;
+        let working = head.max(block);
+        let gradients = 4 * numbers;
+        let optimizer = beside.saturating_sub(gradients);
+        let forward = activations + working + if accumulates { gradients } else { 0 };
+        let step = weights + optimizer + forward.max(gradients + block);
+        let peak = loading.max(step) + libtorch;
+        Some(Self { weights, gradients, optimizer, activations, working, loading, libtorch, peak })
+    }
+}
+
+impl fmt::Display for MemoryPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let gigabytes = |bytes: u64| bytes as f64 / 1e9;
+        let Self { weights, gradients, optimizer, activations, working, libtorch, peak, .. } = *self;
+        write!(
+            f,
+            "memory planned: {:.2} GB at most (weights {:.2}, gradients {:.2}, optimizer {:.2}, activations {:.2}, at work {:.2}, \
+             libtorch {:.2})",
+            gigabytes(peak),
+            gigabytes(weights),
+            gigabytes(gradients),
+            gigabytes(optimizer),
+            gigabytes(activations),
+            gigabytes(working),
+            gigabytes(libtorch),
+        )
+    }
+}
 
 /// How many of the first blocks run again in backward, for micro-batches of at most `tokens` tokens.
 ///
@@ -60,7 +170,7 @@ pub fn caches_dequantised(spec: &ModelSpec, kind: Kind, device: Device) -> bool 
 /// The fewest recomputed blocks with which a micro-batch fits into `budget` bytes; all of them where nothing does.
 fn fewest(spec: &ModelSpec, kind: Kind, tokens: u64, budget: u64) -> usize {
     let element = kind.elt_size_in_bytes() as u64;
-    let kept: Vec<u64> = spec.layers.iter().map(|layer| kept_bytes(layer, spec.hidden_size as u64, element)).collect();
+    let kept = kept_by_blocks(spec, kind);
     let copies = spec.streams.as_ref().map_or(1, |streams| streams.count as u64);
     let recomputed = copies * spec.hidden_size as u64 * element;
     // While a block runs backward: its activations, and as much again of gradients.
@@ -70,6 +180,12 @@ fn fewest(spec: &ModelSpec, kind: Kind, tokens: u64, budget: u64) -> usize {
         (saved + n as u64 * recomputed) * tokens + working
     };
     (0..=kept.len()).find(|n| need(*n) <= budget).unwrap_or(kept.len())
+}
+
+/// Bytes that each block keeps per token.
+fn kept_by_blocks(spec: &ModelSpec, kind: Kind) -> Vec<u64> {
+    let element = kind.elt_size_in_bytes() as u64;
+    spec.layers.iter().map(|layer| kept_bytes(layer, spec.hidden_size as u64, element)).collect()
 }
 
 fn kept_bytes(layer: &crate::model::spec::LayerSpec, hidden: u64, element: u64) -> u64 {
@@ -135,7 +251,7 @@ fn feed_forward_width(feed_forward: &FeedForward) -> i64 {
 }
 
 /// Bytes free on the device; what the kernel says is available, within the cgroup's limit, for the CPU.
-fn free_bytes(device: Device) -> Option<u64> {
+pub fn free_bytes(device: Device) -> Option<u64> {
     match device {
         Device::Cuda(index) => u64::try_from(cuda_memory(index).ok()?.free).ok(),
         Device::Cpu => {

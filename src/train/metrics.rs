@@ -76,6 +76,15 @@ pub enum Event<'a> {
         #[serde(flatten)]
         report: &'a DatasetReport,
     },
+    /// What memory the run is expected to take.
+    MemoryPlan(&'a super::MemoryPlan),
+    /// What it took beyond what the process had before the base was read.
+    Memory {
+        /// The plan's peak.
+        planned_bytes: u64,
+        /// The most there was: of tensors on CUDA, of the resident set on a CPU.
+        measured_bytes: u64,
+    },
     /// Training begins or continues.
     Start {
         /// Steps done before.
@@ -247,15 +256,26 @@ impl Metrics {
 /// Most memory in use so far, as far as the device tells: tensors on CUDA, the resident set's high-water mark on Linux's CPU.
 pub fn peak_memory_bytes(device: Device) -> Option<u64> {
     match device {
-        Device::Cpu => {
-            let status = std::fs::read_to_string("/proc/self/status").ok()?;
-            let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-            let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-            Some(kibibytes * 1024)
-        }
+        Device::Cpu => of_status("VmHWM:"),
         Device::Cuda(index) => u64::try_from(cuda_memory(index).ok()?.peak).ok(),
         _ => None,
     }
+}
+
+/// Memory in use now, as [`peak_memory_bytes`] counts it.
+pub fn memory_bytes(device: Device) -> Option<u64> {
+    match device {
+        Device::Cpu => of_status("VmRSS:"),
+        Device::Cuda(index) => u64::try_from(cuda_memory(index).ok()?.allocated).ok(),
+        _ => None,
+    }
+}
+
+fn of_status(key: &str) -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix(key))?;
+    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kibibytes * 1024)
 }
 
 #[cfg(test)]

@@ -59,7 +59,11 @@ impl Progress {
             Event::State { step, path } => self.say(&format!("step {step}: saved {}", path.display())),
             Event::Notice { message } => self.say(message),
             // The verb says these itself: they lie before and after the training.
-            Event::Dataset { .. } | Event::Wrote { .. } | Event::Error { .. } => {}
+            Event::Dataset { .. }
+            | Event::MemoryPlan(_)
+            | Event::Memory { .. }
+            | Event::Wrote { .. }
+            | Event::Error { .. } => {}
             Event::End(outcome) => {
                 if let Shown::Bar(bar) = &self.shown {
                     bar.finish_and_clear();

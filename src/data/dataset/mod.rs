@@ -22,6 +22,18 @@ pub(super) use shelf::Shelf;
 /// Tokens of datasets unused for longest are removed where all take more than this on disk.
 const CACHE_BYTES: u64 = 32 << 30;
 
+/// Rows that are looked at to know how large micro-batches get.
+const MOST_PLANNED: u64 = 1 << 24;
+
+/// How large a micro-batch is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct MicroBatchSize {
+    /// Tokens.
+    pub tokens: u64,
+    /// Tokens that are trained.
+    pub trained: u64,
+}
+
 /// Parquet files, tokenised and cached. Only lengths and places are in memory; tokens are read as batches need them.
 #[derive(Debug)]
 pub struct Dataset {
@@ -158,6 +170,35 @@ impl Dataset {
     /// Resuming from a cursor gives exactly the batches that followed it, for the same dataset, seed and size.
     pub fn batches(&self, cursor: Cursor, micro_batch_size: u64) -> Batches {
         Batches::endless(self.shelf.clone(), cursor, micro_batch_size.max(1))
+    }
+
+    /// The most tokens of a micro-batch of `micro_batch_size` rows, and the most trained ones, among the first `count` of a run.
+    ///
+    /// Of a very long run those after [`MOST_PLANNED`] rows are not looked at: they are much like those before.
+    pub fn largest_micro_batch(&self, micro_batch_size: u64, count: u64) -> MicroBatchSize {
+        let size = micro_batch_size.max(1);
+        let order = self.shelf.order();
+        let order = order.as_order();
+        let mut largest = MicroBatchSize::default();
+        let (mut left, mut number) = (count.clamp(1, (MOST_PLANNED / size).max(1)), 0);
+        while left > 0 {
+            let mut epoch = Epoch::new(&order, number);
+            let bins = epoch.bins();
+            for first in (0..bins).step_by(size as usize).take(left as usize) {
+                let mut found = MicroBatchSize::default();
+                for bin in first..(first + size).min(bins) {
+                    for &document in epoch.bin(&order, bin) {
+                        found.tokens += u64::from(self.shelf.length(document));
+                        found.trained += u64::from(self.shelf.trained(document));
+                    }
+                }
+                largest.tokens = largest.tokens.max(found.tokens);
+                largest.trained = largest.trained.max(found.trained);
+            }
+            left = left.saturating_sub(bins.div_ceil(size).max(1));
+            number += 1;
+        }
+        largest
     }
 
     /// One pass in file order over every document, for evaluation: `micro_batch_size` documents at a time, or with

@@ -63,6 +63,11 @@ impl Shelf {
         self.entry(index).tokens
     }
 
+    /// Tokens of a document that are trained.
+    pub fn trained(&self, index: u32) -> u32 {
+        self.entry(index).trained
+    }
+
     /// Where a document comes from.
     pub fn origin(&self, index: u32) -> RowId {
         RowId { file: self.find(index).0 as u32, row: self.entry(index).row }

@@ -124,6 +124,27 @@ fn batches_from_any_cursor_are_the_tail_of_the_run() {
 }
 
 #[test]
+fn the_largest_micro_batch_is_the_largest_that_comes() {
+    let room = Room::new();
+    let path = room.file("data.parquet");
+    pairs(&path, 211);
+    for more in ["packing: true", "packing: false"] {
+        let dataset = room.open(&one(path.clone()), more, 9).unwrap();
+        let sizes = |count| {
+            let batches = dataset.batches(Cursor::default(), 4).take(count).map(|item| item.unwrap().0);
+            batches.map(|batch| (batch.ids.numel() as u64, batch.rows.numel() as u64)).collect::<Vec<_>>()
+        };
+        // Within a pass, and over the end of one.
+        for count in [1, 2, 5, 60, 130] {
+            let sizes = sizes(count);
+            let found = dataset.largest_micro_batch(4, count as u64);
+            assert_eq!(found.tokens, sizes.iter().map(|size| size.0).max().unwrap(), "{more}, {count}");
+            assert_eq!(found.trained, sizes.iter().map(|size| size.1).max().unwrap(), "{more}, {count}");
+        }
+    }
+}
+
+#[test]
 fn a_cursor_beyond_the_epoch_is_refused() {
     let room = Room::new();
     let path = room.file("data.parquet");

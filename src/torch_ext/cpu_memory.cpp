@@ -1,0 +1,161 @@
+// Memory of tensors on the CPU: a region of address space of their own, cut by best fit, neighbours joined again when they are free.
+//
+// libtorch's own allocator takes aligned memory of the C library, and a run's memory then grows from step to step for two reasons.
+// glibc looks for a hole that is larger by the alignment than what it takes of it, so that what one tensor leaves never fits another
+// of the same size. And whatever else is allocated in between and stays (compiled products of oneDNN, above all) keeps the holes
+// around it from being joined. Here nothing lies between tensors but tensors.
+//
+// The region takes addresses, not memory: a page is taken when it is first written, and kept for the next step.
+#include "torch_ext.h"
+
+#include <c10/core/Allocator.h>
+#include <c10/core/CPUAllocator.h>
+#include <c10/util/Exception.h>
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <set>
+#include <unordered_map>
+#include <utility>
+
+namespace {
+
+// What vector instructions like best, and what libtorch promises.
+constexpr size_t ALIGNMENT = 64;
+// Sizes are multiples of this: what is left over of a hole is worth keeping.
+constexpr size_t GRAIN = 512;
+// What is smaller comes from the C library.
+constexpr size_t SMALL = 4096;
+
+class Region {
+ public:
+  explicit Region(size_t bytes) : size_(bytes) {
+    void* first = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (first == MAP_FAILED) return;
+    first_ = static_cast<char*>(first);
+    add(first_, size_);
+  }
+
+  // Null where no hole is large enough.
+  void* take(size_t bytes) {
+    bytes = (bytes + GRAIN - 1) / GRAIN * GRAIN;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto hole = by_size_.lower_bound({bytes, nullptr});
+    if (hole == by_size_.end()) return nullptr;
+    const auto [size, place] = *hole;
+    remove(place, size);
+    if (size > bytes) add(place + bytes, size - bytes);
+    taken_[place] = bytes;
+    allocated += static_cast<int64_t>(bytes);
+    peak = std::max(peak, allocated);
+    used = std::max<int64_t>(used, place + bytes - first_);
+    return place;
+  }
+
+  void give(void* data) {
+    auto* place = static_cast<char*>(data);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto own = taken_.find(place);
+    size_t size = own->second;
+    taken_.erase(own);
+    allocated -= static_cast<int64_t>(size);
+    const auto after = holes_.lower_bound(place);
+    if (after != holes_.begin()) {
+      const auto [start, length] = *std::prev(after);
+      if (start + length == place) {
+        remove(start, length);
+        place = start;
+        size += length;
+      }
+    }
+    const auto next = holes_.find(place + size);
+    if (next != holes_.end()) {
+      const size_t length = next->second;
+      remove(place + size, length);
+      size += length;
+    }
+    add(place, size);
+  }
+
+  bool holds(const void* data) const {
+    const auto* place = static_cast<const char*>(data);
+    return first_ != nullptr && place >= first_ && place < first_ + size_;
+  }
+
+  bool there() const { return first_ != nullptr; }
+
+  int64_t allocated = 0, peak = 0, used = 0;
+
+ private:
+  void add(char* place, size_t size) {
+    holes_[place] = size;
+    by_size_.insert({size, place});
+  }
+
+  void remove(char* place, size_t size) {
+    holes_.erase(place);
+    by_size_.erase({size, place});
+  }
+
+  std::mutex mutex_;
+  size_t size_;
+  char* first_ = nullptr;
+  std::map<char*, size_t> holes_;
+  std::set<std::pair<size_t, char*>> by_size_;
+  std::unordered_map<char*, size_t> taken_;
+};
+
+// Twice the memory of the machine, for holes; never destroyed, as tensors may outlive everything.
+Region& region() {
+  static Region& region = *new Region(2 * static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE));
+  return region;
+}
+
+void give_back(void* data) {
+  if (region().holds(data)) {
+    region().give(data);
+  } else {
+    std::free(data);
+  }
+}
+
+struct CpuAllocator final : public c10::Allocator {
+  at::DataPtr allocate(size_t bytes) override {
+    void* data = nullptr;
+    if (bytes > 0) {
+      const bool apart = bytes >= SMALL && region().there();
+      data = apart ? region().take(bytes) : std::aligned_alloc(ALIGNMENT, (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+      TORCH_CHECK(data != nullptr, "DefaultCPUAllocator: can't allocate memory: you tried to allocate ", bytes, " bytes.");
+    }
+    return {data, data, &give_back, c10::Device(c10::kCPU)};
+  }
+
+  at::DeleterFnPtr raw_deleter() const override { return &give_back; }
+
+  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+};
+
+}  // namespace
+
+extern "C" {
+
+void engraft_allocate_on_cpu() {
+  static CpuAllocator allocator;
+  c10::SetCPUAllocator(&allocator, /*priority=*/100);
+  // Of every shape that products have, and each micro-batch has its own, oneDNN keeps what it compiled, and so does the layer between
+  // it and libtorch: of 1024 shapes each unless told otherwise, and about 250 KB of each. A step has about 30.
+  setenv("LRU_CACHE_CAPACITY", "64", /*overwrite=*/0);
+  setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64", /*overwrite=*/0);
+}
+
+void engraft_cpu_memory(int64_t* allocated, int64_t* peak, int64_t* used) {
+  *allocated = region().allocated;
+  *peak = region().peak;
+  *used = region().used;
+}
+}
