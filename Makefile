@@ -29,7 +29,8 @@ help: ## What there is to make
 	echo "make build       the release binary, $(ENGRAFT)"
 	echo "make lint        formatting and clippy, as CI runs them"
 	echo "make fmt         format the sources"
-	echo "make parity      compare with PEFT and transformers, live, on the demo model (installs them into the cache)"
+	echo "make parity      compare with PEFT, transformers and bitsandbytes, live, on the demo model (installs them into the cache)"
+	echo "                 SEEDS=1,2: of the random tensors and models that are quantised"
 	echo "                 FAMILY=qwen3 or qwen3,phi or all [SEED=1 HIDDEN=48 LAYERS=6 LENGTHS=230,7,90]: families on random models of that size"
 	echo "make bench       speed and memory beside PEFT and transformers; results go to bench/results"
 	echo "                 FAMILY=qwen3 or all [HIDDEN=576 LAYERS=6 TOKENS=1024]: speed per FLOP of a family beside Llama's"
@@ -75,22 +76,23 @@ lint: ## Formatting and clippy
 fmt: ## Format the sources
 	@cargo fmt
 
-parity: ## Live comparison with PEFT and transformers
+parity: ## Live comparison with PEFT, transformers and bitsandbytes
 	@source .ci/setup
 	toolchain; libtorch
 	cargo build --release --locked
-	python_with torch==$$TORCH $(PEERS) $(PYARROW)
+	python_with torch==$$TORCH $(PEERS) $(QUANTISERS) $(PYARROW)
 	if [ -n "$(FAMILY)" ]; then
 		exec "$$PYTHON" -B tests/python/family_live.py --engraft "$(ENGRAFT)" --family "$(FAMILY)" $(if $(SEED),--seed $(SEED)) $(if $(HIDDEN),--hidden $(HIDDEN)) $(if $(LAYERS),--layers $(LAYERS)) $(if $(LENGTHS),--lengths $(LENGTHS))
 	fi
 	demo_model
+	"$$PYTHON" -B tests/python/quantised_live.py --engraft "$(ENGRAFT)" $(if $(SEEDS),--seeds $(SEEDS))
 	"$$PYTHON" -B tests/python/parity.py --engraft "$(ENGRAFT)" --model "$$(cache_folder)/models/$$MODEL"
 
-bench: ## Speed and memory beside PEFT and transformers; speed per FLOP of the families
+bench: ## Speed and memory beside PEFT, transformers and bitsandbytes; speed per FLOP of the families
 	@source .ci/setup
 	toolchain; libtorch
 	cargo build --release --locked
-	python_with torch==$$TORCH $(PEERS) $(PYARROW)
+	python_with torch==$$TORCH $(PEERS) $(QUANTISERS) $(PYARROW)
 	if [ -n "$(FAMILY)" ]; then
 		exec "$$PYTHON" -B bench/families.py --engraft "$(ENGRAFT)" --family "$(FAMILY)" $(if $(HIDDEN),--hidden $(HIDDEN)) $(if $(LAYERS),--layers $(LAYERS)) $(if $(TOKENS),--tokens $(TOKENS)) $(BENCH)
 	fi

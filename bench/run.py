@@ -12,7 +12,12 @@ arithmetic of a step would take at those rates:
 
 for N tokens of which the share rho is supervised. A frozen base costs 4 P per token, not 6 P.
 
-This file without arguments but the paths runs everything; `--cell` runs one cell and prints its numbers as JSON.
+Then the quantised base: QLoRA (nf4, quantised scales) beside LoRA, both engraft's, and beside PEFT on bitsandbytes, on the
+first set; and the speed of quantising and of making whole again, in bytes read and written a second, beside that of a copy and
+beside bitsandbytes.
+
+This file without arguments but the paths runs everything, `--parts` some of it; `--cell` runs one cell and prints its numbers
+as JSON.
 PEFT is measured twice: at `equal` settings (the same micro-batch, padded to its longest row) and at its `best` here
 (rows grouped by length first, so that there is next to no padding; torch's fused AdamW in both).
 """
@@ -34,6 +39,9 @@ import time
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
 RANK, ALPHA, RATE = 16, 32, 1e-3
+QLORA = ["adapter.method=qlora", "quantization={type: nf4, double_quant: true}"]
+# A weight of an 8B model's feed-forward, in bf16: far more than any cache holds.
+WEIGHT = (14336, 4096)
 
 SETS = {
     "tickets": {
@@ -99,7 +107,7 @@ def cell_peft(arguments):
     """PEFT + transformers on the set's rows; the time of every step."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -114,7 +122,13 @@ def cell_peft(arguments):
     else:
         steps = [rows[i : i + batch] for i in range(0, len(rows), batch)]
 
-    model = AutoModelForCausalLM.from_pretrained(arguments.model.parent, gguf_file=arguments.model.name, dtype=torch.bfloat16)
+    if arguments.setting == "qlora":
+        how = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+        )
+        model = AutoModelForCausalLM.from_pretrained(arguments.folder, dtype=torch.bfloat16, quantization_config=how, device_map="cpu")
+    else:
+        model = AutoModelForCausalLM.from_pretrained(arguments.model.parent, gguf_file=arguments.model.name, dtype=torch.bfloat16)
     model.config.use_cache = False
     model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"))
     model.train()
@@ -150,6 +164,43 @@ def cell_peft(arguments):
         "first_step": first,
         "parameters": sum(p.numel() for p in parameters),
     }
+
+
+def cell_folder(arguments):
+    """Writes the model as a folder of bf16 safetensors: transformers does not quantise a GGUF."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(
+        arguments.model.parent, gguf_file=arguments.model.name, dtype=torch.bfloat16
+    ).save_pretrained(arguments.folder)
+    AutoTokenizer.from_pretrained(arguments.model.parent, gguf_file=arguments.model.name).save_pretrained(arguments.folder)
+    return {}
+
+
+def cell_codes(arguments):
+    """bitsandbytes on a weight that is written for engraft, too; seconds of each repetition."""
+    import bitsandbytes.functional as bnb
+    import torch
+    from safetensors.torch import save_file
+
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    weight = (torch.randn(WEIGHT) * 0.02).bfloat16()
+    save_file({"weight": weight}, arguments.folder / "weight.safetensors")
+    seconds = {"quantise": [], "dequantise": [], "copy": []}
+
+    def timed(what, run):
+        begun = time.perf_counter()
+        result = run()
+        seconds[what].append(time.perf_counter() - begun)
+        return result
+
+    for _ in range(arguments.repeat):
+        codes, state = timed("quantise", lambda: bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
+        timed("dequantise", lambda: bnb.dequantize_4bit(codes, state))  # noqa: B023
+        timed("copy", weight.clone)
+    return {"numbers": weight.numel(), **seconds}
 
 
 def cell_machine(arguments):
@@ -226,15 +277,15 @@ def child(command):
 def cell(arguments, name, **options):
     """One of the Python cells in a process of its own."""
     command = [sys.executable, "-B", __file__, "--cell", name, "--model", arguments.model, "--threads", arguments.threads]
-    command += ["--steps", arguments.steps, "--warmup", arguments.warmup, "--launched", time.time()]
+    command += ["--steps", arguments.steps, "--warmup", arguments.warmup, "--repeat", arguments.repeat, "--launched", time.time()]
     for key, value in options.items():
         command += [f"--{key}", value]
     out, memory = child(list(map(str, command)))
     return json.loads(out.splitlines()[-1]) | {"peak_memory": memory}
 
 
-def engraft(arguments, name):
-    """`engraft train` on the set's rows, read from its metrics."""
+def engraft(arguments, name, *more):
+    """`engraft train` on the set's rows, with more settings, read from its metrics."""
     chosen = SETS[name]
     rows = chosen["batch"] * (arguments.warmup + arguments.steps)
     with tempfile.TemporaryDirectory(prefix="engraft-bench-") as folder:
@@ -247,7 +298,7 @@ def engraft(arguments, name):
             f"training.max_steps={arguments.warmup + arguments.steps}", f"training.micro_batch_size={chosen['batch']}",
             "training.gradient_accumulation_steps=1", f"training.learning_rate={RATE}", "training.lr_scheduler=constant",
             "training.warmup_steps=0", "training.recompute=none", "training.logging_steps=1",
-            f"training.threads={arguments.threads}", f"output.dir={run}", "output.tensorboard=false",
+            f"training.threads={arguments.threads}", f"output.dir={run}", "output.tensorboard=false", *more,
         ]  # fmt: skip
         command = [str(arguments.engraft), "train", str(ROOT / "recipes/quickstart.yaml")]
         command += [part for setting in settings for part in ("--set", setting)]
@@ -279,6 +330,41 @@ def engraft(arguments, name):
         "first_step": first,
         "peak_memory": usage.ru_maxrss * 1024,
     }
+
+
+def quantised_base(arguments, name, say):
+    """QLoRA beside LoRA and beside PEFT on bitsandbytes, on the rows of a set: every kind twice, the second time backwards."""
+    with tempfile.TemporaryDirectory(prefix="engraft-bench-") as folder:
+        cell(arguments, "folder", folder=folder)
+        base = f"base_model={folder}"
+        kinds = {"peft-qlora": lambda: cell(arguments, "peft", set=name, setting="qlora", folder=folder)}
+        if arguments.engraft:
+            kinds |= {
+                "engraft-lora": lambda: engraft(arguments, name, base),
+                "engraft-qlora": lambda: engraft(arguments, name, base, *QLORA),
+                "engraft-qlora-never": lambda: engraft(arguments, name, base, *QLORA, "quantization.cache_dequantized=never"),
+            }
+        cells = {kind: [] for kind in kinds}
+        for kind in [*kinds, *reversed(kinds)]:
+            say(f"{name}: {kind}")
+            cells[kind].append(kinds[kind]())
+    return cells
+
+
+def codes(arguments):
+    """The best rates of quantising and making whole, and of a copy, in bytes read and written a second."""
+    with tempfile.TemporaryDirectory(prefix="engraft-bench-") as folder:
+        measured = {"bitsandbytes": [cell(arguments, "codes", folder=folder)]}
+        if arguments.engraft:
+            command = [arguments.engraft, "codes", "--tensors", pathlib.Path(folder) / "weight.safetensors"]
+            command += ["--repeat", arguments.repeat, "--threads", arguments.threads]
+            measured["engraft"] = [json.loads(child(list(map(str, command)))[0]) for _ in range(2)]
+            measured["bitsandbytes"].append(cell(arguments, "codes", folder=folder))
+    # A weight in bf16, its codes, and the scales of blocks of 64 in eight bits with theirs in fp32.
+    moved = {"copy": 2 + 2, "quantise": 2 + 0.5 + (1 + 4 / 256) / 64}
+    moved["dequantise"] = moved["quantise"]
+    rate = lambda runs, what: moved[what] * runs[0]["numbers"] / min(s for run in runs for s in run[what])  # noqa: E731
+    return {kind: {what: rate(runs, what) for what in moved} for kind, runs in measured.items()}
 
 
 def per_step(counts):
@@ -364,6 +450,36 @@ def table(result):
     return "\n".join(lines)
 
 
+def table_of_quantised(measured, warmup):
+    """QLoRA's speed and memory as Markdown."""
+    names = {
+        "peft-qlora": "PEFT + bitsandbytes, QLoRA",
+        "engraft-lora": "engraft, LoRA",
+        "engraft-qlora": "engraft, QLoRA",
+        "engraft-qlora-never": "engraft, QLoRA, nothing kept whole",
+    }
+    of = {kind: summary(cells, warmup) for kind, cells in measured.items()}
+    lines = ["| Tickets, nf4 | trained tokens/s (p10 to p90) | against LoRA | against PEFT + bitsandbytes | peak memory |", "|---|---|---|---|---|"]
+    for kind, label in names.items():
+        if kind in of:
+            low, _, high = of[kind]["trained_p10_p50_p90"]
+            ratio = lambda other: f"{of[kind]['trained_per_second'] / of[other]['trained_per_second']:.2f}x" if other in of else ""  # noqa: B023, E731
+            lines.append(
+                f"| {label} | {of[kind]['trained_per_second']:.0f} ({low:.0f} to {high:.0f}) | {ratio('engraft-lora')} |"
+                f" {ratio('peft-qlora')} | {of[kind]['peak_memory'] / 2**30:.2f} GiB |"
+            )
+    return "\n".join(lines)
+
+
+def table_of_codes(rates):
+    """The speed of quantising and of making whole as Markdown."""
+    lines = ["| nf4, quantised scales, bf16 | quantise, GB/s | make whole, GB/s | copy, GB/s | make whole against copy |", "|---|---|---|---|---|"]
+    for kind, of in rates.items():
+        numbers = " | ".join(f"{of[what] / 1e9:.2f}" for what in ("quantise", "dequantise", "copy"))
+        lines.append(f"| {kind} | {numbers} | {100 * of['dequantise'] / of['copy']:.0f}% |")
+    return "\n".join(lines)
+
+
 def insert(path, text):
     """Puts the table between the README's markers."""
     old = path.read_text()
@@ -373,28 +489,8 @@ def insert(path, text):
     path.write_text(new)
 
 
-def main():
-    """Every cell, in order; then the table and the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engraft", type=lambda p: pathlib.Path(p).resolve(), help="the executable; without it only the peer runs")
-    parser.add_argument("--model", required=True, type=lambda p: pathlib.Path(p).resolve(), help="the demo model's GGUF")
-    parser.add_argument("--warmup", type=int, default=10, help="steps before the clock starts")
-    parser.add_argument("--steps", type=int, default=30, help="timed steps in each process")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--sets", default="tickets,gsm8k", help="which sets; one that is not there is left out")
-    parser.add_argument("--out", type=pathlib.Path, default=HERE / "results", help="folder for the results")
-    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
-    parser.add_argument("--cell", choices=["machine", "rows", "peft"], help=argparse.SUPPRESS)
-    parser.add_argument("--set", help=argparse.SUPPRESS)
-    parser.add_argument("--setting", help=argparse.SUPPRESS)
-    parser.add_argument("--launched", type=float, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.cell:
-        os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
-        print(json.dumps({"machine": cell_machine, "rows": cell_rows, "peft": cell_peft}[arguments.cell](arguments)))
-        return
-
-    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+def speed(arguments, say):
+    """The sets: both peers and engraft, every kind twice, the second time backwards; and the machine's rates."""
     say("machine rates")
     machine = cell(arguments, "machine")
     sets, raw = {}, {}
@@ -426,11 +522,49 @@ def main():
         timed = measured["counts"]
         measured["floor_tokens_per_second"] = timed["tokens"] / floor_seconds(machine, timed["tokens"], timed["trained"], timed["attended"])
 
-    result = {
-        "date": datetime.date.today().isoformat(), "machine_name": describe_machine(arguments.threads), "machine": machine,
-        "warmup": arguments.warmup, "steps": arguments.steps, "sets": sets, "cells": raw,
-    }  # fmt: skip
-    text = table(result)
+    return {"machine": machine, "sets": sets, "cells": raw}
+
+
+def main():
+    """Every cell, in order; then the table and the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engraft", type=lambda p: pathlib.Path(p).resolve(), help="the executable; without it only the peer runs")
+    parser.add_argument("--model", required=True, type=lambda p: pathlib.Path(p).resolve(), help="the demo model's GGUF")
+    parser.add_argument("--warmup", type=int, default=10, help="steps before the clock starts")
+    parser.add_argument("--steps", type=int, default=30, help="timed steps in each process")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--sets", default="tickets,gsm8k", help="which sets; one that is not there is left out")
+    parser.add_argument("--out", type=pathlib.Path, default=HERE / "results", help="folder for the results")
+    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--parts", default="speed,qlora,codes", help="what is measured")
+    parser.add_argument("--repeat", type=int, default=20, help="repetitions of quantising and making whole")
+    parser.add_argument("--cell", choices=["machine", "rows", "peft", "folder", "codes"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
+    parser.add_argument("--set", help=argparse.SUPPRESS)
+    parser.add_argument("--setting", help=argparse.SUPPRESS)
+    parser.add_argument("--launched", type=float, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.cell:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+        cells = {"machine": cell_machine, "rows": cell_rows, "peft": cell_peft, "folder": cell_folder, "codes": cell_codes}
+        print(json.dumps(cells[arguments.cell](arguments)))
+        return
+
+    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+    parts = arguments.parts.split(",")
+    result = {"date": datetime.date.today().isoformat(), "machine_name": describe_machine(arguments.threads), "warmup": arguments.warmup, "steps": arguments.steps}
+    tables = []
+    if "speed" in parts:
+        result |= speed(arguments, say)
+        tables.append(table(result))
+    if "qlora" in parts:
+        result["quantised_base"] = quantised_base(arguments, arguments.sets.split(",")[0], say)
+        tables.append(table_of_quantised(result["quantised_base"], arguments.warmup))
+    if "codes" in parts:
+        say("quantising and making whole")
+        result["codes"] = codes(arguments)
+        tables.append(table_of_codes(result["codes"]))
+    text = "\n\n".join(tables)
     print(text)
     slug = re.sub(r"[^a-z0-9]+", "-", result["machine_name"].lower()).strip("-")
     arguments.out.mkdir(parents=True, exist_ok=True)
