@@ -517,6 +517,9 @@ fn a_base_in_fp8_trains_alike_quantised_on_the_way_and_stored() {
     assert!(one == other, "merged onto the same numbers");
     let merge = ["merge", "--model", "base", "--adapter", "stored-run/adapter", "--out", "other"];
     bench.fail(&merge, 5, &["trained on a base that is stored as compressed-tensors", "--onto original"]);
+    std::fs::write(bench.path("probes.txt"), "add 3 and 4\n").unwrap();
+    let probed = [&merge[..], &["--onto", "original", "--probe", "probes.txt"]].concat();
+    bench.fail(&probed, 5, &["--probe", "stored as compressed-tensors"]);
     bench.succeed(&[&merge[..], &["--onto", "original"]].concat());
     bench.fail(&["quantize", "--model", "stored", "--out", "again"], 5, &["is quantised already"]);
     let as_nf4 = ["train", "recipe.yaml", "--set", "adapter.method=qlora", "--set", "base_model=stored"];

@@ -14,7 +14,7 @@ use crate::evaluate::{Drift, Probes};
 use crate::export::manifest::{self, Base, MergeManifest};
 use crate::export::{merged, quantised, sidecars};
 use crate::model::{ModelSpec, families};
-use crate::quant::Scheme;
+use crate::quant::{Form, Scheme};
 use crate::recipe::{BaseSource, DatasetRecipe, Dtype};
 use crate::torch_ext::{catching, torch_version};
 use crate::train::free_bytes;
@@ -59,7 +59,15 @@ pub fn run(arguments: &Merge, out: &mut dyn Write) -> Result<()> {
     if onto.is_some() {
         console.say("the update is folded into the numbers it was trained on: those of the quantised base");
     }
-    let probes = if arguments.no_probe { None } else { probes(arguments, &sidecars, &spec, &console)? };
+    // A form that only its own tool makes is had where it is stored.
+    let elsewhere = trained_on
+        .as_ref()
+        .map(|scheme| scheme.form)
+        .filter(|form| !form.can_be_made() && checkpoint.quantised_form() != Some(*form));
+    let probes = match arguments.no_probe {
+        true => None,
+        false => probes(arguments, &sidecars, &spec, elsewhere, &console)?,
+    };
 
     let scheme = arguments.quantize.map(|form| loading::asked(form, &arguments.quantizing, kind));
     let learned = Learned { updates: &updates, saved: &saved };
@@ -123,6 +131,7 @@ fn probes(
     arguments: &Merge,
     sidecars: &std::collections::BTreeMap<String, Vec<u8>>,
     spec: &ModelSpec,
+    elsewhere: Option<Form>,
     console: &Console,
 ) -> Result<Option<Probes>> {
     let named = arguments.probe.as_deref();
@@ -131,6 +140,8 @@ fn probes(
     let encoder = Tokenizer::new(sidecars).map(std::sync::Arc::new);
     let encoder = encoder.and_then(|tokenizer| Encoder::new(tokenizer, &DatasetRecipe::defaults()));
     let missing = match (&encoder, free) {
+        _ if elsewhere.is_some() => elsewhere
+            .map(|form| format!("the adapter was trained on a base that is stored as {form}, which this one is not")),
         (Err(error), _) => Some(format!("without a tokenizer: {error}")),
         (Ok(_), Some(free)) if free < needed => Some(format!(
             "the models take {:.1} GB each in fp32, and {:.1} GB are free",
@@ -146,7 +157,10 @@ fn probes(
             Ok(None)
         }
         (_, Err(error)) => Err(error),
-        (Some(why), Ok(_)) => Err(Error::Device(Fault::new("--probe", why).hint("leave it out, or say --no-probe"))),
+        (Some(why), Ok(_)) => {
+            let fault = Fault::new("--probe", why).hint("leave it out, or say --no-probe");
+            Err(if elsewhere.is_some() { Error::Model(fault) } else { Error::Device(fault) })
+        }
     }
 }
 
