@@ -20,6 +20,13 @@ impl ModelSpec {
         self.inventory().tensors
     }
 
+    /// Whether a step's products have few shapes: not where experts have as many rows as they are sent, and where attention goes by
+    /// other pieces than whole documents.
+    pub fn has_few_shapes(&self) -> bool {
+        let experts = self.sites().iter().any(|site| matches!(site.role, Role::Experts { .. }));
+        !experts && self.layers.iter().all(|layer| matches!(layer.attention, Attention::Grouped(_)))
+    }
+
     /// Every linear, in checkpoint order, the head last.
     pub fn sites(&self) -> Vec<Site> {
         let mut sites = self.inventory().sites;

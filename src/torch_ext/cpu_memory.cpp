@@ -147,8 +147,11 @@ extern "C" {
 void engraft_allocate_on_cpu() {
   static CpuAllocator allocator;
   c10::SetCPUAllocator(&allocator, /*priority=*/100);
-  // Of every shape that products have, and each micro-batch has its own, oneDNN keeps what it compiled, and so does the layer between
-  // it and libtorch: of 1024 shapes each unless told otherwise, and about 250 KB of each. A step has about 30.
+}
+
+// Of every shape that products have, and each micro-batch has its own, oneDNN keeps what it compiled, and so does the layer between it
+// and libtorch: of 1024 shapes each unless told otherwise, and about 250 KB of each.
+void engraft_keep_few_shapes() {
   setenv("LRU_CACHE_CAPACITY", "64", /*overwrite=*/0);
   setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64", /*overwrite=*/0);
 }

@@ -18,6 +18,7 @@ unsafe extern "C" {
     ) -> *mut c_char;
     fn engraft_cuda_stream(index: c_int, stream: *mut *mut c_void) -> *mut c_char;
     fn engraft_allocate_on_cpu();
+    fn engraft_keep_few_shapes();
     fn engraft_cpu_memory(allocated: *mut i64, peak: *mut i64, used: *mut i64);
     fn engraft_cpu_capability() -> *const c_char;
     fn engraft_torch_version() -> *const c_char;
@@ -82,6 +83,13 @@ pub fn keep_freed_memory() {
         libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10);
         libc::mallopt(libc::M_TRIM_THRESHOLD, c_int::MAX);
     }
+}
+
+/// Has oneDNN keep what it compiles for the shapes of about two steps, not for a thousand. For models whose steps have few shapes
+/// only: others would compile most of them anew in every step. To be called before the first product.
+pub fn keep_few_shapes() {
+    // SAFETY: sets two variables that nothing else reads before oneDNN is first used.
+    unsafe { engraft_keep_few_shapes() };
 }
 
 /// Memory of tensors on the CPU, in bytes, of those of at least 4 KiB.
