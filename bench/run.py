@@ -171,9 +171,13 @@ def cell_folder(arguments):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         arguments.model.parent, gguf_file=arguments.model.name, dtype=torch.bfloat16
-    ).save_pretrained(arguments.folder)
+    )
+    # It holds plain numbers now, but is not saved as long as it says where they came from.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.save_pretrained(arguments.folder)
     AutoTokenizer.from_pretrained(arguments.model.parent, gguf_file=arguments.model.name).save_pretrained(arguments.folder)
     return {}
 
