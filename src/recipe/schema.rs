@@ -110,7 +110,7 @@ pub struct AdapterRecipe {
     /// fits the base as it was.
     pub init_lora_weights: InitLora,
     /// For `pissa`: iterations of the fast decomposition (arXiv:0909.4061), as in PEFT's `pissa_niter_16`; the exact one where left
-    /// out, which takes minutes for a large model's every linear.
+    /// out, which takes seconds for each large weight.
     #[schemars(range(min = 0, max = 1000))]
     pub pissa_niter: Option<u32>,
     /// Modules trained whole, in fp32, by the ends of their paths: the embedding, the head, linears. A head that shares the
