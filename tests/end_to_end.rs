@@ -721,6 +721,30 @@ fn settings<'a>(values: &[&'a str]) -> Vec<&'a str> {
 
 const QLORA: &str = "adapter.method=qlora";
 
+/// Products of fp8 codes are another arithmetic than those of the numbers they stand for, and near it.
+#[test]
+fn an_adapter_trains_on_products_of_fp8_numbers_and_its_recipe_says_what_they_need() {
+    let bench = Bench::new("max_steps: 12");
+    let fp8 = [QLORA, "quantization.type=fp8", "dtype=bf16", "output.save=[adapter]"];
+    let losses = |more: &[&str]| -> Vec<f64> {
+        bench.succeed(&[&["train", "recipe.yaml"], &settings(&[&fp8, more].concat())[..]].concat());
+        bench.result("run").0.iter().filter_map(|line| line[1].as_f64()).collect()
+    };
+    let whole = losses(&["output.dir=run"]);
+    std::fs::remove_dir_all(bench.path("run")).unwrap();
+    let multiplied = losses(&["quantization.compute=fp8"]);
+    assert_eq!(whole.len(), multiplied.len());
+    let apart = whole.iter().zip(&multiplied).map(|(whole, own)| (whole - own).abs() / whole).fold(0.0, f64::max);
+    assert!(apart > 1e-6 && apart < 0.05, "{whole:?} {multiplied:?}");
+    let refused = |set: &[&str], words: &[&str]| {
+        bench.fail(&[&["validate", "recipe.yaml"], &settings(set)[..]].concat(), 3, words);
+    };
+    refused(&[QLORA, "quantization.compute=fp8", "dtype=bf16"], &["quantization.type: fp8", "nf4"]);
+    refused(&[QLORA, "quantization.type=fp8", "quantization.compute=fp8", "dtype=fp32"], &["dtype: bf16", "fp32"]);
+    let cached = "quantization.cache_dequantized=always";
+    refused(&[&fp8[..], &["quantization.compute=fp8", cached]].concat(), &["cache_dequantized"]);
+}
+
 #[test]
 fn a_merge_says_how_far_it_is_from_what_was_trained_and_what_quantising_took_away() {
     let bench = Bench::new("max_steps: 12");

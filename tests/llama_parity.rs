@@ -7,7 +7,7 @@ use engraft::adapter::{Adapters, Learned, LoadedAdapter, Origin, Update};
 use engraft::data::{Batch, Cursor, RowId};
 use engraft::model::{Decoder, Documents, Forward, Sampling};
 use engraft::objective::Supervised;
-use engraft::quant::{Form, FourBitType, Layout, Scheme, Weight};
+use engraft::quant::{Form, FourBitType, Layout, Products, Scheme, Weight};
 use engraft::recipe::{AdapterRecipe, BaseSource, InitLora, Scheduler, TrainingRecipe};
 use engraft::train::{BatchSource, Events, Identity, Interrupts, Progress, Run, RunFolder, Start, Trainer};
 use engraft::weights::Checkpoint;
@@ -74,8 +74,13 @@ fn load(name: &str) -> Decoder {
 
 /// How the base was quantised that PEFT trained on: by bitsandbytes, or as its files have it.
 fn scheme(name: &str) -> Option<Scheme> {
-    let scheme =
-        |form| Scheme { form, kind: Kind::Float, skip: vec!["lm_head".into()], whole: false, after_start: false };
+    let scheme = |form| Scheme {
+        form,
+        kind: Kind::Float,
+        skip: vec!["lm_head".into()],
+        products: Products::Dequantised,
+        after_start: false,
+    };
     if let Some((_, layout)) = STORED.iter().find(|(stored, _)| *stored == name) {
         return Some(scheme(Form::Stored(*layout)));
     }
@@ -379,8 +384,8 @@ fn a_base_stored_quantised_is_kept_so_and_answers_as_its_original_quantised_here
         let reference = tensors(&folder(name).join("reference.safetensors"));
         let batch = documented(&reference, "");
         let checkpoint = Checkpoint::open(&BaseSource::Folder(folder(name).join("quantised"))).unwrap();
-        for whole in [false, true] {
-            let scheme = Scheme { whole, ..scheme(name).unwrap() };
+        for products in [Products::Dequantised, Products::Cached] {
+            let scheme = Scheme { products, ..scheme(name).unwrap() };
             let load = |scheme| Decoder::load_kept(&checkpoint, Kind::Float, Device::Cpu, scheme, &|_, _| ()).unwrap();
             for model in [load(Some(&scheme)), load(None)] {
                 let hidden = model.hidden(&batch.ids, &batch.positions, &batch.documents, Forward::default());

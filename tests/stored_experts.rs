@@ -6,7 +6,7 @@ mod generator;
 use std::path::Path;
 
 use engraft::model::{Decoder, Documents, Forward};
-use engraft::quant::{Form, Layout, Quantised, Scheme, Weight};
+use engraft::quant::{Form, Layout, Products, Quantised, Scheme, Weight};
 use engraft::recipe::BaseSource;
 use engraft::weights::Checkpoint;
 use engraft::weights::writer::{self, TensorSpec};
@@ -37,8 +37,13 @@ fn logits(tensors: &Tensors, config: &Value, layout: Layout) -> ([Tensor; 2], Ve
     let specs: Vec<_> = tensors.iter().map(|(name, tensor)| TensorSpec::of(name.as_str(), tensor)).collect();
     writer::write_model(folder.path(), &specs, 1 << 30, |index| Ok(tensors[index].1.shallow_clone())).unwrap();
     let checkpoint = Checkpoint::open(&BaseSource::Folder(folder.path().to_path_buf())).unwrap();
-    let scheme =
-        Scheme { form: Form::Stored(layout), kind: Kind::Float, skip: Vec::new(), whole: false, after_start: false };
+    let scheme = Scheme {
+        form: Form::Stored(layout),
+        kind: Kind::Float,
+        skip: Vec::new(),
+        products: Products::Dequantised,
+        after_start: false,
+    };
     let mut kept = Vec::new();
     let logits = [Some(&scheme), None].map(|scheme| {
         let model = Decoder::load_kept(&checkpoint, Kind::Float, Device::Cpu, scheme, &|_, _| ()).unwrap();

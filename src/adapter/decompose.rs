@@ -251,7 +251,7 @@ fn nearly(weight: &Tensor, iterations: u32, start: &Tensor) -> (Tensor, Tensor, 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quant::{Form, FourBitType};
+    use crate::quant::{Form, FourBitType, Products};
 
     fn weight(rows: i64, columns: i64) -> Tensor {
         tch::manual_seed(4);
@@ -269,7 +269,8 @@ mod tests {
         let file = Checkpoint::open_file(std::path::Path::new(file)).unwrap();
         let read = |name: &str| file.tensor(name, Kind::Float, Device::Cpu).unwrap();
         let form = Form::FourBit { code: FourBitType::Nf4, block: 64, double_quant: false };
-        let scheme = Scheme { form, kind: Kind::Float, skip: Vec::new(), whole: false, after_start: false };
+        let products = Products::Dequantised;
+        let scheme = Scheme { form, kind: Kind::Float, skip: Vec::new(), products, after_start: false };
         for scale in [1.0, 0.5] {
             let (a, b) = lost(&read("loftq.weight"), &scheme, 4, scale);
             assert!(off(&(b.matmul(&a) * scale), &read("loftq.product")) < 1e-5);

@@ -14,7 +14,7 @@ use crate::export::manifest::{self, FileDigest};
 use crate::export::sidecars;
 use crate::model::{Decoder, families};
 use crate::ops::cuda;
-use crate::quant::Scheme;
+use crate::quant::{Products, Scheme, fp8};
 use crate::recipe::{
     AdapterRecipe, BaseSource, CacheDequantized, DataSource, DatasetRecipe, Dtype, Plan, QuantizationType, cache_dir,
 };
@@ -114,12 +114,18 @@ pub(super) fn scheme(
         }
         scheme.form = asked.unwrap_or(stored);
     }
-    let cache = plan.recipe.quantization.as_ref().map(|quantization| quantization.cache_dequantized);
-    if cache.unwrap_or_default() == CacheDequantized::Auto {
-        scheme.whole = caches_dequantised(&families::spec(checkpoint)?, plan.kind, device);
-        if scheme.whole {
-            console.say("the quantised base is kept made whole, which this machine has the memory for");
+    if scheme.products == Products::Fp8 {
+        if !fp8::multiplies(device) {
+            console.say("note: this device does not multiply fp8; `compute: fp8` is made of fp32 products, slowly");
         }
+        return Ok(Some(scheme));
+    }
+    let cache = plan.recipe.quantization.as_ref().map(|quantization| quantization.cache_dequantized);
+    if cache.unwrap_or_default() == CacheDequantized::Auto
+        && caches_dequantised(&families::spec(checkpoint)?, plan.kind, device)
+    {
+        scheme.products = Products::Cached;
+        console.say("the quantised base is kept made whole, which this machine has the memory for");
     }
     Ok(Some(scheme))
 }
@@ -174,7 +180,7 @@ pub(super) fn stored_alike(adapter: &Path, trained_on: Option<&Scheme>, checkpoi
 /// The scheme that options ask for, of numbers in `kind`.
 pub(super) fn asked(form: QuantizationType, how: &Quantizing, kind: Kind) -> Scheme {
     let form = form.with(how.block_size.into(), !how.no_double_quant);
-    Scheme { form, kind, skip: how.skip.clone(), whole: false, after_start: false }
+    Scheme { form, kind, skip: how.skip.clone(), products: Products::Dequantised, after_start: false }
 }
 
 /// The tokenizer of a base.

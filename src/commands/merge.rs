@@ -14,7 +14,7 @@ use crate::evaluate::{Drift, Probes};
 use crate::export::manifest::{self, Base, MergeManifest};
 use crate::export::{merged, quantised, sidecars};
 use crate::model::{ModelSpec, families};
-use crate::quant::{Form, Scheme};
+use crate::quant::{Form, Products, Scheme};
 use crate::recipe::{BaseSource, DatasetRecipe, Dtype};
 use crate::torch_ext::{catching, torch_version};
 use crate::train::free_bytes;
@@ -91,7 +91,7 @@ pub fn run(arguments: &Merge, out: &mut dyn Write) -> Result<()> {
 
     let mut drift = None;
     if let Some(probes) = probes {
-        let scheme = trained_on.clone().map(|scheme| Scheme { whole: true, ..scheme });
+        let scheme = trained_on.clone().map(|scheme| Scheme { products: Products::Cached, ..scheme });
         let mut trained = loading::decoder(&checkpoint, Kind::Float, Device::Cpu, scheme.as_ref(), &console)?;
         let origin = Origin { checkpoint: &checkpoint, scheme: scheme.as_ref(), start: None, progress: &|_, _| () };
         Adapters::attach_loaded(&mut trained, &adapter, 0.0, Some(&origin))?;

@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 use super::{Decoder, Documents, Forward, LowRank, families};
 use crate::ops::cuda::emulator::{emulated, gpu, launched};
 use crate::ops::testing::randn;
-use crate::quant::{Form, FourBitType, Scheme};
+use crate::quant::{Form, FourBitType, Products, Scheme};
 use crate::recipe::BaseSource;
 use crate::weights::Checkpoint;
 use crate::weights::writer::{self, TensorSpec};
@@ -67,13 +67,20 @@ fn a_step_of_whole_models_is_the_same_on_cuda_kernels_and_meets_them_all() {
     let cases = [
         (of(json!({"model_type": "llama", "tie_word_embeddings": false})), four_bit(true)),
         (of(json!({"model_type": "qwen3", "tie_word_embeddings": false})), Form::Int8),
+        (of(json!({"model_type": "mistral", "tie_word_embeddings": false, "sliding_window": 8})), Form::Fp8),
         (of(json!({"model_type": "gemma2", "query_pre_attn_scalar": 32, "sliding_window": 8})), four_bit(false)),
     ];
     for (config, form) in cases {
         let folder = tempfile::tempdir().unwrap();
         write(folder.path(), &config);
         for (kind, suffix, tolerance) in [(Kind::Float, "f32", 2e-5), (Kind::BFloat16, "bf16", 3e-2)] {
-            let scheme = |kind| Scheme { form, kind, skip: vec!["lm_head".into()], whole: false, after_start: false };
+            let scheme = |kind| Scheme {
+                form,
+                kind,
+                skip: vec!["lm_head".into()],
+                products: Products::Dequantised,
+                after_start: false,
+            };
             let expected = step(folder.path(), &scheme(kind), Device::Cpu);
             let compare = |found: Vec<Tensor>, tolerance: f64, what: &str| {
                 assert_eq!(found.len(), expected.len());
@@ -86,7 +93,11 @@ fn a_step_of_whole_models_is_the_same_on_cuda_kernels_and_meets_them_all() {
             launched();
             compare(emulated(|| step(folder.path(), &scheme(kind), Device::Cpu)), tolerance, "emulated");
             let met: BTreeSet<String> = launched();
-            let whole = if form == Form::Int8 { "int8_dequantise" } else { "four_bit_dequantise" };
+            let whole = match form {
+                Form::Int8 => "int8_dequantise",
+                Form::Fp8 => "fp8_dequantise",
+                Form::FourBit { .. } | Form::Stored(_) => "four_bit_dequantise",
+            };
             for kernel in [
                 whole,
                 "norm",

@@ -289,10 +289,6 @@ impl Group {
         wants_dx: bool,
     ) -> (Option<Tensor>, Vec<Tensor>) {
         let mut dx: Option<Tensor> = None;
-        let mut add = |left: &Tensor, right: &Tensor| match &mut dx {
-            Some(dx) => drop(dx.addmm_(left, right)),
-            None => dx = Some(left.mm(right)),
-        };
         let sides: Vec<Side<'_>> = self
             .members
             .iter()
@@ -301,7 +297,7 @@ impl Group {
             .map(|((m, dy), d)| Side::new(m, dy, d.as_ref()))
             .collect();
         for side in sides.iter().filter(|_| wants_dx) {
-            side.through_weight(&mut add);
+            dx = Some(side.through_weight(dx.take()));
         }
         let du: Vec<Option<Tensor>> =
             sides.iter().map(|side| side.update().map(|update| side.dz.mm(&update.scaled_b))).collect(); // (T, R) each
@@ -313,7 +309,7 @@ impl Group {
         let all_du = self.a.as_ref().filter(|_| together).map(|a| {
             let all_du = all_du();
             if wants_dx {
-                add(&all_du, a);
+                dx = Some(with_product(dx.take(), &all_du, a));
             }
             all_du
         });
@@ -354,7 +350,6 @@ impl Group {
 impl Member {
     /// Y (T, out), `u` being that of all members.
     fn forward(&self, x: &Tensor, u: Option<&Tensor>, residual: Option<&Tensor>) -> (Tensor, Option<Lengthened>) {
-        let weight = self.weight.dense(); // (out, in)
         let added = match (residual, &self.bias) {
             (Some(residual), Some(bias)) => Some(residual + bias),
             (Some(added), None) | (None, Some(added)) => Some(added.shallow_clone()),
@@ -364,10 +359,9 @@ impl Member {
         if let Some((update, u)) = update
             && let Some(decomposed) = &update.decomposed
         {
-            return decomposed.forward(x, &weight, update, u, added);
+            return decomposed.forward(x, &self.weight, update, u, added);
         }
-        let weight = weight.tr(); // (in, out)
-        let mut y = added.map_or_else(|| x.mm(&weight), |added| added.addmm(x, &weight));
+        let mut y = self.weight.product(x, added);
         if let Some((update, u)) = update {
             let _ = y.addmm_(&update.columns(u), &update.scaled_b.tr());
         }
@@ -384,19 +378,30 @@ impl Decomposed {
     fn forward(
         &self,
         x: &Tensor,
-        weight: &Tensor,
+        weight: &Weight,
         update: &Update,
         u: &Tensor,
         added: Option<Tensor>,
     ) -> (Tensor, Option<Lengthened>) {
         let Magnitude { lengths: trained, squares } = &self.magnitude;
-        let lengths = magnitude::lengths(weight, squares, &self.a, &self.scaled_b);
+        // Lengths and products read the same numbers: a quantised weight is made whole once for all.
+        let whole = Weight::Dense(weight.dense());
+        let lengths = magnitude::lengths(&whole.dense(), squares, &self.a, &self.scaled_b);
+        let weight = if weight.is_multiplied() { weight } else { &whole };
         let more = trained.detach() / &lengths - 1.0;
-        let mut z = dropped(x, update.dropout).mm(&weight.tr());
-        let whole = update.dropout.map(|_| x.mm(&weight.tr()) - &z);
+        let mut z = weight.product(&dropped(x, update.dropout), None);
+        let whole = update.dropout.map(|_| weight.product(x, None) - &z);
         let _ = z.addmm_(&update.columns(u), &update.scaled_b.tr());
         let y = [whole, added].into_iter().flatten().fold(magnitude::scaled(&z, &more), |y, more| y + more);
         (y, Some(Lengthened { z, more, lengths }))
+    }
+}
+
+/// `onto + left right`, in place where there is something to add to.
+fn with_product(onto: Option<Tensor>, left: &Tensor, right: &Tensor) -> Tensor {
+    match onto {
+        Some(mut onto) => onto.addmm_(left, right),
+        None => left.mm(right),
     }
 }
 
@@ -419,23 +424,23 @@ impl<'a> Side<'a> {
         self.member.update.as_ref()
     }
 
-    /// Adds what reaches X through W, as far as nothing of X was dropped.
-    fn through_weight(&self, add: &mut impl FnMut(&Tensor, &Tensor)) {
-        let weight = self.member.weight.dense();
+    /// `onto`, and what reaches X through W, as far as nothing of X was dropped.
+    fn through_weight(&self, onto: Option<Tensor>) -> Tensor {
+        let weight = &self.member.weight;
         match &self.member.trained {
             Part::Rows(ids, rows) => {
-                add(&self.dy.index_fill(1, ids, 0.0), &weight);
-                add(&self.dy.index_select(1, ids), rows);
+                let onto = weight.product_back(&self.dy.index_fill(1, ids, 0.0), onto);
+                with_product(Some(onto), &self.dy.index_select(1, ids), rows)
             }
-            Part::Nothing | Part::Whole if self.drops() => add(self.dy, &weight),
-            Part::Nothing | Part::Whole => add(&self.dz, &weight),
+            Part::Nothing | Part::Whole if self.drops() => weight.product_back(self.dy, onto),
+            Part::Nothing | Part::Whole => weight.product_back(&self.dz, onto),
         }
     }
 
     /// What reaches `drop(X)`: `through_a`, and through W, where its product of what is left counts otherwise than that of all.
     fn through_dropout(&self, through_a: &Tensor) -> Tensor {
         match self.decomposed.filter(|_| self.drops()) {
-            Some(_) => through_a.addmm(&(&self.dz - self.dy), &self.member.weight.dense()),
+            Some(_) => self.member.weight.product_back(&(&self.dz - self.dy), Some(through_a.copy())),
             None => through_a.shallow_clone(),
         }
     }
@@ -478,6 +483,7 @@ mod tests {
     use super::*;
     use crate::ops::norm::tests::{rms, twin as norm_twin};
     use crate::ops::testing::{check, randn};
+    use crate::quant::{Fp8, Quantised};
     use crate::torch_ext::keep_mask;
 
     const T: i64 = 19;
@@ -600,6 +606,45 @@ mod tests {
                 vec![plain(&x[0], &weight(0, kind), Some(&l), None) + bias(0, kind) + &x[3]]
             },
         );
+    }
+
+    /// Products with fp8 codes stand where those of whole numbers did, forward and backward, with a magnitude or without.
+    #[test]
+    fn a_weight_whose_codes_are_multiplied_gives_its_products_in_both_directions() {
+        let leaves: Vec<Tensor> = leaves(&OUT[..1]).into_iter().map(|leaf| leaf.set_requires_grad(true)).collect();
+        let codes = || Fp8 { multiplied: true, ..Fp8::of(&weight(0, Kind::Float)) };
+        let (frozen, bias) = (Weight::from(Quantised::Fp8(codes())), bias(0, Kind::Float));
+        let dy = randn(&[T, OUT[0]], 8);
+        let (x, a, b) = (&leaves[0], leaves[1].detach(), leaves[2].detach());
+        for lengths in [None, Some(randn(&[OUT[0]], 50).abs() + 0.3)] {
+            let squares = magnitude::squares(&frozen);
+            let magnitude = lengths.as_ref().map(|lengths| Magnitude { lengths: lengths.shallow_clone(), squares });
+            let low_rank = LowRank { magnitude, ..low_rank(&leaves, 0, 0.0) };
+            let gain = low_rank
+                .gains(&frozen.dense())
+                .unwrap_or_else(|| Tensor::ones([OUT[0]], (Kind::Float, tch::Device::Cpu)));
+            let operand = Operand {
+                weight: &frozen,
+                trained: None,
+                bias: Some(&bias),
+                low_rank: Some(&low_rank),
+                dropout_seed: None,
+            };
+            let y = projection(x, None, &[operand], None).remove(0);
+            let update = x.detach().mm(&a.tr()).mm(&b.tr()) * 1.5;
+            let expected = (codes().product(&x.detach()) + update) * &gain + &bias;
+            let close = |found: &Tensor, expected: &Tensor, what: &str| {
+                let off = (found - expected).abs().max().double_value(&[]) / expected.abs().max().double_value(&[]);
+                assert!(off < 1e-5, "{what}: {off:e}");
+            };
+            close(&y.detach(), &expected, "Y");
+            let [dx, da] = Tensor::run_backward(&[(&y * &dy).sum(Kind::Float)], &[x, &leaves[1]], false, false)
+                .try_into()
+                .unwrap();
+            let dz = &dy * &gain;
+            close(&dx, &(codes().product_back(&dz) + dz.mm(&b).mm(&a) * 1.5), "dX");
+            close(&da, &(dz.mm(&b).tr().mm(&x.detach()) * 1.5), "dA");
+        }
     }
 
     #[test]

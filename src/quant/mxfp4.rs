@@ -4,6 +4,7 @@ use tch::{Kind, Tensor};
 
 use super::nibbles::{self, Group, Rows};
 use super::rounding::Rounding;
+use crate::ops::cuda;
 
 /// Numbers to an exponent.
 pub const BLOCK: i64 = 32;
@@ -35,6 +36,9 @@ impl Mxfp4 {
 
     /// The numbers it stands for, in its shape and kind.
     pub fn dequantised(&self) -> Tensor {
+        if let Some(whole) = cuda::mxfp4_dequantise(&self.codes, &self.exponents, self.kind) {
+            return whole;
+        }
         if !nibbles::serves(self.codes.device(), self.kind) {
             return self.dequantised_plainly();
         }
@@ -80,9 +84,10 @@ mod tests {
 
     use super::super::four_bit::assert_same;
     use super::*;
+    use crate::ops::cuda::emulator::on_gpus;
 
     #[test]
-    fn the_kernel_equals_its_twin_on_every_code_and_exponent() {
+    fn the_kernels_equal_their_twin_on_every_code_and_exponent() {
         tch::manual_seed(4);
         for (rows, blocks) in [(1, 1), (254, 1), (3, 7), (65, 33)] {
             let codes = Tensor::randint(256, [rows, blocks * BLOCK / 2], (Kind::Uint8, Device::Cpu));
@@ -90,7 +95,13 @@ mod tests {
             let exponents = exponents.to_kind(Kind::Uint8).view([rows, blocks]);
             for kind in [Kind::Float, Kind::BFloat16, Kind::Half] {
                 let weight = Mxfp4 { kind, codes: codes.shallow_clone(), exponents: exponents.shallow_clone() };
-                assert_same(&weight.dequantised(), &weight.dequantised_plainly(), &format!("{rows} {blocks} {kind:?}"));
+                let expected = weight.dequantised();
+                assert_same(&expected, &weight.dequantised_plainly(), &format!("{rows} {blocks} {kind:?}"));
+                on_gpus(|device| {
+                    let [codes, exponents] = [&weight.codes, &weight.exponents].map(|part| part.to_device(device));
+                    let found = cuda::mxfp4_dequantise(&codes, &exponents, kind).expect("served");
+                    assert_same(&found, &expected, &format!("{rows} {blocks} {kind:?} on {device:?}"));
+                });
             }
         }
     }

@@ -28,12 +28,20 @@ impl Rounding {
         }
     }
 
+    /// The number type; nothing where there is none to round to.
+    pub(super) fn kind(self) -> Option<Kind> {
+        match self {
+            Self::None => None,
+            Self::Half => Some(Kind::Half),
+            Self::BFloat16 => Some(Kind::BFloat16),
+        }
+    }
+
     /// fp32 numbers rounded so, as fp32.
     pub(super) fn apply(self, numbers: Tensor) -> Tensor {
-        match self {
-            Self::None => numbers,
-            Self::Half => numbers.to_kind(Kind::Half).to_kind(Kind::Float),
-            Self::BFloat16 => numbers.to_kind(Kind::BFloat16).to_kind(Kind::Float),
+        match self.kind() {
+            Some(kind) => numbers.to_kind(kind).to_kind(Kind::Float),
+            None => numbers,
         }
     }
 }

@@ -17,10 +17,21 @@ pub struct Scheme {
     pub kind: Kind,
     /// Modules that stay as they are: those whose path is such a name or ends in `.name`.
     pub skip: Vec<String>,
-    /// Whether a weight is quantised and made whole again at once, to be kept so: the same numbers, in more memory and less time.
-    pub whole: bool,
+    /// What products with the weights read.
+    pub products: Products,
     /// Whether what adapters started with was taken off the weights before they were quantised (PiSSA, OLoRA).
     pub after_start: bool,
+}
+
+/// What products with a quantised weight read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Products {
+    /// Its numbers, made whole for each product.
+    Dequantised,
+    /// Its numbers, made whole at once and kept so: the same, in more memory and less time.
+    Cached,
+    /// Its fp8 codes themselves ([`Fp8::product`]); experts' weights are made whole.
+    Fp8,
 }
 
 /// A form to quantise to.
@@ -140,7 +151,13 @@ impl Scheme {
 
     /// A weight that is quantised already, as this keeps it.
     pub fn store(&self, quantised: Quantised) -> Weight {
-        if self.whole { Weight::Dense(quantised.dequantised()) } else { Weight::from(quantised) }
+        match (self.products, quantised) {
+            (Products::Cached, quantised) => Weight::Dense(quantised.dequantised()),
+            (Products::Fp8, Quantised::Fp8(weight)) => {
+                Weight::from(Quantised::Fp8(Fp8 { multiplied: weight.has_rows(), ..weight }))
+            }
+            (Products::Fp8 | Products::Dequantised, quantised) => Weight::from(quantised),
+        }
     }
 
     /// The numbers that a weight, (out, in) or (E, out, in), stands for once it is quantised, in the scheme's type.
@@ -248,7 +265,7 @@ impl TryFrom<Said> for Scheme {
         };
         let kind = KINDS.iter().find(|(name, _)| *name == said.dtype);
         let (_, kind) = kind.ok_or_else(|| format!("dtype is {:?}, not bf16, fp16 or fp32", said.dtype))?;
-        Ok(Self { form, kind: *kind, skip: said.skip, whole: false, after_start: said.after_start })
+        Ok(Self { form, kind: *kind, skip: said.skip, products: Products::Dequantised, after_start: said.after_start })
     }
 }
 
@@ -261,7 +278,7 @@ mod tests {
             form,
             kind: Kind::BFloat16,
             skip: vec!["lm_head".to_string(), "mlp.gate".to_string()],
-            whole: false,
+            products: Products::Dequantised,
             after_start: false,
         }
     }
@@ -283,7 +300,8 @@ mod tests {
     fn schemes_make_the_same_numbers_where_form_type_and_what_is_skipped_agree() {
         let nf4 = |block| Form::FourBit { code: FourBitType::Nf4, block, double_quant: true };
         let one = scheme(nf4(64));
-        let reordered = Scheme { skip: one.skip.iter().rev().cloned().collect(), whole: true, ..one.clone() };
+        let reordered =
+            Scheme { skip: one.skip.iter().rev().cloned().collect(), products: Products::Cached, ..one.clone() };
         assert!(one.makes_numbers_of(&reordered));
         let others = [
             scheme(nf4(128)),

@@ -71,6 +71,42 @@ impl Weight {
         }
     }
 
+    /// `X W^T + added` (T, out) of X (T, in), where W is a matrix.
+    pub fn product(&self, x: &Tensor, added: Option<Tensor>) -> Tensor {
+        if let Some(weight) = self.multiplied() {
+            let y = weight.product(x);
+            return match added {
+                Some(added) => y + added,
+                None => y,
+            };
+        }
+        let weight = self.dense().tr(); // (in, out)
+        added.map_or_else(|| x.mm(&weight), |added| added.addmm(x, &weight))
+    }
+
+    /// `dY W` (T, in) of dY (T, out), added in place to what there is.
+    pub fn product_back(&self, dy: &Tensor, onto: Option<Tensor>) -> Tensor {
+        match (self.multiplied(), onto) {
+            (Some(weight), None) => weight.product_back(dy),
+            (Some(weight), Some(mut onto)) => onto.g_add_(&weight.product_back(dy)),
+            (None, None) => dy.mm(&self.dense()),
+            (None, Some(mut onto)) => onto.addmm_(dy, &self.dense()),
+        }
+    }
+
+    /// Whether products read its codes themselves, and not the numbers they stand for.
+    pub fn is_multiplied(&self) -> bool {
+        self.multiplied().is_some()
+    }
+
+    /// The weight whose own codes products read.
+    fn multiplied(&self) -> Option<&Fp8> {
+        match self {
+            Self::Quantised(Quantised::Fp8(weight)) if weight.multiplied => Some(weight),
+            Self::Quantised(_) | Self::Dense(_) => None,
+        }
+    }
+
     /// [`Weight::dense`] of one expert: (out, in).
     pub fn expert(&self, number: i64) -> Tensor {
         match self {

@@ -8,10 +8,11 @@ use super::paths::{self, Found};
 use super::read::in_order;
 use super::tree::{Place, Problem};
 use super::{
-    AdapterMethod, AdapterRecipe, BaseSource, CacheDequantized, DataSource, DatasetRecipe, DeviceChoice, Dtype,
-    OutputRecipe, QuantizationRecipe, QuantizationType, Recipe, RecipeFile, Save, Sources, TrainingRecipe, sources,
+    AdapterMethod, AdapterRecipe, BaseSource, CacheDequantized, Compute, DataSource, DatasetRecipe, DeviceChoice,
+    Dtype, OutputRecipe, QuantizationRecipe, QuantizationType, Recipe, RecipeFile, Save, Sources, TrainingRecipe,
+    sources,
 };
-use crate::quant::{Form, FourBitType, Scheme};
+use crate::quant::{Form, FourBitType, Products, Scheme};
 use crate::{Error, Fault, Result};
 
 /// A recipe with everything resolved.
@@ -108,14 +109,18 @@ impl QuantizationRecipe {
         self.form.is_some() || (self.double_quant, self.block_size) != (usual.double_quant, usual.block_size)
     }
 
-    /// What this asks for. Whether weights are kept whole is decided when there is a device.
+    /// What this asks for. Whether weights are cached whole where that is left to engraft is decided when there is a device.
     fn scheme(&self, kind: Kind) -> Scheme {
         let form = self.form.unwrap_or_default().with(self.block_size.into(), self.double_quant);
         Scheme {
             form,
             kind,
             skip: self.skip.clone(),
-            whole: self.cache_dequantized == CacheDequantized::Always,
+            products: match (self.compute, self.cache_dequantized) {
+                (Compute::Fp8, _) => Products::Fp8,
+                (Compute::Dequantized, CacheDequantized::Always) => Products::Cached,
+                (Compute::Dequantized, CacheDequantized::Auto | CacheDequantized::Never) => Products::Dequantised,
+            },
             after_start: false,
         }
     }

@@ -62,6 +62,18 @@ pub(super) fn check(tree: &Node) -> Vec<Problem> {
             problems.push(Problem::new(&node.place, what, format!("leave `{key}` out")));
         }
     }
+    if let Some(node) = given(tree, "quantization.compute").filter(|node| node.text() == Some("fp8")) {
+        let is = |key: &str, usual: &str| given(tree, key).and_then(Node::text).unwrap_or(usual).to_string();
+        let needs = [("quantization.type", "nf4", "fp8"), ("dtype", "bf16", "bf16")];
+        for (key, usual, needed) in needs.into_iter().filter(|(key, usual, needed)| is(key, usual) != *needed) {
+            let what = format!("`quantization.compute: fp8` needs `{key}: {needed}`; it is `{}`", is(key, usual));
+            problems.push(Problem::new(&node.place, what, format!("write `{key}: {needed}`, or leave `compute` out")));
+        }
+        if is("quantization.cache_dequantized", "auto") == "always" {
+            let what = "`quantization.compute: fp8` reads no numbers made whole: there are none to cache";
+            problems.push(Problem::new(&node.place, what, "leave `cache_dequantized` out"));
+        }
+    }
     if let Some(node) = given(tree, "quantization.compute_dtype") {
         let (asked, dtype) = (node.text(), given(tree, "dtype").and_then(Node::text).unwrap_or("bf16"));
         if asked != Some(dtype) {

@@ -224,6 +224,8 @@ pub struct QuantizationRecipe {
     pub skip: Vec<String>,
     /// Number type of products with the base; `dtype`, which it must be where both are given.
     pub compute_dtype: Option<Dtype>,
+    /// What products with the base read.
+    pub compute: Compute,
     /// Keep the quantised numbers in `dtype`, so that none is made whole twice: the same result, in more memory and less time.
     pub cache_dequantized: CacheDequantized,
 }
@@ -236,6 +238,7 @@ impl Default for QuantizationRecipe {
             block_size: 64,
             skip: vec!["lm_head".into()],
             compute_dtype: None,
+            compute: Compute::Dequantized,
             cache_dequantized: CacheDequantized::Auto,
         }
     }
@@ -265,6 +268,18 @@ impl std::fmt::Display for QuantizationType {
             Self::Fp8 => "fp8",
         })
     }
+}
+
+/// What products with a quantised base read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Compute {
+    /// Its numbers, made whole.
+    #[default]
+    Dequantized,
+    /// The fp8 numbers themselves, with `type: fp8` and `dtype: bf16`; inputs and gradients are quantised row by row, too. Faster where a
+    /// GPU multiplies fp8 (compute capability 8.9 and up), and another arithmetic; experts' weights are made whole.
+    Fp8,
 }
 
 /// Whether a quantised base is kept made whole.

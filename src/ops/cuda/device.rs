@@ -22,6 +22,8 @@ static PREPARED: [OnceLock<Prepared>; DEVICES] = [const { OnceLock::new() }; DEV
 struct Prepared {
     /// The device's primary context, which libtorch computes in, too.
     context: sys::CUcontext,
+    /// Compute capability, major and minor.
+    capability: (i32, i32),
     /// Each kernel for the types of [`SUFFIXES`].
     kernels: HashMap<&'static str, [sys::CUfunction; SUFFIXES.len()]>,
 }
@@ -50,6 +52,12 @@ pub fn prepare(device: Device, folder: &Path, progress: &dyn Fn(u64, u64)) -> Re
 
 pub(super) fn is_prepared(device: Device) -> bool {
     matches!(device, Device::Cuda(index) if PREPARED.get(index).is_some_and(|slot| slot.get().is_some()))
+}
+
+/// Whether a prepared device multiplies fp8 matrices.
+pub(crate) fn multiplies_fp8(device: Device) -> bool {
+    matches!(device, Device::Cuda(index)
+        if PREPARED.get(index).and_then(OnceLock::get).is_some_and(|prepared| prepared.capability >= (8, 9)))
 }
 
 impl Prepared {
@@ -86,7 +94,7 @@ impl Prepared {
                 kernels.insert(*kernel, functions(module, kernel)?);
             }
         }
-        Ok(Self { context, kernels })
+        Ok(Self { context, capability: (major, minor), kernels })
     }
 }
 

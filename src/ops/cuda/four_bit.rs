@@ -4,11 +4,10 @@
 use tch::{Kind, Tensor};
 
 use super::launch::{Argument, launch};
-use super::{THREADS, holds, known};
+use super::{THREADS, WARP, holds, known};
 
 /// Numbers that a warp makes whole: `TILE` of `nf4.cu`.
 const TILE: i64 = 1024;
-const WARP: i64 = 32;
 /// Numbers that a lane quantises at a time: `EACH` of `nf4.cu`.
 const EACH: i64 = 8;
 

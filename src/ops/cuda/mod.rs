@@ -10,8 +10,8 @@
 //! allocator may keep a block for each size of weight that is in use, and a buffer would be as large as the largest.
 //!
 //! # What has been verified
-//! Without a GPU: every kernel compiles for sm_80, sm_90 and sm_120 and spills no register; all read and write sixteen bytes at a time; the
-//! four-bit and int8 ones have no fused multiply-add and flush no denormal. What the kernels compute is compared with the CPU's kernels and
+//! Without a GPU: every kernel compiles for sm_80, sm_90 and sm_120 and spills no register; all read and write sixteen bytes at a time; those
+//! of quantised weights have no fused multiply-add and flush no denormal. What the kernels compute is compared with the CPU's kernels and
 //! twins on an emulated GPU (`emulator.h`), which runs their own source, through the Rust code that launches them.
 //!
 //! What that cannot show is the driver's part (contexts, modules, the launch), the four instructions that are written as such (rounding to
@@ -24,7 +24,9 @@ mod device;
 #[cfg(test)]
 pub(crate) mod emulator;
 mod four_bit;
+mod fp8;
 mod gated;
+mod groups;
 mod int8;
 mod launch;
 mod loss;
@@ -35,9 +37,12 @@ mod tests;
 
 use tch::{Device, Kind, Tensor};
 
+pub(crate) use device::multiplies_fp8;
 pub use device::prepare;
 pub(crate) use four_bit::{Scales as FourBitScales, dequantise as four_bit_dequantise, quantise as four_bit_quantise};
+pub(crate) use fp8::{dequantise as fp8_dequantise, quantise as fp8_quantise};
 pub(crate) use gated::{Curve, gated, gated_backward};
+pub(crate) use groups::{Groups, grouped as grouped_dequantise, mxfp4 as mxfp4_dequantise};
 pub(crate) use int8::dequantise as int8_dequantise;
 pub(crate) use loss::softmax_cross_entropy;
 pub(crate) use norm::{norm, norm_again, norm_backward};
@@ -48,6 +53,10 @@ const THREADS: i64 = 256;
 
 /// Bytes that kernels read and write at a time, at multiples of as many.
 const VECTOR: i64 = 16;
+
+const WARP: i64 = 32;
+/// Vectors of a row for each lane of a warp, above which a whole block takes the row.
+const LONG: i64 = 4;
 
 /// A file of kernels.
 struct Source {
@@ -82,9 +91,11 @@ macro_rules! source {
     };
 }
 
-static SOURCES: [Source; 6] = [
+static SOURCES: [Source; 8] = [
     source!("nf4.cu", EXACT, &["four_bit_dequantise", "four_bit_quantise"]),
     source!("int8.cu", EXACT, &["int8_dequantise"]),
+    source!("fp8.cu", EXACT, &["fp8_quantise", "fp8_dequantise"]),
+    source!("groups.cu", EXACT, &["grouped_dequantise", "mxfp4_dequantise"]),
     source!("norm.cu", IEEE, &["norm", "norm_again", "norm_backward"]),
     source!("rope.cu", IEEE, &["rope_halves", "rope_pairs", "rope_halves_odd", "rope_pairs_odd"]),
     source!("gated.cu", IEEE, &["gated", "gated_backward"]),
@@ -126,4 +137,24 @@ fn ready(device: Device) -> bool {
 /// Numbers in [`VECTOR`] bytes.
 fn length(kind: Kind) -> i64 {
     if kind == Kind::Float { VECTOR / 4 } else { VECTOR / 2 }
+}
+
+/// Threads that share a row of `width` numbers: a power of two up to a warp, or a whole block.
+fn team(width: i64, kind: Kind) -> i64 {
+    let vectors = (width + length(kind) - 1) / length(kind);
+    if vectors > WARP * LONG { THREADS } else { vectors.min(WARP).unsigned_abs().next_power_of_two() as i64 }
+}
+
+/// Four-byte fields of a structure.
+fn words_of<const N: usize>(numbers: [i64; N]) -> Vec<u32> {
+    numbers.map(|number| i32::try_from(number).expect("sizes of a weight").cast_unsigned()).to_vec()
+}
+
+/// How sources number what a product is rounded to first.
+fn number_of(rounding: Option<Kind>) -> i64 {
+    match rounding {
+        Some(Kind::Half) => 1,
+        Some(Kind::BFloat16) => 2,
+        _ => 0,
+    }
 }

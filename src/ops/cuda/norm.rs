@@ -3,11 +3,7 @@
 use tch::{Kind, Tensor};
 
 use super::launch::{Argument, launch};
-use super::{THREADS, length};
-
-const WARP: i64 = 32;
-/// Vectors of a row for each lane of a warp, above which a whole block takes the row.
-const LONG: i64 = 4;
+use super::{THREADS, team};
 
 /// y (T, D) and each row's mean and 1/deviation (T, 2), of x (T, D), w (P, D) and b (D).
 pub(crate) fn norm(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64, centred: bool) -> (Tensor, Tensor) {
@@ -58,10 +54,7 @@ impl Shape {
         assert!(turns > 0 && weight.numel() as i64 == turns * width, "a norm's weight is as wide as what it norms");
         assert!(weight.kind() == Kind::Float && bias.is_none_or(|bias| bias.kind() == Kind::Float), "weights in fp32");
         assert!(bias.is_none_or(|bias| bias.numel() as i64 == width), "a norm's bias is as wide as what it norms");
-        let vectors = (width + length(x.kind()) - 1) / length(x.kind());
-        let team =
-            if vectors > WARP * LONG { THREADS } else { vectors.min(WARP).unsigned_abs().next_power_of_two() as i64 };
-        Self { rows, width, turns, team, centred }
+        Self { rows, width, turns, team: team(width, x.kind()), centred }
     }
 
     /// `Rows` as it lies in memory: a long number, then four short ones.

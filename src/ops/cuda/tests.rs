@@ -13,7 +13,7 @@ use crate::ops::cross_entropy::softmax;
 use crate::ops::rope::{RopeLayout, Rotation};
 use crate::ops::testing::randn;
 use crate::ops::{Activation, Norm};
-use crate::quant::{FourBit, FourBitType, Int8};
+use crate::quant::{FourBit, FourBitType, Fp8, Int8};
 use crate::torch_ext;
 
 /// NVRTC; nothing, said so, where it is not. A libtorch with CUDA brings it.
@@ -67,9 +67,10 @@ fn kernels_read_and_write_sixteen_bytes_at_a_time() {
     let mut looked_at = 0;
     for source in &SOURCES {
         for (name, text) in assembly(&compiler, source) {
-            // Codes of eight bits come by as many as fill sixteen bytes of numbers; codes of four bits go by four bytes.
-            let reads = name.starts_with("int8") || text.contains("ld.global.v4") || text.contains("ld.global.nc.v4");
-            let writes = name.starts_with("four_bit_quantise") || text.contains("st.global.v4");
+            // Codes come by as many as fill sixteen bytes of numbers, and go by four or eight bytes.
+            let codes = ["int8_", "fp8_dequantise", "grouped_", "mxfp4_"].iter().any(|own| name.starts_with(own));
+            let reads = codes || text.contains("ld.global.v4") || text.contains("ld.global.nc.v4");
+            let writes = name.contains("_quantise_") || text.contains("st.global.v4");
             assert!(reads && writes || name.contains("_odd_"), "{name}");
             if name.starts_with("four_bit_dequantise_bf16") {
                 assert_eq!(text.matches("st.global.v4").count(), 4, "{name}: a store for each of four rounds");
@@ -91,8 +92,8 @@ fn exact_kernels_have_no_fused_multiply_add_and_flush_no_denormals() {
             assert!(all.iter().any(|(_, text)| text.contains("fma.rn.f32")), "{}", source.file);
             continue;
         }
-        // A division to the last bit is made of them, so the quantising half of nf4.cu is not looked at.
-        for (name, text) in all.iter().filter(|(name, _)| !name.starts_with("four_bit_quantise")) {
+        // A division to the last bit is made of them, so what quantises is not looked at.
+        for (name, text) in all.iter().filter(|(name, _)| !name.contains("_quantise_")) {
             assert!(text.contains("mul.rn.f32") || text.contains("mul.f32"), "{name}");
             assert!(!text.contains("fma.") && !text.contains(".ftz"), "{name}");
         }
@@ -367,6 +368,9 @@ fn speed_beside_a_copy() {
     row("nf4 made", numbers * 2.5, &|| drop(FourBit::of(&weight, FourBitType::Nf4, 64, false)));
     let int8 = Int8::of(&weight);
     row("int8 made whole", numbers * 3.0, &|| drop(int8.dequantised()));
+    let fp8 = Fp8::of(&weight);
+    row("fp8 rows made whole", numbers * 3.0, &|| drop(fp8.dequantised()));
+    row("fp8 rows made", numbers * 3.0, &|| drop(Fp8::of(&weight)));
     let (x, dy) = (bf16(&[tokens, width]), bf16(&[tokens, width]));
     let norm = Norm { weight: Tensor::ones([1, width], (Kind::Float, device)), bias: None, eps: 1e-5, centred: false };
     let elements = x.numel() as f64;

@@ -6,13 +6,16 @@
 //! and columns (DeepSeek V3: 128 x 128), a row, or the whole weight.
 
 mod kernels;
+mod product;
 #[cfg(test)]
 mod tests;
 
+pub use product::multiplies;
 use tch::{Kind, Tensor};
 
 use super::nibbles;
 use super::rounding::Rounding;
+use crate::ops::cuda;
 
 /// The largest number of e4m3fn.
 pub const LARGEST: f32 = 448.0;
@@ -30,6 +33,8 @@ pub struct Fp8 {
     pub scales: Tensor,
     /// Rows and columns to a scale, (high, wide).
     pub block: [i64; 2],
+    /// Whether products read these numbers themselves ([`Fp8::product`]), their inputs quantised, too.
+    pub multiplied: bool,
 }
 
 impl Fp8 {
@@ -37,12 +42,13 @@ impl Fp8 {
     pub fn of(weight: &Tensor) -> Self {
         let weight = weight.contiguous();
         let columns = weight.size()[1];
-        let (codes, scales) = if nibbles::serves(weight.device(), weight.kind()) {
-            kernels::quantise(&weight)
-        } else {
-            quantise_plainly(&weight)
+        let (codes, scales) = match cuda::fp8_quantise(&weight) {
+            Some(made) => made,
+            None if nibbles::serves(weight.device(), weight.kind()) => kernels::quantise(&weight),
+            None => quantise_plainly(&weight),
         };
-        Self { kind: weight.kind(), rounding: Rounding::None, codes, scales, block: [1, columns.max(1)] }
+        let block = [1, columns.max(1)];
+        Self { kind: weight.kind(), rounding: Rounding::None, codes, scales, block, multiplied: false }
     }
 
     /// Another handle to the same tensors.
@@ -52,10 +58,10 @@ impl Fp8 {
 
     /// The numbers it stands for, in its shape and kind: `code * scale`.
     pub fn dequantised(&self) -> Tensor {
-        if nibbles::serves(self.codes.device(), self.kind) {
-            kernels::dequantise(self)
-        } else {
-            self.dequantised_plainly()
+        match cuda::fp8_dequantise(&self.codes, &self.scales, self.block, self.rounding.kind(), self.kind) {
+            Some(whole) => whole,
+            None if nibbles::serves(self.codes.device(), self.kind) => kernels::dequantise(self),
+            None => self.dequantised_plainly(),
         }
     }
 

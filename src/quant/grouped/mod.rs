@@ -17,6 +17,7 @@ use tch::{Kind, Tensor};
 
 use super::nibbles;
 use super::rounding::Rounding;
+use crate::ops::cuda;
 
 /// Bits that a code may have.
 pub const BITS: [u32; 4] = [2, 3, 4, 8];
@@ -66,10 +67,23 @@ impl Grouped {
 
     /// The numbers it stands for, in its shape and kind.
     pub fn dequantised(&self) -> Tensor {
-        if nibbles::serves(self.codes.device(), self.kind) {
-            kernels::dequantise(self)
-        } else {
-            self.dequantised_plainly()
+        match cuda::grouped_dequantise(&self.groups(), self.kind) {
+            Some(whole) => whole,
+            None if nibbles::serves(self.codes.device(), self.kind) => kernels::dequantise(self),
+            None => self.dequantised_plainly(),
+        }
+    }
+
+    fn groups(&self) -> cuda::Groups<'_> {
+        let Self { columns, bits, group, codes, scales, .. } = self;
+        cuda::Groups {
+            codes,
+            columns: *columns,
+            bits: *bits,
+            wide: *group,
+            scales,
+            zeros: self.zeros.as_ref(),
+            order: self.order.as_ref(),
         }
     }
 

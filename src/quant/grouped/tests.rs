@@ -3,6 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::*;
+use crate::ops::cuda::emulator::on_gpus;
 use crate::quant::four_bit::assert_same;
 
 fn weight(bits: u32, [rows, columns]: [i64; 2], group: i64, scales: Kind, with_zeros: bool, ordered: bool) -> Grouped {
@@ -21,6 +22,19 @@ fn weight(bits: u32, [rows, columns]: [i64; 2], group: i64, scales: Kind, with_z
         zeros: with_zeros.then(|| Tensor::randint(1 << bits, [rows, groups], on_cpu(Kind::Uint8))),
         order: ordered.then_some(order),
     }
+}
+
+/// A weight's numbers as a device makes them.
+fn on(weight: &Grouped, device: Device) -> Tensor {
+    let moved = |part: &Option<Tensor>| part.as_ref().map(|part| part.to_device(device));
+    let weight = Grouped {
+        codes: weight.codes.to_device(device),
+        scales: weight.scales.to_device(device),
+        zeros: moved(&weight.zeros),
+        order: moved(&weight.order),
+        ..weight.handle()
+    };
+    cuda::grouped_dequantise(&weight.groups(), weight.kind).expect("served")
 }
 
 #[test]
@@ -47,6 +61,7 @@ fn the_kernels_equal_their_twin_at_every_size() {
                         let found = weight.dequantised();
                         assert_eq!((found.size(), found.kind()), (shape.to_vec(), kind), "{what}");
                         assert_same(&found, &weight.dequantised_plainly(), &what);
+                        on_gpus(|device| assert_same(&on(&weight, device), &found, &format!("{what} on {device:?}")));
                     }
                 }
             }

@@ -258,7 +258,7 @@ impl Scales {
         let scales = self.factors(scales)?.view([-1, (rows + high - 1) / high, (columns + wide - 1) / wide]);
         let scales = storage::place(scales, device)?;
         let one = |codes: Tensor, scales: Tensor| {
-            Quantised::Fp8(Fp8 { kind, rounding: self.rounding, codes, scales, block: self.block })
+            Quantised::Fp8(Fp8 { kind, rounding: self.rounding, codes, scales, block: self.block, multiplied: false })
         };
         Ok(match shape.len() {
             2 => one(codes, scales.select(0, 0)),

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-use crate::quant::{Form, FourBitType, Scheme};
+use crate::quant::{Form, FourBitType, Products, Scheme};
 use crate::recipe::BaseSource;
 use crate::weights::Checkpoint;
 
@@ -21,7 +21,8 @@ fn open(folder: &Path) -> crate::Result<Checkpoint> {
 fn a_stored_base_is_what_quantising_its_original_gives() {
     for (name, code, double_quant) in [("qlora-nf4", FourBitType::Nf4, true), ("qlora-fp4", FourBitType::Fp4, false)] {
         let form = Form::FourBit { code, block: 64, double_quant };
-        let scheme = Scheme { form, kind: Kind::Float, skip: Vec::new(), whole: false, after_start: false };
+        let scheme =
+            Scheme { form, kind: Kind::Float, skip: Vec::new(), products: Products::Dequantised, after_start: false };
         let (original, stored) = (open(&fixture(name)).unwrap(), open(&fixture(name).join("quantised")).unwrap());
         assert!(
             stored.quantised_form() == Some(form) && stored.notices()[0].contains("by bitsandbytes (14)"),
