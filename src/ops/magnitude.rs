@@ -3,6 +3,8 @@
 
 use tch::{Kind, Tensor};
 
+use super::dropout::dropped;
+use super::projection::LowRank;
 use crate::quant::Weight;
 
 /// Numbers squared at a time, so that the fp32 copies of a large weight stay small beside it.
@@ -52,9 +54,68 @@ pub fn lengths(weight: &Tensor, squares: &Tensor, a: &Tensor, scaled_b: &Tensor)
     })
 }
 
+/// What a low-rank update needs beside itself where lengths are trained.
+pub(super) struct Decomposed {
+    magnitude: Magnitude,
+    /// A (R, in) and s B (out, R), fp32.
+    a: Tensor,
+    scaled_b: Tensor,
+}
+
+/// What its forward leaves for the backward: Z (T, out), whose columns were multiplied with `m / |V|`; that less 1, and |V|, both (out).
+pub(super) struct Lengthened {
+    z: Tensor,
+    more: Tensor,
+    lengths: Tensor,
+}
+
+impl Decomposed {
+    /// None where lengths are not trained.
+    pub(super) fn of(low_rank: &LowRank) -> Option<Self> {
+        let magnitude = low_rank.magnitude.as_ref()?.handle();
+        Some(Self { magnitude, a: low_rank.a.detach(), scaled_b: low_rank.b.detach() * low_rank.scale })
+    }
+
+    /// `Y = X W^T - D W^T + Z m / |V| + added` with `D = drop(X)` and `Z = D W^T + U (s B)^T`, of U (T, R) and s B (out, R) in the
+    /// compute type: nothing is taken off and put on again where nothing is dropped.
+    pub(super) fn forward(
+        &self,
+        x: &Tensor,
+        weight: &Weight,
+        (u, scaled_b): (&Tensor, &Tensor),
+        dropout: Option<(f64, u64)>,
+        added: Option<Tensor>,
+    ) -> (Tensor, Lengthened) {
+        let Magnitude { lengths: trained, squares } = &self.magnitude;
+        // Lengths and products read the same numbers: a quantised weight is made whole once for all.
+        let whole = Weight::Dense(weight.dense());
+        let lengths = lengths(&whole.dense(), squares, &self.a, &self.scaled_b);
+        let weight = if weight.is_multiplied() { weight } else { &whole };
+        let more = trained.detach() / &lengths - 1.0;
+        let mut z = weight.product(&dropped(x, dropout), None);
+        let whole = dropout.map(|_| weight.product(x, None) - &z);
+        let _ = z.addmm_(u, &scaled_b.tr());
+        let y = [whole, added].into_iter().flatten().fold(scaled(&z, &more), |y, more| y + more);
+        (y, Lengthened { z, more, lengths })
+    }
+}
+
+impl Lengthened {
+    /// dZ from dY (T, out).
+    pub(super) fn through_lengths(&self, dy: &Tensor) -> Tensor {
+        scaled(dy, &self.more)
+    }
+
+    /// dm (out), fp32, from dY (T, out).
+    pub(super) fn dlengths(&self, dy: &Tensor) -> Tensor {
+        let products = dy.to_kind(Kind::Float) * &self.z;
+        products.sum_dim_intlist([0i64].as_slice(), false, Kind::Float) / &self.lengths
+    }
+}
+
 /// `z` (T, out) with its columns times `1 + more` (out).
 ///
 /// A factor near 1 would lose its digits in bf16; what it has more than 1 does not.
-pub(super) fn scaled(z: &Tensor, more: &Tensor) -> Tensor {
+fn scaled(z: &Tensor, more: &Tensor) -> Tensor {
     z.addcmul(z, &more.to_kind(z.kind()))
 }

@@ -25,6 +25,7 @@ pub mod split;
 pub mod streams;
 #[cfg(test)]
 pub(crate) mod testing;
+mod update;
 
 pub use attention::{Alibi, Scoring, attention, attention_to_cache, choose_entries};
 pub use block_projection::block_projection;

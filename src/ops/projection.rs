@@ -9,7 +9,8 @@ use tch::{Kind, Tensor};
 
 use super::Norm;
 use super::dropout::dropped;
-use super::magnitude::{self, Magnitude};
+use super::magnitude::{self, Decomposed, Lengthened, Magnitude};
+use super::update::Update;
 use crate::quant::Weight;
 use crate::torch_ext::custom;
 
@@ -178,6 +179,8 @@ struct Member {
     trained: Part,
     bias: Option<Tensor>,
     update: Option<Update>,
+    /// What DoRA needs beside the update.
+    decomposed: Option<Decomposed>,
 }
 
 /// How much of a weight is trained.
@@ -188,25 +191,6 @@ enum Part {
     Rows(Tensor, Tensor),
 }
 
-struct Update {
-    /// s B (out, R) in the compute type.
-    scaled_b: Tensor,
-    scale: f64,
-    /// This update's rows of the stacked A, which are its columns of U: (start, R).
-    rows: (i64, i64),
-    /// Probability and seed of dropout, when there is any.
-    dropout: Option<(f64, u64)>,
-    decomposed: Option<Decomposed>,
-}
-
-/// What DoRA needs beside its update.
-struct Decomposed {
-    magnitude: Magnitude,
-    /// A (R, in) and s B (out, R), fp32.
-    a: Tensor,
-    scaled_b: Tensor,
-}
-
 /// What a forward leaves for the backward.
 pub(super) struct Kept {
     /// U (T, sum of R) with `U_i = drop_i(X) A_i^T`.
@@ -215,55 +199,23 @@ pub(super) struct Kept {
     decomposed: Vec<Option<Lengthened>>,
 }
 
-/// Z (T, out), whose columns were multiplied with `m / |V|`; that less 1, and |V|, both (out).
-struct Lengthened {
-    z: Tensor,
-    more: Tensor,
-    lengths: Tensor,
-}
-
 impl Group {
     pub(super) fn of(operands: &[Operand<'_>]) -> Self {
-        let mut stacked: Vec<Tensor> = Vec::new();
-        let mut start = 0;
-        let members = operands
-            .iter()
-            .map(|operand| {
-                let kind = operand.weight.kind();
-                let update = operand.low_rank.map(|low_rank| {
-                    let rank = low_rank.a.size()[0];
-                    stacked.push(low_rank.a.detach().to_kind(kind));
-                    start += rank;
-                    let scaled_b = low_rank.b.detach() * low_rank.scale;
-                    Update {
-                        scaled_b: scaled_b.to_kind(kind),
-                        scale: low_rank.scale,
-                        rows: (start - rank, rank),
-                        dropout: operand.dropout_seed.filter(|_| low_rank.dropout > 0.0).map(|s| (low_rank.dropout, s)),
-                        decomposed: low_rank.magnitude.as_ref().map(|magnitude| Decomposed {
-                            magnitude: magnitude.handle(),
-                            a: low_rank.a.detach(),
-                            scaled_b,
-                        }),
-                    }
-                });
-                let (weight, trained) = match operand.trained {
-                    None => (operand.weight.handle(), Part::Nothing),
-                    Some(Trained::Whole(weight)) => (Weight::Dense(weight.detach().to_kind(kind)), Part::Whole),
-                    Some(Trained::Rows { ids, rows }) => {
-                        let rows = Part::Rows(ids.shallow_clone(), rows.detach().to_kind(kind));
-                        (operand.weight.handle(), rows)
-                    }
-                };
-                Member { weight, trained, bias: operand.bias.map(Tensor::shallow_clone), update }
-            })
-            .collect();
-        let a = match stacked.len() {
-            0 => None,
-            1 => stacked.pop(),
-            _ => Some(Tensor::cat(&stacked, 0)),
+        let (updates, a) = Update::of(operands);
+        let member = |(operand, update): (&Operand<'_>, Option<Update>)| {
+            let kind = operand.weight.kind();
+            let (weight, trained) = match operand.trained {
+                None => (operand.weight.handle(), Part::Nothing),
+                Some(Trained::Whole(weight)) => (Weight::Dense(weight.detach().to_kind(kind)), Part::Whole),
+                Some(Trained::Rows { ids, rows }) => {
+                    let rows = Part::Rows(ids.shallow_clone(), rows.detach().to_kind(kind));
+                    (operand.weight.handle(), rows)
+                }
+            };
+            let decomposed = operand.low_rank.and_then(Decomposed::of);
+            Member { weight, trained, bias: operand.bias.map(Tensor::shallow_clone), update, decomposed }
         };
-        Self { members, a }
+        Self { members: operands.iter().zip(updates).map(member).collect(), a }
     }
 
     /// Every Y_i (T, out_i), and what the backward needs.
@@ -330,7 +282,7 @@ impl Group {
                 Some(all_da) => update.rows_of(all_da),
                 None => du.tr().mm(&dropped(&x, update.dropout)),
             };
-            let db = side.dz.tr().mm(&update.columns(u)).to_kind(Kind::Float) * update.scale;
+            let db = update.db(&side.dz.tr().mm(&update.columns(u)));
             factors.extend([da.to_kind(Kind::Float), db]);
             factors.extend(side.dlengths());
         }
@@ -357,9 +309,11 @@ impl Member {
         };
         let update = self.update.as_ref().zip(u);
         if let Some((update, u)) = update
-            && let Some(decomposed) = &update.decomposed
+            && let Some(decomposed) = &self.decomposed
         {
-            return decomposed.forward(x, &self.weight, update, u, added);
+            let low_rank = (&update.columns(u), &update.scaled_b);
+            let (y, kept) = decomposed.forward(x, &self.weight, low_rank, update.dropout, added);
+            return (y, Some(kept));
         }
         let mut y = self.weight.product(x, added);
         if let Some((update, u)) = update {
@@ -369,31 +323,6 @@ impl Member {
             let _ = y.index_copy_(1, ids, &x.mm(&rows.tr()));
         }
         (y, None)
-    }
-}
-
-impl Decomposed {
-    /// `Y = X W^T - D W^T + Z m / |V| + added` with `D = drop(X)` and `Z = D W^T + s U B^T`: nothing is taken off and put on again
-    /// where nothing is dropped.
-    fn forward(
-        &self,
-        x: &Tensor,
-        weight: &Weight,
-        update: &Update,
-        u: &Tensor,
-        added: Option<Tensor>,
-    ) -> (Tensor, Option<Lengthened>) {
-        let Magnitude { lengths: trained, squares } = &self.magnitude;
-        // Lengths and products read the same numbers: a quantised weight is made whole once for all.
-        let whole = Weight::Dense(weight.dense());
-        let lengths = magnitude::lengths(&whole.dense(), squares, &self.a, &self.scaled_b);
-        let weight = if weight.is_multiplied() { weight } else { &whole };
-        let more = trained.detach() / &lengths - 1.0;
-        let mut z = weight.product(&dropped(x, update.dropout), None);
-        let whole = update.dropout.map(|_| weight.product(x, None) - &z);
-        let _ = z.addmm_(&update.columns(u), &update.scaled_b.tr());
-        let y = [whole, added].into_iter().flatten().fold(magnitude::scaled(&z, &more), |y, more| y + more);
-        (y, Some(Lengthened { z, more, lengths }))
     }
 }
 
@@ -416,7 +345,7 @@ struct Side<'a> {
 
 impl<'a> Side<'a> {
     fn new(member: &'a Member, dy: &'a Tensor, decomposed: Option<&'a Lengthened>) -> Self {
-        let dz = decomposed.map_or_else(|| dy.shallow_clone(), |kept| magnitude::scaled(dy, &kept.more));
+        let dz = decomposed.map_or_else(|| dy.shallow_clone(), |kept| kept.through_lengths(dy));
         Self { member, dy, dz, decomposed }
     }
 
@@ -461,20 +390,7 @@ impl<'a> Side<'a> {
 
     /// dm (out), fp32.
     fn dlengths(&self) -> Option<Tensor> {
-        self.decomposed.map(|kept| {
-            let products = self.dy.to_kind(Kind::Float) * &kept.z;
-            products.sum_dim_intlist([0i64].as_slice(), false, Kind::Float) / &kept.lengths
-        })
-    }
-}
-
-impl Update {
-    fn columns(&self, u: &Tensor) -> Tensor {
-        u.narrow(1, self.rows.0, self.rows.1)
-    }
-
-    fn rows_of(&self, a: &Tensor) -> Tensor {
-        a.narrow(0, self.rows.0, self.rows.1)
+        self.decomposed.map(|kept| kept.dlengths(self.dy))
     }
 }
 

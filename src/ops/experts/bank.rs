@@ -5,6 +5,7 @@ use tch::{Kind, Tensor};
 use super::sorted::Sorted;
 use crate::ops::dropout::dropped;
 use crate::ops::projection::Operand;
+use crate::ops::update::Update;
 use crate::quant::Weight;
 
 /// Linears of the same rows, one of every expert each: gate and up, or down alone. Their A are stacked, so that rows meet them in one
@@ -21,45 +22,16 @@ struct Member {
     update: Option<Update>,
 }
 
-struct Update {
-    /// s B (E, out, R) in the compute type.
-    scaled_b: Tensor,
-    scale: f64,
-    /// This update's rows of the stacked A, which are its columns of U: (start, R).
-    rows: (i64, i64),
-    /// Probability and seed of dropout, when there is any.
-    dropout: Option<(f64, u64)>,
-}
-
 impl Bank {
     pub(super) fn of(operands: &[Operand<'_>]) -> Self {
         assert!(operands.iter().all(|operand| operand.trained.is_none()), "experts' own weights stay as they are");
-        let mut stacked: Vec<Tensor> = Vec::new();
-        let mut start = 0;
-        let members = operands
-            .iter()
-            .map(|operand| {
-                let kind = operand.weight.kind();
-                let update = operand.low_rank.map(|low_rank| {
-                    let rank = low_rank.a.size()[1];
-                    stacked.push(low_rank.a.detach().to_kind(kind));
-                    start += rank;
-                    Update {
-                        scaled_b: (low_rank.b.detach() * low_rank.scale).to_kind(kind),
-                        scale: low_rank.scale,
-                        rows: (start - rank, rank),
-                        dropout: operand.dropout_seed.filter(|_| low_rank.dropout > 0.0).map(|s| (low_rank.dropout, s)),
-                    }
-                });
-                Member { weight: operand.weight.handle(), bias: operand.bias.map(Tensor::shallow_clone), update }
-            })
-            .collect();
-        let a = match stacked.len() {
-            0 => None,
-            1 => stacked.pop(),
-            _ => Some(Tensor::cat(&stacked, 1)),
+        let (updates, a) = Update::of(operands);
+        let member = |(operand, update): (&Operand<'_>, Option<Update>)| Member {
+            weight: operand.weight.handle(),
+            bias: operand.bias.map(Tensor::shallow_clone),
+            update,
         };
-        Self { members, a }
+        Self { members: operands.iter().zip(updates).map(member).collect(), a }
     }
 
     /// The bias (E, out) of the only linear.
@@ -128,7 +100,7 @@ impl Bank {
                 Some(stacked) => update.rows_of(stacked),
                 None => sorted.outer_products(&update.columns(du), &dropped(rows, update.dropout)),
             };
-            let db = sorted.outer_products(dy, &update.columns(u)).to_kind(Kind::Float) * update.scale;
+            let db = update.db(&sorted.outer_products(dy, &update.columns(u)));
             Some([da.to_kind(Kind::Float), db])
         };
         self.members.iter().zip(dys).filter_map(of_member).flatten().collect()
@@ -147,15 +119,5 @@ impl Bank {
     fn together(&self, of: impl FnMut(&Update) -> Tensor) -> Tensor {
         let mut parts: Vec<Tensor> = self.updates().map(of).collect();
         if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(&parts, 1) }
-    }
-}
-
-impl Update {
-    fn columns(&self, u: &Tensor) -> Tensor {
-        u.narrow(1, self.rows.0, self.rows.1)
-    }
-
-    fn rows_of(&self, a: &Tensor) -> Tensor {
-        a.narrow(1, self.rows.0, self.rows.1)
     }
 }
