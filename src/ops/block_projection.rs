@@ -5,62 +5,70 @@ use tch::{Kind, Tensor};
 
 use super::dropout::dropped;
 use super::projection::Operand;
+use super::update::Update;
 use crate::torch_ext::custom;
 
 /// Projects x (T, G I) by `operand`, whose weight is (G O, I), without a bias: (T, G O).
 pub fn block_projection(x: &Tensor, groups: i64, operand: Operand<'_>) -> Tensor {
-    let Operand { weight, trained, bias, low_rank, dropout_seed } = operand;
+    let Operand { weight, trained, bias, low_rank, .. } = operand;
     assert!(bias.is_none() && trained.is_none(), "a block-diagonal linear has no bias and a frozen weight");
     let [rows, input] = weight.size()[..] else { unreachable!("(G O, I): checked at load") };
-    let (tokens, output, kind) = (x.size()[0], rows / groups, weight.kind());
-    let blocks = move |x: &Tensor, width: i64| x.view([tokens, groups, width]).transpose(0, 1); // (G, T, width)
-    let together = move |y: Tensor| y.transpose(0, 1).reshape([tokens, -1]);
+    let kind = weight.kind();
     let weight = weight.handle();
-    let whole = move || weight.dense().view([groups, output, input]); // made anew where it is quantised
-    let update = low_rank.map(|low_rank| Update {
-        a: low_rank.a.detach().to_kind(kind),
-        scaled_b: (low_rank.b.detach() * low_rank.scale).to_kind(kind).view([groups, output, -1]),
-        scale: low_rank.scale,
-        dropout: dropout_seed.filter(|_| low_rank.dropout > 0.0).map(|seed| (low_rank.dropout, seed)),
-    });
+    let (mut updates, a) = Update::of(&[operand]);
+    let update = updates.remove(0).zip(a);
     let (y, u) = tch::no_grad(|| {
-        let y = blocks(x, input).bmm(&whole().transpose(1, 2)); // (G, T, O)
-        match &update {
-            None => (together(y), None),
-            Some(update) => {
-                let u = blocks(&dropped(x, update.dropout), input).matmul(&update.a.tr()); // (G, T, R)
-                (together(y.baddbmm(&u, &update.scaled_b.transpose(1, 2), 1.0, 1.0)), Some(u))
-            }
+        let y = x.new_empty([x.size()[0], rows], (kind, x.device()));
+        let whole = weight.dense(); // made anew where it is quantised
+        for [x, y, weight] in parts(groups, [(x, 1), (&y, 1), (&whole, 0)]) {
+            drop(x.mm_out(&y, &weight.tr()));
         }
+        let u = update.as_ref().map(|(update, a)| {
+            let parted = dropped(x, update.dropout).reshape([-1, input]); // (T G, I)
+            let u = parted.mm(&a.tr()).view([x.size()[0], -1]); // (T, G R)
+            for [u, mut y, scaled_b] in parts(groups, [(&u, 1), (&y, 1), (&update.scaled_b, 0)]) {
+                drop(y.addmm_(&u, &scaled_b.tr()));
+            }
+            u
+        });
+        (y, u)
     });
     let mut inputs = vec![x];
     inputs.extend(low_rank.iter().flat_map(|l| [&l.a, &l.b]));
     let x = x.detach();
     custom(c"engraft::block_projection", &inputs, vec![y], move |grads| {
-        let dy = blocks(&grads[0].contiguous(), output); // (G, T, O)
-        let dx = dy.bmm(&whole()); // (G, T, I)
-        let (Some(update), Some(u)) = (update, u) else { return vec![Some(together(dx))] };
-        let du = dy.bmm(&update.scaled_b); // (G, T, R)
-        let through_a = together(du.matmul(&update.a));
-        let dx = together(dx) + dropped(&through_a, update.dropout);
-        let rank = du.size()[2];
-        let rows = |t: &Tensor, width: i64| t.reshape([groups * tokens, width]);
-        let da =
-            rows(&du, rank).tr().mm(&rows(&blocks(&dropped(&x, update.dropout), input), input)).to_kind(Kind::Float);
-        let db = dy.transpose(1, 2).bmm(&u).to_kind(Kind::Float) * update.scale; // (G, O, R)
-        vec![Some(dx), Some(da), Some(db.view([groups * output, rank]))]
+        let (dy, dx) = (&grads[0], x.empty_like());
+        let whole = weight.dense();
+        for [dy, dx, weight] in parts(groups, [(dy, 1), (&dx, 1), (&whole, 0)]) {
+            drop(dy.mm_out(&dx, &weight));
+        }
+        let (Some((update, a)), Some(u)) = (update, u) else { return vec![Some(dx)] };
+        let Update { scaled_b, dropout, .. } = &update;
+        let (du, db) = (u.empty_like(), scaled_b.empty_like());
+        for [dy, du, u, scaled_b, db] in parts(groups, [(dy, 1), (&du, 1), (&u, 1), (scaled_b, 0), (&db, 0)]) {
+            drop(dy.mm_out(&du, &scaled_b));
+            drop(dy.tr().mm_out(&db, &u));
+        }
+        // One A for all parts: the parts of a token are as many rows.
+        let du = du.view([-1, a.size()[0]]); // (T G, R)
+        let da = du.tr().mm(&dropped(&x, *dropout).reshape([-1, input]));
+        let dx = match dropout {
+            None => dx.view([-1, input]).addmm_(&du, &a).view_as(&x),
+            Some(_) => dx + dropped(&du.mm(&a).view_as(&x), *dropout),
+        };
+        vec![Some(dx), Some(da.to_kind(Kind::Float)), Some(update.db(&db))]
     })
     .remove(0)
 }
 
-struct Update {
-    /// A (R, I) in the compute type.
-    a: Tensor,
-    /// s B (G, O, R) in the compute type.
-    scaled_b: Tensor,
-    scale: f64,
-    /// Probability and seed of dropout, when there is any.
-    dropout: Option<(f64, u64)>,
+/// Each group's part of all tensors, which lie side by side along the dimension named beside each.
+fn parts<const N: usize>(groups: i64, all: [(&Tensor, i64); N]) -> impl Iterator<Item = [Tensor; N]> {
+    (0..groups).map(move |group| {
+        all.map(|(x, dim)| {
+            let width = x.size()[dim as usize] / groups;
+            x.narrow(dim, group * width, width)
+        })
+    })
 }
 
 #[cfg(test)]
@@ -72,7 +80,7 @@ mod tests {
 
     #[test]
     fn equals_the_block_diagonal_matrix_in_plain_autograd() {
-        let (tokens, groups, input, output, rank) = (7, 3, 8, 5, 2);
+        let (tokens, groups, input, output, rank) = (19, 3, 24, 16, 2); // large enough for oneDNN
         let weight = |kind| (randn(&[groups * output, input], 4) * 0.3).to_kind(kind);
         for (adapted, dropout) in [(false, 0.0), (true, 0.0), (true, 0.3)] {
             let mut leaves = vec![randn(&[tokens, groups * input], 1)];
