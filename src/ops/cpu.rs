@@ -39,6 +39,7 @@ mod loss;
 mod parts;
 pub(super) mod products;
 pub(super) mod rows;
+pub(super) mod stream_weights;
 pub(super) mod streams;
 
 pub(super) use activation::{gated, gated_backward};

@@ -61,48 +61,59 @@ impl Clone for Streams {
     }
 }
 
-/// What a map's backward reads besides h.
+/// What a map makes of h, and its backward reads besides.
 struct Mapped {
     /// (T, numbers): function h, before it is normed.
     products: Tensor,
-    /// (T, 1): 1 / rms.
-    inverse: Tensor,
+    /// (T, 1): the sum of squares of h.
+    squares: Tensor,
 }
 
 impl StreamMap {
-    /// The numbers (T, numbers). No graph.
-    fn forward(&self, h: &Tensor) -> (Tensor, Mapped) {
-        let width = h.size()[1] * h.size()[2];
+    fn forward(&self, h: &Tensor) -> Mapped {
         let (products, squares) = if cpu::serves(&[h]) {
             cpu::streams::mapped(h, &self.function)
         } else {
             let wide = h.flatten(1, 2).to_kind(Kind::Float); // (T, M D)
             (wide.mm(&self.function.tr()), wide.norm_scalaropt_dim(2, [1i64].as_slice(), true).square())
         };
-        let inverse = (squares / width as f64 + self.eps).rsqrt();
-        (&products * &inverse * &self.scale + &self.base, Mapped { products, inverse })
+        Mapped { products, squares }
+    }
+
+    /// 1 / rms (T, 1).
+    fn inverse(&self, mapped: &Mapped) -> Tensor {
+        (&mapped.squares / self.width() as f64 + self.eps).rsqrt()
+    }
+
+    /// The numbers (T, numbers).
+    fn numbers(&self, mapped: &Mapped) -> Tensor {
+        &mapped.products * self.inverse(mapped) * &self.scale + &self.base
     }
 
     /// From the gradient of the numbers that of h, as `weights` (T, numbers) `function + factor` (T, 1) `h`, fp32.
     ///
     /// With z = function h and r = 1 / rms(h): `dh = (r scale dn) function - (r^3 / (M D)) (scale dn . z) h`.
-    fn backward(&self, dnumbers: &Tensor, kept: &Mapped) -> (Tensor, Tensor) {
-        let scaled = dnumbers * &self.scale;
-        let along = (&scaled * &kept.products).sum_dim_intlist([1i64].as_slice(), true, Kind::Float); // (T, 1)
-        let factor = along * kept.inverse.pow_tensor_scalar(3) / -(self.function.size()[1] as f64);
-        (scaled * &kept.inverse, factor)
+    fn backward(&self, dnumbers: &Tensor, mapped: &Mapped) -> [Tensor; 2] {
+        let (scaled, inverse) = (dnumbers * &self.scale, self.inverse(mapped));
+        let along = (&scaled * &mapped.products).sum_dim_intlist([1i64].as_slice(), true, Kind::Float); // (T, 1)
+        let factor = along * inverse.pow_tensor_scalar(3) / -(self.width() as f64);
+        [scaled * inverse, factor]
     }
 
-    /// dh (T, M, D) of what is read of h (T, M, D) by the weights `pre` (T, M) from that of the numbers and of what was read, dx (T, D),
-    /// with `more` (T, M, D) if given.
+    /// M D.
+    fn width(&self) -> i64 {
+        self.function.size()[1]
+    }
+
+    /// dh (T, M, D) of what is read of h (T, M, D) by the weights `pre` (T, M), from what [`StreamMap::backward`] gave and the gradient
+    /// of what was read, dx (T, D), with `more` (T, M, D) if given.
     fn read_gradient(
         &self,
-        (dnumbers, kept): (&Tensor, &Mapped),
+        [weights, factor]: [Tensor; 2],
         (h, pre): (&Tensor, &Tensor),
         dx: &Tensor,
         more: Option<&Tensor>,
     ) -> Tensor {
-        let (weights, factor) = self.backward(dnumbers, kept);
         let contiguous = more.map(Tensor::contiguous);
         let more = contiguous.as_ref();
         if cpu::serves(&[dx, h]) && more.is_none_or(|more| cpu::serves(&[h, more])) {
@@ -118,15 +129,16 @@ impl StreamMap {
 impl Streams {
     /// The M copies of `h` (T, M, D) read as one (T, D), by a map to M numbers.
     pub fn gather(&self, h: &Tensor) -> Tensor {
-        let (x, pre, kept) = tch::no_grad(|| {
-            let (numbers, kept) = self.map.forward(h);
-            let pre = numbers.sigmoid() + self.floor;
-            (read(h, &pre), pre, kept)
+        let (x, pre, mapped) = tch::no_grad(|| {
+            let mapped = self.map.forward(h);
+            let pre = self.map.numbers(&mapped).sigmoid() + self.floor;
+            (read(h, &pre), pre, mapped)
         });
         let (streams, h_kept) = (self.clone(), h.detach());
         custom(c"engraft::gather_streams", &[h], vec![x], move |grads| {
             let dnumbers = products_with_copies(&grads[0], &h_kept) * sigmoid_slope(&(&pre - streams.floor));
-            vec![Some(streams.map.read_gradient((&dnumbers, &kept), (&h_kept, &pre), &grads[0], None))]
+            let of_map = streams.map.backward(&dnumbers, &mapped);
+            vec![Some(streams.map.read_gradient(of_map, (&h_kept, &pre), &grads[0], None))]
         })
         .remove(0)
     }
@@ -135,28 +147,52 @@ impl Streams {
     /// both gradients of the copies are made in one go.
     pub fn enter(&self, h: &Tensor) -> (Tensor, Spread, Tensor) {
         let copies = h.size()[1];
-        let (outputs, pre, kept) = tch::no_grad(|| {
-            let (numbers, kept) = self.map.forward(h);
-            let [a, b, c] = self.parts(&numbers, copies);
-            let pre = a.sigmoid() + self.floor;
-            let mix = self.normalised(&c, copies, &mut |_| ());
-            let mix = mix.permute([2, 0, 1]).contiguous(); // (T, M, M)
-            (vec![read(h, &pre), b.sigmoid() * 2.0, mix, h.shallow_clone()], pre, (kept, numbers))
+        let (outputs, pre, mapped) = tch::no_grad(|| {
+            let mapped = self.map.forward(h);
+            let [pre, post, mix] = self.weights(&mapped, copies);
+            (vec![read(h, &pre), post, mix, h.shallow_clone()], pre, mapped)
         });
-        let (streams, h_kept, post) = (self.clone(), h.detach(), outputs[1].shallow_clone());
+        let (streams, h_kept) = (self.clone(), h.detach());
         let mut outputs = custom(c"engraft::enter_streams", &[h], outputs, move |grads| {
             let [dx, dpost, dmix, dh] = grads else { unreachable!("four outputs") };
-            let (kept, numbers) = kept;
-            let da = products_with_copies(dx, &h_kept) * sigmoid_slope(&(&pre - streams.floor));
-            let db = dpost * sigmoid_slope(&(post * 0.5)) * 2.0;
-            let [_, _, c] = streams.parts(&numbers, copies);
-            let dc = streams.normalised_backward(dmix, &c, copies); // (T, M M)
-            let dnumbers = Tensor::cat(&[da, db, dc], 1);
-            vec![Some(streams.map.read_gradient((&dnumbers, &kept), (&h_kept, &pre), dx, Some(dh)))]
+            let dpre = products_with_copies(dx, &h_kept);
+            let of_map = streams.weights_backward([&dpre, dpost, dmix], &mapped, copies);
+            vec![Some(streams.map.read_gradient(of_map, (&h_kept, &pre), dx, Some(dh)))]
         });
         let mut next = || outputs.pop().expect("four outputs");
         let (h, mix, post, x) = (next(), next(), next(), next());
         (x, Spread { post, mix }, h)
+    }
+
+    /// The weights to read with and to write with (T, M), and to mix with (T, M, M).
+    fn weights(&self, mapped: &Mapped, copies: i64) -> [Tensor; 3] {
+        if cpu::serves(&[&mapped.products, &mapped.squares]) {
+            return cpu::stream_weights::weights(&mapped.products, &mapped.squares, self.rules(copies));
+        }
+        let [a, b, c] = self.parts(&self.map.numbers(mapped), copies);
+        let mix = self.normalised(&c, copies, &mut |_| ());
+        [a.sigmoid() + self.floor, b.sigmoid() * 2.0, mix.permute([2, 0, 1]).contiguous()]
+    }
+
+    /// What [`StreamMap::backward`] gives, from the gradients of [`Streams::weights`].
+    fn weights_backward(&self, gradients: [&Tensor; 3], mapped: &Mapped, copies: i64) -> [Tensor; 2] {
+        if cpu::serves(&[&mapped.products, &mapped.squares]) {
+            let gradients = gradients.map(Tensor::contiguous);
+            let Mapped { products, squares } = mapped;
+            return cpu::stream_weights::weights_backward(gradients.each_ref(), products, squares, self.rules(copies));
+        }
+        let [dpre, dpost, dmix] = gradients;
+        let [a, b, c] = self.parts(&self.map.numbers(mapped), copies);
+        let da = dpre * sigmoid_slope(&a.sigmoid());
+        let db = dpost * sigmoid_slope(&b.sigmoid()) * 2.0;
+        let dc = self.normalised_backward(dmix, &c, copies); // (T, M M)
+        self.map.backward(&Tensor::cat(&[da, db, dc], 1), mapped)
+    }
+
+    fn rules(&self, copies: i64) -> cpu::stream_weights::Rules<'_> {
+        let StreamMap { base, scale, eps, .. } = &self.map;
+        let (width, rounds) = (self.map.width() as usize, self.rounds);
+        cpu::stream_weights::Rules { scale, base, copies: copies as usize, width, eps: *eps, floor: self.floor, rounds }
     }
 
     /// a and b (T, M), and c (T, M M).
@@ -260,13 +296,12 @@ mod tests {
     use super::*;
     use crate::ops::testing::{check, randn};
 
-    const T: i64 = 9;
-    const M: i64 = 3;
-    const D: i64 = 16;
+    /// T, M and D: fewer tokens and columns than the kernels take at once; and more, with some left over.
+    const SIZES: [[i64; 3]; 2] = [[9, 3, 16], [21, 4, 40]];
 
-    fn streams(numbers: i64) -> Streams {
+    fn streams(numbers: i64, [_, m, d]: [i64; 3]) -> Streams {
         let map = StreamMap {
-            function: randn(&[numbers, M * D], 1) * 0.15,
+            function: randn(&[numbers, m * d], 1) * 0.15,
             base: randn(&[numbers], 2) * 0.3,
             scale: randn(&[numbers], 3) * 0.2 + 1.0,
             eps: 1e-6,
@@ -276,16 +311,17 @@ mod tests {
 
     /// The slow twin: what is read, and the weights to write with.
     fn twin(h: &Tensor, streams: &Streams) -> (Tensor, Vec<Tensor>) {
-        let flat = h.to_kind(Kind::Float).view([T, M * D]);
+        let (t, m, d) = h.size3().unwrap();
+        let flat = h.to_kind(Kind::Float).view([t, m * d]);
         let rms = (flat.square().mean_dim([1i64].as_slice(), true, Kind::Float) + streams.map.eps).sqrt();
         let numbers = (flat / rms).matmul(&streams.map.function.tr()) * &streams.map.scale + &streams.map.base;
-        let pre = numbers.narrow(1, 0, M).sigmoid() + streams.floor;
+        let pre = numbers.narrow(1, 0, m).sigmoid() + streams.floor;
         let x = (pre.unsqueeze(2) * h.to_kind(Kind::Float)).sum_dim_intlist([1i64].as_slice(), false, Kind::Float);
-        if numbers.size()[1] == M {
+        if numbers.size()[1] == m {
             return (x, Vec::new());
         }
-        let post = numbers.narrow(1, M, M).sigmoid() * 2.0;
-        let mut mix = numbers.narrow(1, 2 * M, M * M).reshape([T, M, M]).softmax(-1, Kind::Float) + streams.floor;
+        let post = numbers.narrow(1, m, m).sigmoid() * 2.0;
+        let mut mix = numbers.narrow(1, 2 * m, m * m).reshape([t, m, m]).softmax(-1, Kind::Float) + streams.floor;
         for round in 0..streams.rounds {
             if round > 0 {
                 mix = &mix / (mix.sum_dim_intlist([-1i64].as_slice(), true, Kind::Float) + streams.floor);
@@ -297,30 +333,35 @@ mod tests {
 
     #[test]
     fn reading_alone_equals_plain_autograd() {
-        let streams = streams(M);
-        check(&[randn(&[T, M, D], 4)], |_, x| vec![streams.gather(&x[0])], |_, x| vec![twin(&x[0], &streams).0]);
+        for sizes in SIZES {
+            let streams = streams(sizes[1], sizes);
+            check(&[randn(&sizes, 4)], |_, x| vec![streams.gather(&x[0])], |_, x| vec![twin(&x[0], &streams).0]);
+        }
     }
 
     #[test]
     fn reading_with_the_weights_to_write_equals_plain_autograd() {
-        let streams = streams(2 * M + M * M);
-        check(
-            &[randn(&[T, M, D], 4)],
-            |_, x| {
-                let (y, Spread { post, mix }, h) = streams.enter(&x[0]);
-                vec![y, post, mix, h]
-            },
-            |_, x| {
-                let (y, rest) = twin(&x[0], &streams);
-                std::iter::once(y).chain(rest).chain([x[0].shallow_clone()]).collect()
-            },
-        );
+        for sizes in SIZES {
+            let streams = streams(sizes[1] * (sizes[1] + 2), sizes);
+            check(
+                &[randn(&sizes, 4)],
+                |_, x| {
+                    let (y, Spread { post, mix }, h) = streams.enter(&x[0]);
+                    vec![y, post, mix, h]
+                },
+                |_, x| {
+                    let (y, rest) = twin(&x[0], &streams);
+                    std::iter::once(y).chain(rest).chain([x[0].shallow_clone()]).collect()
+                },
+            );
+        }
     }
 
     #[test]
     fn writing_equals_plain_autograd() {
+        let [t, m, d] = SIZES[0];
         check(
-            &[randn(&[T, M, D], 1), randn(&[T, D], 2), randn(&[T, M], 3), randn(&[T, M, M], 4)],
+            &[randn(&[t, m, d], 1), randn(&[t, d], 2), randn(&[t, m], 3), randn(&[t, m, m], 4)],
             |_, x| {
                 let [post, mix] = [&x[2], &x[3]].map(|t| t.to_kind(Kind::Float));
                 vec![spread(&x[0], &x[1], &Spread { post, mix })]
@@ -331,9 +372,10 @@ mod tests {
 
     #[test]
     fn a_block_that_reads_and_writes_equals_plain_autograd() {
-        let streams = streams(2 * M + M * M);
+        let [_, m, _] = SIZES[0];
+        let streams = streams(m * (m + 2), SIZES[0]);
         check(
-            &[randn(&[T, M, D], 4)],
+            &[randn(&SIZES[0], 4)],
             |_, x| {
                 let (y, weights, h) = streams.enter(&x[0]);
                 vec![spread(&h, &y.tanh(), &weights)]

@@ -4,8 +4,15 @@ use multiversion::multiversion;
 use multiversion::target::target_cfg_f;
 use tch::Tensor;
 
-use super::{Stored, dot, multiply_add};
+use super::{LANES, Stored, dot, multiply_add};
 use crate::torch_ext::{elements, filled, filled_pair, filled_pair_worth};
+
+/// Tokens handled together, forward and back: what all share is read once for all of them, and their sums stay in registers.
+const TOKENS: usize = 8;
+const TOKENS_BACK: usize = 4;
+
+/// Columns of a tile.
+const COLUMNS: usize = 32;
 
 /// `sum_m pre_m h_m` (T, D) of h (T, M, D) and pre (T, M), fp32.
 pub(in crate::ops) fn read(h: &Tensor, pre: &Tensor) -> Tensor {
@@ -165,28 +172,69 @@ fn dots<S: Stored>(a: &[S], b: &[S], (left, right, d): (usize, usize, usize), ou
 
 fn mapped_of<S: Stored>(h: &Tensor, function: &Tensor) -> (Tensor, Tensor) {
     let (tokens, copies, d) = sizes(h);
-    let (h, function, numbers) = (elements::<S>(h), elements::<f32>(function), function.size()[0]);
-    let width = copies * d;
-    let work = width * (numbers as usize + 2);
+    let (width, numbers) = (copies * d, function.size()[0]);
+    let columns = side_by_side(elements::<f32>(function), width);
+    let (h, n, work) = (elements::<S>(h), numbers as usize, width * (numbers as usize + 2));
     let [products, squares] =
         filled_pair_worth::<f32, f32>(&[tokens, numbers], &[tokens, 1], work, |range, products, squares| {
-            mapped_rows(&h[range.start * width..range.end * width], function, width, products, squares);
+            mapped_rows(&h[range.start * width..range.end * width], &columns, (width, n), products, squares);
         });
     (products, squares)
 }
 
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn mapped_rows<S: Stored>(h: &[S], function: &[f32], width: usize, products: &mut [f32], squares: &mut [f32]) {
-    let fused = target_cfg_f!(target_feature = "fma");
-    let mut row = vec![0f32; width];
-    let tokens = h.chunks_exact(width).zip(products.chunks_exact_mut(function.len() / width)).zip(squares);
-    for ((h, products), square) in tokens {
-        row.iter_mut().zip(h).for_each(|(wide, h)| *wide = h.wide());
-        for (function, product) in function.chunks_exact(width).zip(products) {
-            *product = dot(&row, function, fused);
-        }
-        *square = dot(&row, &row, fused);
+/// The transpose of a function (n, width), its rows sixteen at a time: (n / 16, width, 16), zeros where there are no more.
+fn side_by_side(function: &[f32], width: usize) -> Vec<[f32; LANES]> {
+    let n = function.len() / width;
+    let mut columns = vec![[0f32; LANES]; n.div_ceil(LANES) * width];
+    for (row, function) in function.chunks_exact(width).enumerate() {
+        let columns = &mut columns[row / LANES * width..][..width];
+        columns.iter_mut().zip(function).for_each(|(column, value)| column[row % LANES] = *value);
     }
+    columns
+}
+
+/// `columns` is what [`side_by_side`] made of a function (n, width).
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
+fn mapped_rows<S: Stored>(
+    h: &[S],
+    columns: &[[f32; LANES]],
+    (width, n): (usize, usize),
+    products: &mut [f32],
+    squares: &mut [f32],
+) {
+    let fused = target_cfg_f!(target_feature = "fma");
+    let mut rows = vec![0f32; TOKENS * width];
+    let tokens = h.chunks(TOKENS * width).zip(products.chunks_mut(TOKENS * n)).zip(squares.chunks_mut(TOKENS));
+    for ((h, products), squares) in tokens {
+        rows.iter_mut().zip(h).for_each(|(wide, h)| *wide = h.wide());
+        for (i, columns) in columns.chunks_exact(width).enumerate() {
+            let sums = products_of_tile(&rows, columns, fused);
+            let count = LANES.min(n - i * LANES);
+            for (products, sums) in products.chunks_exact_mut(n).zip(&sums) {
+                products[i * LANES..][..count].copy_from_slice(&sums[..count]);
+            }
+        }
+        for (row, square) in rows.chunks_exact(width).zip(squares) {
+            *square = dot(row, row, fused);
+        }
+    }
+}
+
+/// The products of [`TOKENS`] rows with sixteen columns: all sums stay in registers.
+#[inline(always)]
+fn products_of_tile(rows: &[f32], columns: &[[f32; LANES]], fused: bool) -> [[f32; LANES]; TOKENS] {
+    let width = columns.len();
+    let rows: [&[f32]; TOKENS] = std::array::from_fn(|row| &rows[row * width..][..width]);
+    let mut sums = [[0f32; LANES]; TOKENS];
+    for (at, column) in columns.iter().enumerate() {
+        for (row, sums) in rows.iter().zip(&mut sums) {
+            let value = row[at];
+            for (sum, column) in sums.iter_mut().zip(column) {
+                *sum = multiply_add(fused, value, *column, *sum);
+            }
+        }
+    }
+    sums
 }
 
 fn products_of<S: Stored>(dx: &Tensor, h: &Tensor) -> Tensor {
@@ -201,63 +249,107 @@ fn products_of<S: Stored>(dx: &Tensor, h: &Tensor) -> Tensor {
 
 fn read_gradient_of<S: Stored>(of: &ReadGradient<'_>, h: &Tensor, dx: &Tensor, more: Option<&Tensor>) -> Tensor {
     let (shape, (_, copies, d)) = (h.size(), sizes(h));
-    let (width, numbers) = (copies * d, of.function.size()[0] as usize);
-    let [weights, function, factor, pre] = [of.weights, of.function, of.factor, of.pre].map(elements::<f32>);
+    let function = (elements::<f32>(of.function), of.function.size()[0] as usize);
+    let [weights, factor, pre] = [of.weights, of.factor, of.pre].map(elements::<f32>);
     let (h, dx, more) = (elements::<S>(h), elements::<S>(dx), more.map(elements::<S>));
     filled::<S>(&shape, |range, out| {
-        let mut sums = vec![0f32; width];
-        for (token, out) in range.zip(out.chunks_exact_mut(width)) {
-            let whole = token * width..(token + 1) * width;
-            let weights = &weights[token * numbers..(token + 1) * numbers];
-            let pre = &pre[token * copies..(token + 1) * copies];
-            let dx = &dx[token * d..(token + 1) * d];
-            read_rows_back((&h[whole.clone()], factor[token]), (dx, pre), more.map(|more| &more[whole]), &mut sums);
-            add_function(function, weights, &mut sums);
-            rounded(&sums, out);
+        for (first, out) in range.clone().step_by(TOKENS_BACK).zip(out.chunks_mut(TOKENS_BACK * copies * d)) {
+            let tokens = TOKENS_BACK.min(range.end - first);
+            let of = |width: usize| first * width..(first + tokens) * width;
+            let taken = Taken {
+                weights: &weights[of(function.1)],
+                factor: &factor[of(1)],
+                pre: &pre[of(copies)],
+                h: &h[of(copies * d)],
+                dx: &dx[of(d)],
+                more: more.map(|more| &more[of(copies * d)]),
+            };
+            read_rows_back(&taken, function.0, (copies, d), out);
         }
     })
 }
 
-/// `factor h + pre_m dx + more` of one token.
+/// What the gradients of some tokens' copies are made of.
+struct Taken<'a, S> {
+    weights: &'a [f32],
+    factor: &'a [f32],
+    pre: &'a [f32],
+    h: &'a [S],
+    dx: &'a [S],
+    more: Option<&'a [S]>,
+}
+
+/// Of at most [`TOKENS_BACK`] tokens.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn read_rows_back<S: Stored>(
-    (h, factor): (&[S], f32),
-    (dx, pre): (&[S], &[f32]),
-    more: Option<&[S]>,
-    sums: &mut [f32],
+fn read_rows_back<S: Stored>(taken: &Taken<'_, S>, function: &[f32], size: (usize, usize), out: &mut [S]) {
+    let fused = target_cfg_f!(target_feature = "fma");
+    if taken.factor.len() == TOKENS_BACK {
+        read_tiles_back::<S, TOKENS_BACK>(taken, 0, function, size, out, fused);
+    } else {
+        let width = size.0 * size.1;
+        for (token, out) in out.chunks_exact_mut(width).enumerate() {
+            read_tiles_back::<S, 1>(taken, token, function, size, out, fused);
+        }
+    }
+}
+
+/// Of the R tokens from `first` on.
+#[inline(always)]
+fn read_tiles_back<S: Stored, const R: usize>(
+    taken: &Taken<'_, S>,
+    first: usize,
+    function: &[f32],
+    (copies, d): (usize, usize),
+    out: &mut [S],
+    fused: bool,
 ) {
-    let d = dx.len();
-    for ((h, sums), pre) in h.chunks_exact(d).zip(sums.chunks_exact_mut(d)).zip(pre) {
-        for ((sum, h), dx) in sums.iter_mut().zip(h).zip(dx) {
-            *sum = h.wide() * factor + dx.wide() * pre;
+    let whole = d - d % COLUMNS;
+    for copy in 0..copies {
+        for at in (0..whole).step_by(COLUMNS) {
+            read_tile_back::<S, R, COLUMNS>(taken, first, function, (copies, d), (copy, at), out, fused);
         }
-    }
-    if let Some(more) = more {
-        sums.iter_mut().zip(more).for_each(|(sum, more)| *sum += more.wide());
+        for at in whole..d {
+            read_tile_back::<S, R, 1>(taken, first, function, (copies, d), (copy, at), out, fused);
+        }
     }
 }
 
-/// Adds the rows of a function times their weights, four in one go over the sums.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn add_function(function: &[f32], weights: &[f32], sums: &mut [f32]) {
-    let (fused, width) = (target_cfg_f!(target_feature = "fma"), sums.len());
-    let (mut fours, mut weights) = (function.chunks_exact(4 * width), weights.chunks_exact(4));
-    for (rows, w) in (&mut fours).zip(&mut weights) {
-        let ((a, b), (c, d)) = {
-            let (first, second) = rows.split_at(2 * width);
-            (first.split_at(width), second.split_at(width))
-        };
-        for ((((sum, a), b), c), d) in sums.iter_mut().zip(a).zip(b).zip(c).zip(d) {
-            let first = multiply_add(fused, *a, w[0], *sum);
-            *sum = multiply_add(fused, *d, w[3], multiply_add(fused, *c, w[2], multiply_add(fused, *b, w[1], first)));
+/// N columns from `at` on of a copy: their sums stay in registers through all rows of the function.
+#[inline(always)]
+fn read_tile_back<S: Stored, const R: usize, const N: usize>(
+    taken: &Taken<'_, S>,
+    first: usize,
+    function: &[f32],
+    (copies, d): (usize, usize),
+    (copy, at): (usize, usize),
+    out: &mut [S],
+    fused: bool,
+) {
+    let width = copies * d;
+    let n = function.len() / width;
+    let place = |row: usize| row * width + copy * d + at;
+    let weights: [&[f32]; R] = std::array::from_fn(|row| &taken.weights[(first + row) * n..][..n]);
+    let mut sums = [[0f32; N]; R];
+    for (row, sums) in sums.iter_mut().enumerate() {
+        let token = first + row;
+        let (factor, pre) = (taken.factor[token], taken.pre[token * copies + copy]);
+        let h: &[S; N] = taken.h[place(token)..][..N].try_into().expect("N columns");
+        let dx: &[S; N] = taken.dx[token * d + at..][..N].try_into().expect("N columns");
+        (0..N).for_each(|i| sums[i] = multiply_add(fused, h[i].wide(), factor, dx[i].wide() * pre));
+        if let Some(more) = taken.more {
+            let more: &[S; N] = more[place(token)..][..N].try_into().expect("N columns");
+            (0..N).for_each(|i| sums[i] += more[i].wide());
         }
     }
-    for (row, weight) in fours.remainder().chunks_exact(width).zip(weights.remainder()) {
-        sums.iter_mut().zip(row).for_each(|(sum, row)| *sum += row * weight);
+    for p in 0..n {
+        let function: &[f32; N] = function[place(p)..][..N].try_into().expect("N columns");
+        for (weights, sums) in weights.iter().zip(&mut sums) {
+            let weight = weights[p];
+            (0..N).for_each(|i| sums[i] = multiply_add(fused, function[i], weight, sums[i]));
+        }
     }
-}
-
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn rounded<S: Stored>(sums: &[f32], out: &mut [S]) {
-    out.iter_mut().zip(sums).for_each(|(out, sum)| *out = S::rounded(*sum));
+    for (row, sums) in sums.iter().enumerate() {
+        let out: &mut [S; N] = (&mut out[place(row)..][..N]).try_into().expect("N columns");
+        (0..N).for_each(|i| out[i] = S::rounded(sums[i]));
+    }
 }
