@@ -34,6 +34,7 @@ macro_rules! by_kind {
 pub(super) use by_kind;
 
 mod activation;
+pub(super) mod choice;
 pub(super) mod gate_up;
 mod loss;
 mod parts;

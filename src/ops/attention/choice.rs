@@ -3,6 +3,7 @@
 use tch::{Kind, Tensor};
 
 use super::plain;
+use crate::ops::cpu;
 
 /// Which of a document's entries each of its tokens sees: (L, W), bool, by the `chosen` largest of `sum_i relu(q_ti . e) w_ti`, fp32,
 /// among those it may see by its position. None where that is all of them. No graph.
@@ -22,14 +23,23 @@ pub fn choose_entries(
     }
     tch::no_grad(|| {
         let entries = entries.to_kind(Kind::Float).tr(); // (H', W)
+        let by_kernel = cpu::serves(&[weights]);
         let allowed = Tensor::zeros([tokens, count], (Kind::Bool, q.device()));
         let rows = plain::queries_at_once(heads, count);
         for first in (0..tokens).step_by(rows as usize) {
             let rows = rows.min(tokens - first);
             let queries = q.narrow(0, first, rows).to_kind(Kind::Float).reshape([rows * heads, width]);
-            let products = queries.mm(&entries).relu_().view([rows, heads, count]);
-            let scores = weights.narrow(0, first, rows).unsqueeze(1).bmm(&products).squeeze_dim(1); // (rows, W)
-            let visible = visible_entries(&positions.narrow(0, first, rows), count, rate);
+            let products = queries.mm(&entries).view([rows, heads, count]);
+            let (weights, positions) = (weights.narrow(0, first, rows), positions.narrow(0, first, rows));
+            if by_kernel {
+                let positions = Vec::<i64>::try_from(&positions).expect("one dimension of i64");
+                let visible: Vec<usize> = positions.iter().map(|at| ((at + 1) / rate) as usize).collect();
+                let picked = cpu::choice::largest(&products, &weights, &visible, chosen as usize);
+                allowed.narrow(0, first, rows).copy_(&picked);
+                continue;
+            }
+            let scores = weights.unsqueeze(1).bmm(&products.relu()).squeeze_dim(1); // (rows, W)
+            let visible = visible_entries(&positions, count, rate);
             let scores = scores.masked_fill(&visible.logical_not(), f64::NEG_INFINITY);
             let index = scores.topk(chosen, -1, true, false).1;
             let picked = visible.zeros_like().scatter_value(1, &index, 1.0);
@@ -50,6 +60,7 @@ pub(super) fn visible_entries(positions: &Tensor, entries: i64, rate: i64) -> Te
 mod tests {
     use super::*;
     use crate::ops::attention::tests::QUERIES;
+    use crate::ops::cpu::tests::without_kernels;
     use crate::ops::testing::randn;
 
     /// Every token sees the best of what it may see, and all of that where it is no more than are chosen.
@@ -58,9 +69,10 @@ mod tests {
         let (length, rate, most) = (23, 3, 2);
         let (q, weights, entries) = (randn(&[length, 5, 4], 1), randn(&[length, 5], 2), randn(&[length / rate, 4], 3));
         let positions = Tensor::arange(length, (Kind::Int64, tch::Device::Cpu));
-        for queries in [None, Some(4)] {
+        let choose = || choose_entries(&q, &weights, &entries, &positions, (rate, most)).unwrap();
+        for (queries, kernel) in [(None, true), (Some(4), true), (None, false), (Some(4), false)] {
             QUERIES.set(queries);
-            let allowed = choose_entries(&q, &weights, &entries, &positions, (rate, most)).unwrap();
+            let allowed = if kernel { choose() } else { without_kernels(choose) };
             QUERIES.set(None);
             for t in 0..length {
                 let score = |w: i64| -> f64 {
@@ -71,10 +83,21 @@ mod tests {
                 best.sort_by(|a, b| score(*b).total_cmp(&score(*a)));
                 best.truncate(most as usize);
                 for w in 0..length / rate {
-                    assert_eq!(allowed.int64_value(&[t, w]) == 1, best.contains(&w), "token {t}, entry {w}");
+                    let seen = allowed.int64_value(&[t, w]) == 1;
+                    assert_eq!(seen, best.contains(&w), "token {t}, entry {w}, by the kernel: {kernel}");
                 }
             }
         }
         assert!(choose_entries(&q, &weights, &entries, &positions, (rate, length / rate)).is_none());
+    }
+
+    /// As many as are to be chosen, though more have the same score.
+    #[test]
+    fn of_equal_scores_the_first_are_chosen_and_no_more() {
+        let (q, weights, entries) =
+            (randn(&[1, 5, 4], 1), randn(&[1, 5], 2), Tensor::ones([9, 4], (Kind::Float, tch::Device::Cpu)));
+        let allowed = choose_entries(&q, &weights, &entries, &Tensor::from_slice(&[20i64]), (3, 4)).unwrap();
+        let seen: Vec<bool> = (0..9).map(|w| allowed.int64_value(&[0, w]) == 1).collect();
+        assert_eq!(seen, [true, true, true, true, false, false, false, false, false]);
     }
 }
