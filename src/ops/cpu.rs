@@ -36,6 +36,7 @@ pub(super) use by_kind;
 mod activation;
 pub(super) mod choice;
 pub(super) mod gate_up;
+pub(super) mod latent;
 mod loss;
 mod parts;
 pub(super) mod products;

@@ -2,6 +2,7 @@
 
 use tch::{Kind, Tensor};
 
+use super::cpu;
 use crate::torch_ext::custom;
 
 /// Keys (T, N, U + P) and values (T, N, W) from `up` (T, N (U + W)), of each head U elements of its key, then its value; and
@@ -10,6 +11,9 @@ pub fn keys_values(up: &Tensor, shared: &Tensor, heads: i64, unrotated: i64) -> 
     let (tokens, rotated) = (up.size()[0], shared.size()[2]);
     let value = up.size()[1] / heads - unrotated;
     let outputs = tch::no_grad(|| {
+        if cpu::serves(&[up, shared]) {
+            return cpu::latent::keys_values(up, shared, heads, unrotated).into();
+        }
         let up = up.view([tokens, heads, unrotated + value]); // (T, N, U + W)
         let k = Tensor::empty([tokens, heads, unrotated + rotated], (up.kind(), up.device()));
         k.narrow(2, 0, unrotated).copy_(&up.narrow(2, 0, unrotated));
@@ -18,6 +22,9 @@ pub fn keys_values(up: &Tensor, shared: &Tensor, heads: i64, unrotated: i64) -> 
     });
     let mut outputs = custom(c"engraft::keys_values", &[up, shared], outputs, move |grads| {
         let [dk, dv] = grads else { unreachable!("a gradient for keys and one for values") };
+        if cpu::serves(&[dk, dv]) {
+            return cpu::latent::keys_values_backward(dk, dv, unrotated).map(Some).into();
+        }
         let dup = Tensor::cat(&[&dk.narrow(2, 0, unrotated), dv], 2); // (T, N, U + W)
         let dshared = dk.narrow(2, unrotated, rotated).sum_dim_intlist([1i64].as_slice(), true, Kind::Float); // (T, 1, P)
         vec![Some(dup.view([tokens, -1])), Some(dshared.to_kind(dk.kind()))]
