@@ -5,7 +5,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::Documents;
+use super::{Documents, cpu};
 use crate::torch_ext::custom;
 
 /// Entries (W, H) of the complete windows of every document, one document after the other, from k and g (T, H), or (T, 2 H) where
@@ -14,7 +14,11 @@ use crate::torch_ext::custom;
 /// Where they overlap, an entry is the mean over 2 m tokens: the first halves of those of the window before, of which a document's
 /// first has none, and the second halves of its own. The tokens after a document's last complete window make no entry.
 pub fn compress(k: &Tensor, g: &Tensor, bias: &Tensor, overlapping: bool, documents: &Documents) -> Tensor {
-    let windows = Windows::new(documents, bias.size()[0], overlapping, k);
+    let rate = bias.size()[0];
+    if cpu::serves(&[k, g]) && entries_of(documents.longest(), rate) > 0 {
+        return by_kernels(k, g, bias, cpu::windows::Windows::of(documents, rate, overlapping));
+    }
+    let windows = Windows::new(documents, rate, overlapping, k);
     if windows.count == 0 {
         // Joined to the graph by nothing: there is nothing to walk back.
         let width = if overlapping { k.size()[1] / 2 } else { k.size()[1] };
@@ -33,6 +37,15 @@ pub fn compress(k: &Tensor, g: &Tensor, bias: &Tensor, overlapping: bool, docume
         let dvalues = shares * de; // (W, slots, H)
         let dgates = (values - output.unsqueeze(1)) * &dvalues;
         [dvalues, dgates].map(|d| Some(windows.back(&d, &k_kept))).into()
+    })
+    .remove(0)
+}
+
+fn by_kernels(k: &Tensor, g: &Tensor, bias: &Tensor, windows: cpu::windows::Windows) -> Tensor {
+    let entries = tch::no_grad(|| cpu::windows::compress(k, g, bias, &windows));
+    let [k_kept, g_kept, bias] = [k, g, bias].map(Tensor::detach);
+    custom(c"engraft::compress", &[k, g], vec![entries], move |grads| {
+        cpu::windows::compress_backward(&grads[0].contiguous(), &k_kept, &g_kept, &bias, &windows).map(Some).into()
     })
     .remove(0)
 }

@@ -43,6 +43,7 @@ pub(super) mod products;
 pub(super) mod rows;
 pub(super) mod stream_weights;
 pub(super) mod streams;
+pub(super) mod windows;
 
 pub(super) use activation::{gated, gated_backward};
 pub(super) use loss::softmax_cross_entropy;
