@@ -34,6 +34,7 @@ help: ## What there is to make
 	echo "                 FAMILY=qwen3 or qwen3,phi or all [SEED=1 HIDDEN=48 LAYERS=6 LENGTHS=230,7,90]: families on random models of that size"
 	echo "make bench       speed and memory beside PEFT and transformers; results go to bench/results"
 	echo "                 FAMILY=qwen3 or all [HIDDEN=576 LAYERS=6 TOKENS=1024]: speed per FLOP of a family beside Llama's"
+	echo "                 GRID=gpu or cpu [BENCH='--only 8b']: engraft beside PEFT, Unsloth and torchtune on models of 0.1 to 8B (bench/grid.py)"
 	echo "make device-check  on a machine with a GPU: CUDA kernels beside their twins, and their GB/s beside a copy"
 	echo "make datasets    write datasets/ anew from the committed programs, byte for byte"
 	echo "make fixtures    write tests/fixtures anew with transformers, PEFT and gguf"
@@ -95,6 +96,10 @@ bench: ## Speed and memory beside PEFT, transformers and bitsandbytes; speed per
 	python_with torch==$$TORCH $(PEERS) $(QUANTISERS) $(PYARROW)
 	if [ -n "$(FAMILY)" ]; then
 		exec "$$PYTHON" -B bench/families.py --engraft "$(ENGRAFT)" --family "$(FAMILY)" $(if $(HIDDEN),--hidden $(HIDDEN)) $(if $(LAYERS),--layers $(LAYERS)) $(if $(TOKENS),--tokens $(TOKENS)) $(BENCH)
+	fi
+	if [ -n "$(GRID)" ]; then
+		"$$PYTHON" -B bench/grid.py prepare "$$(cache_folder)/grid"
+		exec "$$PYTHON" -B "$$(cache_folder)/grid/grid.py" run --engraft "$(ENGRAFT)" --grid "$(GRID)" $(BENCH)
 	fi
 	demo_model
 	"$$PYTHON" -B bench/run.py --engraft "$(ENGRAFT)" --model "$$(cache_folder)/models/$$MODEL" $(BENCH)
