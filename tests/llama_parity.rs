@@ -50,6 +50,16 @@ fn folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/llama").join(name)
 }
 
+/// The base of a fixture: that of another one for those that `tests/python` gives none of their own.
+fn base(name: &str) -> PathBuf {
+    folder(match name {
+        "whole-tied" | "tokens-tied" => "grouped-tied",
+        "tokens-untied" => "whole-untied",
+        "qlora-dora" => "qlora-nf4",
+        own => own,
+    })
+}
+
 fn tensors(path: &Path) -> HashMap<String, Tensor> {
     let bytes = std::fs::read(path).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
@@ -68,7 +78,7 @@ fn tensors(path: &Path) -> HashMap<String, Tensor> {
 }
 
 fn load(name: &str) -> Decoder {
-    let checkpoint = Checkpoint::open(&BaseSource::Folder(folder(name))).unwrap();
+    let checkpoint = Checkpoint::open(&BaseSource::Folder(base(name))).unwrap();
     Decoder::load_kept(&checkpoint, Kind::Float, Device::Cpu, scheme(name).as_ref(), &|_, _| ()).unwrap()
 }
 
@@ -310,7 +320,7 @@ fn what_is_left_of_a_weight_is_quantised_and_found_again_by_who_loads_or_merges_
     let scheme = scheme(name).unwrap();
     let place = tempfile::tempdir().unwrap();
     for (start, stored) in [(InitLora::Pissa, false), (InitLora::Olora, true), (InitLora::Loftq, false)] {
-        let source = if stored { folder(name).join("quantised") } else { folder(name) };
+        let source = if stored { base(name).join("quantised") } else { base(name) };
         let checkpoint = Checkpoint::open(&BaseSource::Folder(source)).unwrap();
         let origin = Origin { checkpoint: &checkpoint, scheme: Some(&scheme), start: None, progress: &|_, _| () };
         let load = |scheme| Decoder::load_kept(&checkpoint, Kind::Float, Device::Cpu, scheme, &|_, _| ()).unwrap();
@@ -383,7 +393,7 @@ fn a_base_stored_quantised_is_kept_so_and_answers_as_its_original_quantised_here
     for name in ["qlora-nf4", "qlora-fp4"] {
         let reference = tensors(&folder(name).join("reference.safetensors"));
         let batch = documented(&reference, "");
-        let checkpoint = Checkpoint::open(&BaseSource::Folder(folder(name).join("quantised"))).unwrap();
+        let checkpoint = Checkpoint::open(&BaseSource::Folder(base(name).join("quantised"))).unwrap();
         for products in [Products::Dequantised, Products::Cached] {
             let scheme = Scheme { products, ..scheme(name).unwrap() };
             let load = |scheme| Decoder::load_kept(&checkpoint, Kind::Float, Device::Cpu, scheme, &|_, _| ()).unwrap();
@@ -401,7 +411,7 @@ fn a_base_in_another_tools_layout_is_kept_so_and_merged_onto_its_numbers() {
     for (name, layout) in STORED {
         let reference = tensors(&folder(name).join("reference.safetensors"));
         let batch = documented(&reference, "");
-        let checkpoint = Checkpoint::open(&BaseSource::Folder(folder(name))).unwrap();
+        let checkpoint = Checkpoint::open(&BaseSource::Folder(base(name))).unwrap();
         assert_eq!(checkpoint.quantised_form(), Some(Form::Stored(layout)));
         let plain = Decoder::load(&checkpoint, Kind::Float, Device::Cpu, &|_, _| ()).unwrap();
         let kept = load(name);
@@ -483,7 +493,7 @@ fn merged_onto_the_numbers_it_was_trained_on_the_model_answers_as_the_trained_on
     for name in ["qlora-nf4", "qlora-fp4", "qlora-dora", "dora"].into_iter().chain(WHOLE) {
         let reference = tensors(&folder(name).join("reference.safetensors"));
         let batch = documented(&reference, "");
-        let checkpoint = Checkpoint::open(&BaseSource::Folder(folder(name))).unwrap();
+        let checkpoint = Checkpoint::open(&BaseSource::Folder(base(name))).unwrap();
         let spec = load(name).spec;
         let adapter = LoadedAdapter::read(&folder(name).join("adapter")).unwrap();
         let updates: Vec<Update> = adapter.fit(&spec.sites(), &spec.names).unwrap().into_values().collect();
@@ -510,7 +520,7 @@ fn merged_onto_the_numbers_it_was_trained_on_the_model_answers_as_the_trained_on
         if scheme(name).is_none() {
             continue;
         }
-        let stored = Checkpoint::open(&BaseSource::Folder(folder(name).join("quantised"))).unwrap();
+        let stored = Checkpoint::open(&BaseSource::Folder(base(name).join("quantised"))).unwrap();
         // Stored quantised, its numbers are not quantised once more.
         assert_close(name, &logits(&stored, scheme(name).as_ref()), &reference["logits"], TOLERANCE);
         let drift = (logits(&checkpoint, None) - &reference["logits"]).abs().max().double_value(&[]);

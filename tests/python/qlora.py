@@ -1,5 +1,5 @@
 """Writes tests/fixtures/llama/qlora-*: as `tiny_llama.py`, with the base quantised by bitsandbytes 0.50.2 on the CPU, as PEFT trains
-on it. `quantised/` is the base as transformers saves it then.
+on it. `quantised/` is the base as transformers saves it then; `qlora-dora` has the base of `qlora-nf4`.
 
 Widths are multiples of 64, the block: where a row is not, bitsandbytes' kernel for AVX-512 takes the wrong scales.
 """
@@ -16,7 +16,7 @@ WIDTHS = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4,
 MODELS = {
     "qlora-nf4": (WIDTHS | {"tie_word_embeddings": False}, {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, {}),
     "qlora-fp4": (WIDTHS | {"attention_bias": True}, {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}, {}),
-    "qlora-dora": (WIDTHS, {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, {"use_dora": True}),
+    "qlora-dora": (None, {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, {"use_dora": True}),
 }
 
 
@@ -36,15 +36,18 @@ def make(name, options, how, adapter, seed):
     torch.manual_seed(seed)
     folder = tiny_llama.FIXTURES / name
     shutil.rmtree(folder, ignore_errors=True)
-    model = LlamaForCausalLM(LlamaConfig(**{**tiny_llama.COMMON, **options}, attn_implementation="eager")).float()
-    tiny_llama.randomise(model, generator)
-    if model.config.tie_word_embeddings:
-        model.tie_weights()
-    model.save_pretrained(folder)
+    base = folder if options else tiny_llama.FIXTURES / "qlora-nf4"
+    if options:
+        model = LlamaForCausalLM(LlamaConfig(**{**tiny_llama.COMMON, **options}, attn_implementation="eager")).float()
+        tiny_llama.randomise(model, generator)
+        if model.config.tie_word_embeddings:
+            model.tie_weights()
+        model.save_pretrained(folder)
 
-    model = quantised(folder, how)
+    model = quantised(base, how)
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
-    model.save_pretrained(folder / "quantised")
+    if options:
+        model.save_pretrained(folder / "quantised")
     ids, offsets, mask = tiny_llama.documents([19, 7, 29], generator)
     with torch.no_grad():
         base = tiny_llama.forward(model, ids, offsets)

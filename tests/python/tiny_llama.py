@@ -3,7 +3,7 @@ torch's AdamW compute with them in fp32. The Rust tests compare engraft's number
 
     python tests/python/tiny_llama.py            (torch 2.11.0, transformers 5.17.0, peft 0.21.2)
 
-Per model: `config.json`, `model*.safetensors`, `adapter/` as PEFT saves it, and `reference.safetensors` with
+Per model: `config.json`, `model*.safetensors` (or those of another in `BASES`), `adapter/` as PEFT saves it, and `reference.safetensors` with
 
     ids (T) i64          three documents end to end
     offsets (4) i64      where they begin and end
@@ -97,18 +97,20 @@ MODELS = {
         },
     },
     "dora": {"num_key_value_heads": 3, "attention_bias": True, "tie_word_embeddings": False},
-    "whole-tied": {},
+    "whole-tied": None,
     "whole-untied": {"tie_word_embeddings": False},
-    "tokens-tied": {},
-    "tokens-untied": {"tie_word_embeddings": False},
+    "tokens-tied": None,
+    "tokens-untied": None,
 }
+# Whose base an adapter is of that has none of its own.
+BASES = {"whole-tied": "grouped-tied", "tokens-tied": "grouped-tied", "tokens-untied": "whole-untied"}
 # What an adapter is beside LoRA of rank 4.
 ADAPTERS = {
     "dora": {"use_dora": True},
     "whole-tied": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     "whole-untied": {"modules_to_save": ["lm_head", "embed_tokens"], "target_modules": ["q_proj", "down_proj"]},
     "tokens-tied": {"trainable_token_indices": [3, 40, 17]},
-    "tokens-untied": {"trainable_token_indices": {"lm_head": [5, 60], "embed_tokens": [8, 60, 2]}},
+    "tokens-untied": {"trainable_token_indices": {"lm_head": [5, 60], "embed_tokens": [8, 60, 1]}},
 }
 
 # Written in several shards, so that reading an index is tested on a real one.
@@ -217,12 +219,9 @@ def adapted(model, name, generator, **options):
     return peft
 
 
-def make(name, options, seed):
-    """One model with its adapter and references."""
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
+def make_base(name, options, generator):
+    """One model."""
     folder = FIXTURES / name
-    shutil.rmtree(folder, ignore_errors=True)
     config = LlamaConfig(**{**COMMON, **options}, attn_implementation="eager")
     model = LlamaForCausalLM(config).float()
     randomise(model, generator)
@@ -240,6 +239,18 @@ def make(name, options, seed):
     before = forward_base(model)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     assert torch.equal(forward_base(model), before), f"{name} reads back as another model"
+
+
+def make(name, options, seed):
+    """One model with its adapter and references."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    folder = FIXTURES / name
+    shutil.rmtree(folder, ignore_errors=True)
+    if options is not None:
+        make_base(name, options, generator)
+    base = FIXTURES / BASES.get(name, name)
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
     ids, offsets, mask = documents([19, 7, 29], generator)
     with torch.no_grad():
         reference = {"ids": ids, "offsets": offsets, "mask": mask, "base_logits": forward(model, ids, offsets)}
@@ -259,7 +270,7 @@ def make(name, options, seed):
     save_file({k: v.contiguous() for k, v in reference.items()}, folder / "reference.safetensors")
 
     # What was saved is what was measured.
-    again = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    again = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
     again = PeftModel.from_pretrained(again, folder / "adapter")
     with torch.no_grad():
         assert torch.equal(forward(again, ids, offsets), reference["logits"]), name
