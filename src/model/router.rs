@@ -81,9 +81,12 @@ impl Router {
         self.balance > 0.0
     }
 
-    /// Gives the balancing loss another coefficient.
+    /// Gives the balancing loss another coefficient. One that reads its choice from a table has nothing to balance, as transformers
+    /// has it.
     pub(super) fn balance(&mut self, coefficient: f64) {
-        self.balance = coefficient;
+        if self.of_token.is_none() {
+            self.balance = coefficient;
+        }
     }
 
     pub(super) fn linear_mut(&mut self) -> &mut Linear {

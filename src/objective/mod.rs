@@ -10,10 +10,26 @@ pub trait Learner {
     /// The trained tensors, fp32 leaves with gradient, under stable names in a stable order.
     fn parameters(&self) -> Vec<(String, Tensor)>;
 
-    /// `scale` times the SUM of the loss over the batch's trained tokens: a scalar, fp32, with its graph.
+    /// The loss of the batch's trained tokens.
     ///
     /// Everything random (dropout, noise) is a function of `dropout_seed`; `None` is evaluation: nothing is random.
-    fn loss(&self, batch: &Batch, dropout_seed: Option<u64>, scale: f64) -> Tensor;
+    fn loss(&self, batch: &Batch, dropout_seed: Option<u64>, scale: f64) -> Loss;
+}
+
+/// What a micro-batch is judged by. Nothing here has been read from the device.
+#[derive(Debug)]
+pub struct Loss {
+    /// `scale` times the SUM over the trained tokens: a scalar, fp32, with its graph.
+    pub value: Tensor,
+    /// The loss that balances experts, without its coefficient, each document weighed by its trained tokens times `scale`: a scalar,
+    /// fp32, without a graph. None where no experts are balanced.
+    pub balance: Option<Tensor>,
+}
+
+impl From<Tensor> for Loss {
+    fn from(value: Tensor) -> Self {
+        Self { value, balance: None }
+    }
 }
 
 /// The supervised objective: cross-entropy of the next token at the trained rows.
@@ -32,9 +48,9 @@ impl Learner for Supervised<'_> {
         self.model.trained()
     }
 
-    fn loss(&self, batch: &Batch, dropout_seed: Option<u64>, scale: f64) -> Tensor {
+    fn loss(&self, batch: &Batch, dropout_seed: Option<u64>, scale: f64) -> Loss {
         if dropout_seed.is_none() {
-            return supervised(self.model, batch, Forward::default(), scale);
+            return supervised(self.model, batch, Forward::default(), scale).into();
         }
         let balance = self.model.balances_experts().then(|| balance(batch, self.model.device, scale));
         let forward = Forward {
@@ -43,12 +59,13 @@ impl Learner for Supervised<'_> {
             recomputed_layers: self.recomputed_layers,
             balance: balance.as_ref(),
         };
-        supervised(self.model, batch, forward, scale)
+        let value = supervised(self.model, batch, forward, scale);
+        Loss { value, balance: balance.map(|balance| balance.loss(&batch.documents)) }
     }
 }
 
-/// The loss that keeps experts balanced, each document weighed as its trained tokens weigh in the loss. It adds its gradient, not
-/// its value: what is reported is the cross-entropy.
+/// The loss that keeps experts balanced, each document weighed as its trained tokens weigh in the loss. It adds its gradient to
+/// the cross-entropy's; its value is reported beside it.
 fn balance(batch: &Batch, device: Device, scale: f64) -> Balance {
     let rows = Vec::<i64>::try_from(&batch.rows.to_device(Device::Cpu)).expect("row numbers are i64");
     let trained = |(start, length): (i64, i64)| rows.iter().filter(|row| (start..start + length).contains(row)).count();

@@ -563,7 +563,8 @@ pub struct TrainingRecipe {
     #[schemars(range(min = 0))]
     pub neftune_noise_alpha: Option<f64>,
     /// Coefficient of the loss that keeps a mixture's experts balanced (arXiv:2101.03961); absent, the base's own where its config
-    /// sets `output_router_logits`, 0 turns it off. The reported loss is the cross-entropy alone.
+    /// sets `output_router_logits`, 0 turns it off. The reported loss is the cross-entropy alone; this
+    /// one, without its coefficient, is reported as `router_aux_loss`.
     #[schemars(range(min = 0))]
     pub router_aux_loss_coef: Option<f64>,
     /// Stop after this many steps in a row with a non-finite loss or gradient.

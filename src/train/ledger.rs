@@ -36,6 +36,9 @@ pub struct Ledger {
     pub loss: Option<f64>,
     /// Loss since then: a state may be saved between two logged steps.
     pub unlogged: LossSum,
+    /// The same of the loss that balances experts.
+    #[serde(default)]
+    pub unlogged_balance: LossSum,
     /// Loss of the last evaluation.
     pub eval_loss: Option<f64>,
     /// Step of the last evaluation.
@@ -131,6 +134,7 @@ impl Ledger {
             elapsed_seconds: 0.0,
             loss: None,
             unlogged: LossSum::default(),
+            unlogged_balance: LossSum::default(),
             eval_loss: None,
             evaluated_at: None,
             best: None,

@@ -27,6 +27,10 @@ pub struct StepRecord {
     /// Mean cross-entropy over the trained tokens of the steps since the last logged one, in nats. Steps that were skipped as
     /// not finite are left out; null when all were.
     pub loss: f64,
+    /// The loss that balances experts (arXiv:2101.03961), without its coefficient, over the same steps: as many as a token has experts
+    /// where they are even, more where they are not. Absent where no experts are balanced.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub router_aux_loss: Option<f64>,
     /// The rate this step was made with.
     pub learning_rate: f64,
     /// L2 norm of all gradients of this step before clipping; null when it was not finite.
@@ -287,6 +291,7 @@ mod tests {
             step,
             epoch: 0.5,
             loss: 1.25,
+            router_aux_loss: None,
             learning_rate: 1e-4,
             grad_norm: f64::NAN,
             tokens: 10,

@@ -89,8 +89,9 @@ impl Progress {
     }
 
     fn step(&mut self, record: &StepRecord) {
+        let balance = record.router_aux_loss.map(|value| format!("balance {value:.3}  ")).unwrap_or_default();
         let numbers = format!(
-            "loss {:.4}  rate {:.2e}  gradient norm {:.3}  {:.0} tokens/s",
+            "loss {:.4}  {balance}rate {:.2e}  gradient norm {:.3}  {:.0} tokens/s",
             record.loss, record.learning_rate, record.grad_norm, record.tokens_per_second
         );
         match &mut self.shown {

@@ -76,6 +76,7 @@ fn render(
     };
     let charts: Vec<Chart> = [
         ("Loss", Scale::Logarithmic, vec![("training", column("loss")), ("evaluation", column("eval_loss"))]),
+        ("Balance of experts", Scale::Linear, vec![("router_aux_loss", column("router_aux_loss"))]),
         ("Learning rate", Scale::Linear, vec![("learning rate", column("learning_rate"))]),
         ("Gradient norm before clipping", Scale::Linear, vec![("gradient norm", column("grad_norm"))]),
         ("Trained tokens per second", Scale::Linear, vec![("tokens/s", column("trained_tokens_per_second"))]),

@@ -59,7 +59,8 @@ impl TensorBoard {
                     ("train/tokens_per_second", record.tokens_per_second),
                     ("train/trained_tokens_per_second", record.trained_tokens_per_second),
                 ];
-                scalars.into_iter().try_for_each(|(tag, value)| self.scalar(tag, value, record.step))?;
+                let balance = record.router_aux_loss.map(|value| ("train/router_aux_loss", value));
+                scalars.into_iter().chain(balance).try_for_each(|(tag, value)| self.scalar(tag, value, record.step))?;
             }
             Event::Eval(record) => self.scalar("eval/loss", record.eval_loss, record.step)?,
             _ => return Ok(()),

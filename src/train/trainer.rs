@@ -14,7 +14,7 @@ use super::optimizer::{Optimizer, restore};
 use super::state::States;
 use super::{BatchSource, Interrupts, Outcome, Progress, RunFolder, Schedule, report};
 use crate::data::{Batch, Cursor, RowId};
-use crate::objective::Learner;
+use crate::objective::{Learner, Loss};
 use crate::recipe::TrainingRecipe;
 use crate::torch_ext::catching;
 use crate::{Error, Fault, Result};
@@ -64,6 +64,7 @@ pub struct Trainer<'a> {
 struct Pending {
     step: u64,
     trained_tokens: u64,
+    /// Loss, gradient norm, and the loss that balances experts where there is one.
     numbers: Tensor,
     rows: Vec<RowId>,
 }
@@ -167,15 +168,20 @@ impl<'a> Trainer<'a> {
         }
 
         let loss_scale = self.ledger.scaler.map_or(1.0, |scaler| scaler.scale);
-        let mut loss: Option<Tensor> = None;
+        let (mut loss, mut balance): (Option<Tensor>, Option<Tensor>) = (None, None);
+        let added =
+            |sum: Option<Tensor>, part: Tensor| Some(sum.map_or_else(|| part.shallow_clone(), |sum| sum + &part));
         for (index, batch) in group.iter().enumerate() {
             let seed = dropout_seed(self.run.training.seed, self.ledger.step, index as u64);
             let part = catching(&place(batch), || {
                 let part = self.learner.loss(batch, Some(seed), loss_scale / trained as f64);
-                part.backward();
-                Ok(part.detach())
+                part.value.backward();
+                Ok(Loss { value: part.value.detach(), ..part })
             })?;
-            loss = Some(loss.map_or_else(|| part.shallow_clone(), |sum| sum + &part));
+            loss = added(loss, part.value);
+            if let Some(part) = part.balance {
+                balance = added(balance, part);
+            }
         }
         let loss = loss.expect("a group has at least one micro-batch") / loss_scale;
         let learning_rate = schedule.rate(self.ledger.step);
@@ -186,7 +192,9 @@ impl<'a> Trainer<'a> {
         self.ledger.trained_tokens += trained;
         self.window.tokens += tokens;
         self.window.trained_tokens += trained;
-        let numbers = Tensor::stack(&[loss, verdict.gradient_norm], 0);
+        let balance = balance.map(|balance| balance / loss_scale);
+        let numbers: Vec<Tensor> = [loss, verdict.gradient_norm].into_iter().chain(balance).collect();
+        let numbers = Tensor::stack(&numbers, 0);
         self.pending.push(Pending { step: self.ledger.step, trained_tokens: trained, numbers, rows });
         self.last = Some(Settled { loss: f64::NAN, gradient_norm: f64::NAN, learning_rate });
         // The next step's loss scale depends on this one.
@@ -226,7 +234,8 @@ impl<'a> Trainer<'a> {
         }
         let pending = std::mem::take(&mut self.pending);
         let numbers: Vec<&Tensor> = pending.iter().map(|step| &step.numbers).collect();
-        let numbers = Tensor::stack(&numbers, 0).to_device(Device::Cpu); // (steps, 2)
+        let numbers = Tensor::stack(&numbers, 0).to_device(Device::Cpu); // (steps, 2 or 3)
+        let balanced = numbers.size()[1] > 2;
         let mut diverged = None;
         for (index, Pending { step, trained_tokens, rows, .. }) in pending.into_iter().enumerate() {
             let loss = numbers.double_value(&[index as i64, 0]);
@@ -245,6 +254,9 @@ impl<'a> Trainer<'a> {
             if finite {
                 self.ledger.nonfinite_in_a_row = 0;
                 self.ledger.unlogged.add(loss, trained_tokens);
+                if balanced {
+                    self.ledger.unlogged_balance.add(numbers.double_value(&[index as i64, 2]), trained_tokens);
+                }
             } else if counts {
                 self.ledger.nonfinite_in_a_row += 1;
             }
@@ -286,6 +298,7 @@ impl<'a> Trainer<'a> {
             step: self.ledger.step,
             epoch: self.epoch(source)?,
             loss: loss.unwrap_or(f64::NAN),
+            router_aux_loss: std::mem::take(&mut self.ledger.unlogged_balance).mean(),
             learning_rate: last.learning_rate,
             grad_norm: last.gradient_norm,
             tokens: self.ledger.tokens,
@@ -305,7 +318,7 @@ impl<'a> Trainer<'a> {
             let (mut sum, mut tokens) = (0.0, 0u64);
             for batch in source.evaluation()? {
                 let batch = batch?;
-                let loss = || Ok(no_grad(|| self.learner.loss(&batch, None, 1.0)).double_value(&[]));
+                let loss = || Ok(no_grad(|| self.learner.loss(&batch, None, 1.0).value).double_value(&[]));
                 sum += catching(&place(&batch), loss)?;
                 tokens += batch.rows.size()[0] as u64;
                 if self.run.interrupts.received().is_some() {

@@ -35,7 +35,7 @@ fn accumulation_changes_neither_loss_nor_gradient() {
     assert_eq!(expected.len(), 9);
     for (series, other) in &results[1..] {
         for (record, expected) in series.iter().zip(expected) {
-            for key in ["loss", "grad_norm", "eval_loss"] {
+            for key in ["loss", "router_aux_loss", "grad_norm", "eval_loss"] {
                 let (Some(found), Some(expected)) = (record[key].as_f64(), expected[key].as_f64()) else { continue };
                 assert!((found - expected).abs() < 2e-6 * expected.abs(), "{key}: {record} is not {expected}");
             }
@@ -66,14 +66,17 @@ fn the_logged_loss_is_that_of_all_steps_since_the_last_one() {
         for window in &windows {
             let end = window["step"].as_u64().unwrap() as usize;
             let tokens = |at: usize| if at == 0 { 0 } else { every[at - 1]["trained_tokens"].as_u64().unwrap() };
-            let mut sum = LossSum::default();
-            for (at, record) in every.iter().enumerate().take(end).skip(begin) {
-                if let Some(loss) = record["loss"].as_f64() {
-                    sum.add(loss, tokens(at + 1) - tokens(at));
+            for key in ["loss", "router_aux_loss"] {
+                let mut sum = LossSum::default();
+                for (at, record) in every.iter().enumerate().take(end).skip(begin) {
+                    if let Some(loss) = record[key].as_f64() {
+                        sum.add(loss, tokens(at + 1) - tokens(at));
+                    }
                 }
+                let found = window[key].as_f64().unwrap();
+                let expected = sum.mean().unwrap();
+                assert!((found - expected).abs() < 1e-12, "{key} of steps {begin} to {end}: {found} is not {sum:?}");
             }
-            let found = window["loss"].as_f64().unwrap();
-            assert!((found - sum.mean().unwrap()).abs() < 1e-12, "steps {begin} to {end}: {found} is not {sum:?}");
             assert_eq!(window["grad_norm"], every[end - 1]["grad_norm"], "the norm is the last step's");
             begin = end;
         }
@@ -102,7 +105,7 @@ fn patience_stops_the_run_and_the_best_adapter_is_taken() {
     let mut sum = 0.0;
     let mut tokens = 0;
     for batch in Toys::new().evaluation().unwrap().map(Result::unwrap) {
-        sum += toy.loss(&batch, None, 1.0).double_value(&[]);
+        sum += toy.loss(&batch, None, 1.0).value.double_value(&[]);
         tokens += batch.rows.size()[0];
     }
     assert!((sum / tokens as f64 - best.eval_loss).abs() < 1e-6, "the model has the best adapter");
@@ -163,7 +166,7 @@ fn running_out_of_memory_is_an_error_that_leaves_the_state_alone() {
         fn parameters(&self) -> Vec<(String, Tensor)> {
             self.0.parameters()
         }
-        fn loss(&self, batch: &Batch, dropout_seed: Option<u64>, scale: f64) -> Tensor {
+        fn loss(&self, batch: &Batch, dropout_seed: Option<u64>, scale: f64) -> Loss {
             if batch.origins.iter().any(|origin| origin.row == 8) {
                 let _ = Tensor::empty([1 << 60], (Kind::Float, Device::Cpu));
             }

@@ -21,7 +21,7 @@ fn eval_loss(toy: &Toy) -> f64 {
     let (mut sum, mut tokens) = (0.0, 0);
     for batch in Toys::new().evaluation().unwrap() {
         let batch = batch.unwrap();
-        sum += no_grad(|| toy.loss(&batch, None, 1.0)).double_value(&[]);
+        sum += no_grad(|| toy.loss(&batch, None, 1.0).value).double_value(&[]);
         tokens += batch.rows.size()[0];
     }
     sum / tokens as f64

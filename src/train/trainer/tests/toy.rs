@@ -57,7 +57,7 @@ impl Learner for Toy {
         vec![("toy.a".into(), self.a.shallow_clone()), ("toy.b".into(), self.b.shallow_clone())]
     }
 
-    fn loss(&self, batch: &Batch, dropout_seed: Option<u64>, scale: f64) -> Tensor {
+    fn loss(&self, batch: &Batch, dropout_seed: Option<u64>, scale: f64) -> Loss {
         let mut hidden = self.embedding.index_select(0, &batch.ids);
         if let (Some(seed), true) = (dropout_seed, self.dropout) {
             let kept: Vec<f32> =
@@ -77,7 +77,8 @@ impl Learner for Toy {
         if scale * batch.rows.size()[0] as f64 > self.overflows_beyond {
             loss += (&self.b - self.b.detach()).sum(Kind::Float) * f64::from(f32::MAX);
         }
-        loss
+        // Something else that differs from token to token.
+        Loss { value: loss, balance: dropout_seed.map(|_| batch.targets.sum(Kind::Float) * scale) }
     }
 }
 
@@ -218,8 +219,18 @@ pub(super) fn train(folder: &Path, start: Start, toy: &Toy, toys: &Toys) -> Resu
 /// The numbers of a run that must not depend on when it was stopped.
 pub(super) fn series(folder: &Path) -> Vec<Value> {
     let text = fs::read_to_string(folder.join("metrics.jsonl")).unwrap();
-    let kept =
-        ["step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "trained_tokens", "eval_loss", "eval_tokens"];
+    let kept = [
+        "step",
+        "epoch",
+        "loss",
+        "router_aux_loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "trained_tokens",
+        "eval_loss",
+        "eval_tokens",
+    ];
     let strip = |line: &str| {
         let record: serde_json::Map<String, Value> = serde_json::from_str(line).unwrap();
         Value::Object(record.into_iter().filter(|(key, _)| kept.contains(&key.as_str())).collect())
