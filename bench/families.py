@@ -217,6 +217,8 @@ def flops(config, model, adapter, lengths):
         seen = window if kind == "sliding_attention" else None
         chunk = config.attention_chunk_size if kind == "chunked_attention" else None
         attention += heads * (query + value) / 2 * sum(pairs(n, seen, chunk) for n in lengths)
+    if getattr(config, "layer_sharing", False):  # blocks are gone through twice
+        base, low_rank, attention = 2 * base, 2 * low_rank, 2 * attention
     return {
         "matrices": 4 * base * tokens, "adapter": 6 * low_rank * tokens, "head": 4 * config.vocab_size * hidden * trained,
         "attention": 14 * attention, "delta": delta,

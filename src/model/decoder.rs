@@ -41,6 +41,9 @@ pub struct Decoder {
     head: Linear,
 }
 
+/// What the dropout seeds of one pass through a block and the next are apart: odd, and far from what steps and micro-batches add.
+const PASS: u64 = 0xd1b5_4a32_d192_ed03;
+
 /// What changes from one forward to the next.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Forward<'a> {
@@ -141,8 +144,8 @@ impl Decoder {
     pub fn hidden(&self, ids: &Tensor, positions: &Tensor, documents: &Documents, forward: Forward<'_>) -> Tensor {
         let (mut h, given) = self.given(ids, positions, documents, forward);
         let mut handed_on = HandedOn::default();
-        for (i, layer) in self.layers.iter().enumerate() {
-            let context = given.context(i, layer);
+        for (i, layer, pass) in self.passes() {
+            let context = given.context(i, layer, pass);
             h = if i < forward.recomputed_layers {
                 layer.forward_recomputed(&h, &context, &mut handed_on)
             } else {
@@ -156,7 +159,10 @@ impl Decoder {
     /// An empty cache for `sequences` sequences.
     pub fn cache(&self, sequences: usize) -> Cache {
         let options = (self.kind, self.device);
-        Cache::new(sequences, self.layers.iter().filter_map(|layer| layer.cache(sequences as i64, options)).collect())
+        Cache::new(
+            sequences,
+            self.passes().filter_map(|(_, layer, _)| layer.cache(sequences as i64, options)).collect(),
+        )
     }
 
     /// [`Decoder::hidden`] of new tokens of cached sequences: document i of `documents` continues sequence i. No graph.
@@ -170,12 +176,18 @@ impl Decoder {
             let positions = Tensor::from_slice(&positions).to_device(self.device);
             let (mut h, given) = self.given(ids, &positions, documents, Forward::default());
             let mut handed_on = HandedOn::default();
-            for (i, layer) in self.layers.iter().enumerate() {
-                let cache = &mut cache.layers[layer.cached_in];
-                h = layer.forward(&h, &given.context(i, layer), &mut handed_on, Some(cache));
+            for (i, layer, pass) in self.passes() {
+                let cache = &mut cache.layers[layer.cached_in * self.spec.passes + pass];
+                h = layer.forward(&h, &given.context(i, layer, pass), &mut handed_on, Some(cache));
             }
             self.finish(&h)
         })
+    }
+
+    /// The blocks in the order the stream goes through them, by their number, and the how-manieth time it is.
+    fn passes(&self) -> impl Iterator<Item = (usize, &Layer, usize)> {
+        let numbered = self.layers.iter().enumerate();
+        numbered.flat_map(|(i, layer)| (0..self.spec.passes).map(move |pass| (i, layer, pass)))
     }
 
     /// The final hidden states (T, D) of the stream after the last block.
@@ -306,8 +318,8 @@ struct Given<'a> {
 }
 
 impl Given<'_> {
-    /// What block i reads.
-    fn context(&self, i: usize, layer: &Layer) -> Context<'_> {
+    /// What block i reads in one of its passes, which differ in what is dropped out.
+    fn context(&self, i: usize, layer: &Layer, pass: usize) -> Context<'_> {
         Context {
             documents: self.documents,
             ids: self.ids,
@@ -315,7 +327,7 @@ impl Given<'_> {
             rotation: layer.rotation.map(|which| &self.rotations[which]),
             input: self.inputs.get(i),
             kind: self.kind,
-            dropout_seed: self.dropout_seed,
+            dropout_seed: self.dropout_seed.map(|seed| seed.wrapping_add(PASS.wrapping_mul(pass as u64))),
             balance: self.balance,
         }
     }

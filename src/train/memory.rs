@@ -6,7 +6,7 @@
 //! what the gate gives and what is added once more. A delta-net keeps q, k, v before their convolution and after it, the output's
 //! gate, what its heads read and that normed; and in fp32 two gates of each head, norm statistics, and its state every
 //! [`DELTA_RUN`] tokens. Of several copies of the stream, each half keeps all, and what it gives. Recomputed, it keeps the stream once. The most that is alive beside that is one block's worth of
-//! gradients and the head's chunk of logits.
+//! gradients and the head's chunk of logits. A block that is gone through several times keeps all of it each time.
 
 use std::fmt;
 
@@ -92,17 +92,18 @@ impl MemoryPlan {
         let share = (kept.len() - recomputed_layers) as u64;
         let layers = kept.len().max(1) as u64;
         // X A^T of every adapter, and A and B in the activations' type.
-        let of_adapters = (ranks * tokens + numbers) * element * share / layers;
+        let passes = spec.passes as u64;
+        let of_adapters = (ranks * tokens + numbers) * passes * element * share / layers;
         let copies = spec.streams.as_ref().map_or(1, |streams| streams.count as u64);
         let hidden = spec.hidden_size as u64 * element;
-        let recomputed = recomputed_layers as u64 * copies * hidden;
+        let recomputed = recomputed_layers as u64 * copies * passes * hidden;
         let activations = (kept[recomputed_layers..].iter().sum::<u64>() + recomputed) * tokens + of_adapters;
         let vocabulary = spec.vocab_size as u64;
         let chunk = trained.min((64 << 20) / (4 * vocabulary)).max(1);
         // Logits and their gradient; the last hidden states before and after their norm, the trained ones and their gradient.
         let head = 2 * chunk * vocabulary * element + (2 * tokens + 2 * trained) * hidden;
         let again = if recomputed_layers > 0 { 2 } else { 1 };
-        let block = again * kept.iter().max().copied().unwrap_or(0) * tokens;
+        let block = again * kept.iter().max().copied().unwrap_or(0) / passes * tokens;
         let working = head.max(block);
         let gradients = 4 * numbers;
         let optimizer = beside.saturating_sub(gradients);
@@ -172,9 +173,10 @@ fn fewest(spec: &ModelSpec, kind: Kind, tokens: u64, budget: u64) -> usize {
     let element = kind.elt_size_in_bytes() as u64;
     let kept = kept_by_blocks(spec, kind);
     let copies = spec.streams.as_ref().map_or(1, |streams| streams.count as u64);
-    let recomputed = copies * spec.hidden_size as u64 * element;
+    let passes = spec.passes as u64;
+    let recomputed = copies * passes * spec.hidden_size as u64 * element;
     // While a block runs backward: its activations, and as much again of gradients.
-    let working = 2 * kept.iter().max().copied().unwrap_or(0) * tokens + 3 * (64 << 20);
+    let working = 2 * kept.iter().max().copied().unwrap_or(0) / passes * tokens + 3 * (64 << 20);
     let need = |n: usize| {
         let saved: u64 = kept[n..].iter().sum();
         (saved + n as u64 * recomputed) * tokens + working
@@ -182,10 +184,11 @@ fn fewest(spec: &ModelSpec, kind: Kind, tokens: u64, budget: u64) -> usize {
     (0..=kept.len()).find(|n| need(*n) <= budget).unwrap_or(kept.len())
 }
 
-/// Bytes that each block keeps per token.
+/// Bytes that each block keeps per token, in all its passes.
 fn kept_by_blocks(spec: &ModelSpec, kind: Kind) -> Vec<u64> {
     let element = kind.elt_size_in_bytes() as u64;
-    spec.layers.iter().map(|layer| kept_bytes(layer, spec.hidden_size as u64, element)).collect()
+    let passes = spec.passes as u64;
+    spec.layers.iter().map(|layer| passes * kept_bytes(layer, spec.hidden_size as u64, element)).collect()
 }
 
 fn kept_bytes(layer: &crate::model::spec::LayerSpec, hidden: u64, element: u64) -> u64 {
@@ -289,6 +292,15 @@ mod tests {
         let spec = eight_billion();
         let per_token: u64 = spec.layers.iter().map(|layer| kept_bytes(layer, 4096, 2)).sum();
         assert!((3_000_000..3_050_000).contains(&per_token), "{per_token}");
+    }
+
+    #[test]
+    fn a_block_that_is_gone_through_twice_keeps_twice_as_much() {
+        let once = eight_billion();
+        let twice = ModelSpec { passes: 2, ..once.clone() };
+        let kept = |spec: &ModelSpec| kept_by_blocks(spec, Kind::BFloat16).iter().sum::<u64>();
+        assert_eq!(kept(&twice), 2 * kept(&once));
+        assert!(fewest(&twice, Kind::BFloat16, 16_384, 60 << 30) > fewest(&once, Kind::BFloat16, 16_384, 60 << 30));
     }
 
     #[test]

@@ -57,6 +57,7 @@ import warnings
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the imports, which read it
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
+import mobilellm  # noqa: F401 (makes its type known to transformers)
 import numpy as np
 import torch
 import transformers
@@ -164,6 +165,9 @@ MIXTRAL_NAMES = [(r"\.mlp(\.|$)", r".block_sparse_moe\1")]
 
 VARIANTS = {
     "llama": Variant("llama", {"rope_theta": 10000.0}),
+    "mobilellm": Variant(
+        "mobilellm", {"rope_theta": 10000.0, "layer_sharing": True, "share_embedding": True, "tie_word_embeddings": False}
+    ),
     "smollm3": Variant(
         "smollm3",
         {

@@ -29,6 +29,7 @@ pub(super) fn model(
         layer_inputs: None,
         streams: None,
         layers,
+        passes: 1,
         final_norm,
         head: HeadSpec { name: head.into(), tied: config.flag_or("tie_word_embeddings", tied)?, bias: false, map },
         names: Names::default(),

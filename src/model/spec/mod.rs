@@ -58,6 +58,8 @@ pub struct ModelSpec {
     pub streams: Option<Streams>,
     /// The blocks, in order.
     pub layers: Vec<LayerSpec>,
+    /// How often the stream goes through each block before it goes on to the next; every time with keys and values of its own.
+    pub passes: usize,
     /// After the last block.
     pub final_norm: NormSpec,
     /// From hidden states to logits.
