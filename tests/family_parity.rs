@@ -18,6 +18,7 @@ use tch::{Device, Kind, Tensor};
 /// The fixtures that are compared; the README's table is made of them.
 const VERIFIED: &[&str] = &[
     "llama",
+    "mobilellm",
     "smollm3",
     "mistral",
     "mistral3",
@@ -264,16 +265,19 @@ fn the_balancing_loss_of_routers_and_its_gradient_are_those_of_transformers() {
     let routed: Vec<&Fixture> = all.iter().filter(|f| f.reference.contains_key("aux_loss")).collect();
     assert!(!routed.is_empty());
     for fixture in routed {
-        for recomputed_layers in [0, 100] {
-            // The first document alone, with a coefficient of 1.
+        for (recomputed_layers, by_recipe) in [(0, false), (100, true)] {
+            // The first document alone, with a coefficient of 1: the config's, or one that a recipe gives.
             let mut config: serde_json::Value =
                 serde_json::from_slice(&std::fs::read(fixture.folder.path().join("config.json")).unwrap()).unwrap();
             let text = if config.get("text_config").is_some() { &mut config["text_config"] } else { &mut config };
-            text["output_router_logits"] = true.into();
+            text["output_router_logits"] = (!by_recipe).into();
             text["router_aux_loss_coef"] = 1.0.into();
             let mut checkpoint = fixture.checkpoint();
             checkpoint.config = config;
             let mut model = load(&checkpoint, fixture.name);
+            if by_recipe {
+                assert!(!model.balances_experts() && model.balance_experts(1.0), "{}", fixture.name);
+            }
             let adapters = Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0, None).unwrap();
             let (_, length) = fixture.documents().spans().next().unwrap();
             let documents = Documents::one(length);
@@ -440,6 +444,60 @@ fn adapters_and_merged_models_read_back_as_what_was_written() {
         let logits = fixture.logits(&load(&merged, fixture.name));
         fixture.assert_close("merged logits", &logits, &fixture.reference["logits"], TOLERANCE);
     }
+}
+
+/// transformers writes a config otherwise than it is published: positions in one object, derived lists in full.
+#[test]
+fn a_config_that_transformers_has_saved_again_is_the_same_model() {
+    for name in VERIFIED {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/families").join(name);
+        let [published, saved] = ["config.json", "saved.json"].map(|file| {
+            let config: serde_json::Value = serde_json::from_slice(&std::fs::read(folder.join(file)).unwrap()).unwrap();
+            families::from_config(&config).unwrap_or_else(|error| panic!("{name}: {file}: {error}"))
+        });
+        assert_eq!(saved, published, "{name}");
+    }
+}
+
+/// A config may say that the head is the embedding where the files have one of its own: transformers goes by the files.
+#[test]
+fn a_head_that_differs_from_the_embedding_it_is_said_to_be_is_its_own() {
+    let fixture = Fixture::new("llama");
+    let mut checkpoint = fixture.checkpoint();
+    checkpoint.config["tie_word_embeddings"] = true.into();
+    let model = load(&checkpoint, fixture.name);
+    fixture.assert_close("logits", &fixture.logits(&model), &fixture.reference["base_logits"], TOLERANCE);
+    assert!(!model.spec.head.tied);
+
+    // The same numbers twice are one head.
+    let again = tempfile::tempdir().unwrap();
+    let names = checkpoint.names().iter().map(ToString::to_string).collect::<Vec<_>>();
+    let embedding = checkpoint.tensor("model.embed_tokens.weight", Kind::Float, Device::Cpu).unwrap();
+    let tensors: Vec<(String, Tensor)> = names
+        .into_iter()
+        .map(|name| {
+            let own = checkpoint.tensor(&name, Kind::Float, Device::Cpu).unwrap();
+            let tensor = if name == "lm_head.weight" { embedding.copy() } else { own };
+            (name, tensor)
+        })
+        .collect();
+    Tensor::write_safetensors(&tensors, again.path().join("model.safetensors")).unwrap();
+    std::fs::write(again.path().join("config.json"), checkpoint.config.to_string()).unwrap();
+    let checkpoint = Checkpoint::open(&BaseSource::Folder(again.path().to_path_buf())).unwrap();
+    assert!(families::spec(&checkpoint).unwrap().head.tied);
+}
+
+/// Everything under `tests/fixtures` is fetched by everyone who clones.
+#[test]
+fn fixtures_stay_under_fifteen_megabytes() {
+    fn bytes(folder: &Path) -> u64 {
+        let entries = std::fs::read_dir(folder).unwrap().map(Result::unwrap);
+        entries
+            .map(|entry| if entry.path().is_dir() { bytes(&entry.path()) } else { entry.metadata().unwrap().len() })
+            .sum()
+    }
+    let found = bytes(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures"));
+    assert!(found < 15_000_000, "{found} bytes");
 }
 
 /// One row of the README for each family, made of what is compared here.

@@ -91,8 +91,9 @@ fn model(checkpoint: &Checkpoint) -> Value {
     for key in ["parameters", "stored_as", "files", "bytes"] {
         facts[key] = stored[key].clone();
     }
-    if !checkpoint.notices().is_empty() {
-        facts["notices"] = json!(checkpoint.notices());
+    let notices = [checkpoint.notices(), &families::notices(&checkpoint.config)].concat();
+    if !notices.is_empty() {
+        facts["notices"] = json!(notices);
     }
     facts
 }

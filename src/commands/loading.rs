@@ -28,7 +28,7 @@ pub(super) fn checkpoint(source: &BaseSource, console: &Console) -> Result<Check
     let stage = console.stage("fetching the base", Unit::Bytes);
     let checkpoint = Checkpoint::open_with(source, &mut |transfer| stage.at(transfer.done, transfer.total))?;
     drop(stage);
-    for notice in checkpoint.notices() {
+    for notice in checkpoint.notices().iter().chain(&families::notices(&checkpoint.config)) {
         console.say(format_args!("note: {notice}"));
     }
     Ok(checkpoint)

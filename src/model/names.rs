@@ -5,6 +5,7 @@
 //! [`Names::spec_names`].
 
 use super::ModelSpec;
+use crate::Result;
 use crate::weights::Checkpoint;
 
 /// How a model's modules are called elsewhere.
@@ -120,7 +121,7 @@ impl Names {
 
 impl ModelSpec {
     /// Settles what only the files can say: which of its layouts they have, and whether a head is among them.
-    pub(super) fn settle(&mut self, checkpoint: &Checkpoint) {
+    pub(super) fn settle(&mut self, checkpoint: &Checkpoint) -> Result<()> {
         let has = |names: &Names, name: &str| checkpoint.shape(&names.stored(name)).is_some();
         if self.names.layouts.len() > 1 {
             let tensors = self.tensors();
@@ -130,9 +131,14 @@ impl ModelSpec {
             };
             self.names.layout = (0..self.names.layouts.len()).min_by_key(missing).unwrap_or(0);
         }
-        if self.names.own_head_if_stored && has(&self.names, &format!("{}.weight", self.head.name)) {
+        let own = self.names.stored(&format!("{}.weight", self.head.name));
+        let shared = self.names.stored(&self.embedding.weight);
+        // Where the files have another head than the embedding, the config that says they are one is wrong, as transformers sees it.
+        self.names.own_head_if_stored |= self.head.tied && checkpoint.differ(&own, &shared)?;
+        if self.names.own_head_if_stored && checkpoint.shape(&own).is_some() {
             self.head.tied = false;
         }
+        Ok(())
     }
 }
 

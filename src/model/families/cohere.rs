@@ -1,5 +1,7 @@
 //! Command R (cohere) and its successors: one LayerNorm without bias before both halves, pairs rotating, scaled logits.
 
+use serde_json::json;
+
 use super::assembly;
 use super::block::{self, activation};
 use super::config::Config;
@@ -24,11 +26,25 @@ pub(super) fn cohere2(config: &Config<'_>) -> Result<ModelSpec> {
     let count = layers::count(config, "num_hidden_layers")?;
     let pattern = config.size_or("sliding_window_pattern", 4)?;
     let slides = layer_types(config, count, |i| (i + 1) % pattern != 0)?;
+    // How the published files tell of the same; the last is what `layer_types` are derived from, which are there then.
+    config.always(&[
+        ("layer_switch", &[json!(pattern)]),
+        ("order_of_interleaved_layers", &[json!("local_attn_first")]),
+        ("use_qk_norm", &[json!(false)]),
+    ])?;
+    config.passed_over(&["_sliding_window_pattern"]);
     let masks = masks(&slides, config.window_or(4096)?);
     build(config, 10_000.0, false, &slides.into_iter().zip(masks).collect::<Vec<_>>())
 }
 
 fn build(config: &Config<'_>, theta: f64, normed: bool, layers: &[(bool, Mask)]) -> Result<ModelSpec> {
+    config.always(&[
+        ("position_embedding_type", &[json!("rope_gptj")]),
+        ("rotary_pct", &[json!(1.0), json!(1)]),
+        ("use_embedding_sharing", &[json!(true)]),
+        ("use_gated_activation", &[json!(true)]),
+        ("use_parallel_block", &[json!(true)]),
+    ])?;
     let heads = Heads::read(config, None)?;
     let hidden = heads.hidden_size;
     let eps = config.positive_or("layer_norm_eps", 1e-5)?;

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
+use super::said::{asks, elsewhere};
 use crate::{Error, Fault, Result};
 
 /// A `config.json`, or an object inside it.
@@ -17,8 +18,8 @@ pub(super) struct Config<'a> {
     defaults: &'a [(&'static str, i64)],
 }
 
-/// Fields that change what some family computes. One that is set in a config whose page never asks for it is an error, not
-/// something to pass over.
+/// Fields that change what some family computes, and what they ask for. These and every other field that is set in a config whose page
+/// never asks for it are an error, unless they speak of something else ([`elsewhere`]).
 const COMPUTES: &[(&str, &str)] = &[
     ("attention_k_eq_v", "values that are the keys"),
     ("attention_bias", "biases of the attention's projections"),
@@ -72,6 +73,9 @@ const COMPUTES: &[(&str, &str)] = &[
     ("audio_config", "sound"),
 ];
 
+/// Fields of positions that say the kind, or what is so of text whatever they say: all sections have a token's one position.
+const OF_POSITIONS: &[&str] = &["rope_type", "type", "finetuned", "mrope_section", "mrope_interleaved"];
+
 /// Larger sizes than any model's; keeps products of two of them within i64.
 const LARGEST: i64 = 1 << 30;
 
@@ -85,25 +89,70 @@ impl<'a> Config<'a> {
         Self { defaults, ..self }
     }
 
-    /// An error for the first field that changes the computation and was not asked for.
+    /// An error for a field that may change the computation and was not asked for, also of how positions are encoded.
     pub(super) fn prove_understood(&self) -> Result<()> {
+        self.prove_featureless()?;
+        let own = self.unknown().into_iter().map(|(name, value)| (name.to_string(), value));
+        let positions = ["rope_scaling", "rope_parameters"].into_iter();
+        let positions = positions.filter_map(|name| Some((name, self.value.get(name)?)));
+        let nested = positions.flat_map(|(field, value)| self.unknown_below(field, value));
+        own.chain(nested).next().map_or(Ok(()), |(name, value)| {
+            let what = format!("{} is not understood: it may change what this model_type computes", short(value));
+            let hint = "use a base without it; if it changes nothing, take it out of config.json";
+            Err(Error::Model(Fault::new(format!("config.json: {name}"), what).hint(hint)))
+        })
+    }
+
+    /// An error for the first field of those that are known to change the computation, where it was not asked for.
+    pub(super) fn prove_featureless(&self) -> Result<()> {
         let asked = self.asked.borrow();
-        let set = |value: &Value| match value {
-            Value::Null => false,
-            Value::Bool(on) => *on,
-            Value::Number(number) => number.as_f64().is_none_or(|number| number != 0.0 && number != 1.0),
-            Value::Array(list) => !list.is_empty(),
-            Value::Object(fields) => !fields.is_empty(),
-            Value::String(_) => true,
-        };
         let found = COMPUTES.iter().find_map(|(name, feature)| {
-            let value = self.value.get(name).filter(|value| set(value) && !asked.contains(*name))?;
+            let value = self.value.get(name).filter(|value| asks(value) && !asked.contains(*name))?;
             Some((name, feature, value))
         });
         found.map_or(Ok(()), |(name, feature, value)| {
             let what = format!("{} asks for {feature}, which is not supported for this model_type", short(value));
             Err(Error::Model(Fault::new(format!("config.json: {name}"), what).hint("use a base without it")))
         })
+    }
+
+    /// Fields that are set, were not asked for, and are known to nobody.
+    pub(super) fn unknown(&self) -> Vec<(&'a str, &'a Value)> {
+        let asked = self.asked.borrow();
+        let fields = self.value.as_object().into_iter().flatten();
+        let unknown = fields.filter(|(name, value)| asks(value) && !asked.contains(*name) && !elsewhere(name));
+        unknown.map(|(name, value)| (name.as_str(), value)).collect()
+    }
+
+    /// The same below `field`, which tells how positions are encoded, perhaps of each kind of layer.
+    fn unknown_below(&self, field: &str, value: &'a Value) -> Vec<(String, &'a Value)> {
+        let asked = self.asked.borrow();
+        let mut found = Vec::new();
+        for (name, value) in value.as_object().into_iter().flatten().filter(|(_, value)| asks(value)) {
+            let place = format!("{field}.{name}");
+            match value {
+                Value::Object(_) => found.extend(self.unknown_below(&place, value)),
+                _ if asked.contains(name) || OF_POSITIONS.contains(&name.as_str()) => {}
+                _ => found.push((place, value)),
+            }
+        }
+        found
+    }
+
+    /// Fields that the published configs have and that the reference passes over, as if they were always one of these values.
+    pub(super) fn always(&self, fields: &[(&str, &[Value])]) -> Result<()> {
+        for (field, expected) in fields {
+            if let Some(found) = self.field(field).filter(|found| !expected.contains(found)) {
+                let expected: Vec<String> = expected.iter().map(Value::to_string).collect();
+                return Err(wrong(field, found, &expected.join(" or ")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Fields that nothing reads, whatever they say.
+    pub(super) fn passed_over(&self, fields: &[&str]) {
+        self.asked.borrow_mut().extend(fields.iter().map(ToString::to_string));
     }
 
     /// The field, unless absent or null.
@@ -189,6 +238,16 @@ impl<'a> Config<'a> {
             None => Ok(default),
             Some(value) => value.as_bool().ok_or_else(|| wrong(name, value, "true or false")),
         }
+    }
+
+    /// Whether the field was asked for and is there.
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.asked.borrow().contains(name) && self.value.get(name).is_some()
+    }
+
+    /// Whether it has no fields.
+    pub(super) fn is_empty(&self) -> bool {
+        self.value.as_object().is_none_or(serde_json::Map::is_empty)
     }
 
     /// Whether the field is there and null.

@@ -1,6 +1,6 @@
 //! DeepSeek V2 and V3: latent attention, experts after the first layers.
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::block::{self, activation, gated, pre_norm};
 use super::config::{Config, wrong};
@@ -19,17 +19,16 @@ const LATENT_EPS: f64 = 1e-6;
 /// `DeepseekV2Config`, also of V2-Lite and V2.5.
 pub(super) fn v2(config: &Config<'_>) -> Result<ModelSpec> {
     let mlp_bias = config.flag_or("mlp_bias", false)?;
+    config.always(&[("rope_interleave", &[json!(true)])])?;
     build(config, Sizes::read(config, RopeLayout::Pairs)?, mlp_bias, 0, &|config| {
-        only(config, "scoring_func", json!("softmax"))?;
+        config.always(&[("scoring_func", &[json!("softmax")])])?;
         let count = experts::count(config, "n_routed_experts", 64)?;
         let groups = match config.field("topk_method").map(|value| (value, value.as_str())) {
             None | Some((_, Some("greedy"))) => None,
             Some((_, Some("group_limited_greedy"))) => Some(groups(config, count, (1, 1), 1)?),
             Some((value, _)) => return Err(wrong("topk_method", value, "greedy or group_limited_greedy")),
         };
-        for read_by_nothing in ["n_group", "topk_group", "norm_topk_prob"] {
-            let _ = config.field(read_by_nothing);
-        }
+        config.passed_over(&["n_group", "topk_group", "norm_topk_prob"]);
         Ok(Experts {
             count,
             width: config.size_or("moe_intermediate_size", 1407)?,
@@ -53,8 +52,7 @@ pub(super) fn v2(config: &Config<'_>) -> Result<ModelSpec> {
 pub(super) fn v3(config: &Config<'_>) -> Result<ModelSpec> {
     let layout = if config.flag_or("rope_interleave", true)? { RopeLayout::Pairs } else { RopeLayout::Halves };
     let mut spec = build(config, Sizes::read(config, layout)?, false, 3, &|config| {
-        only(config, "scoring_func", json!("sigmoid"))?;
-        only(config, "topk_method", json!("noaux_tc"))?;
+        config.always(&[("scoring_func", &[json!("sigmoid")]), ("topk_method", &[json!("noaux_tc")])])?;
         let count = experts::count(config, "n_routed_experts", 256)?;
         let groups = Some(groups(config, count, (8, 4), 2)?);
         Ok(Experts {
@@ -79,14 +77,6 @@ pub(super) fn v3(config: &Config<'_>) -> Result<ModelSpec> {
     let first = spec.layers.len() as i64;
     spec.ignored_prefixes = (first..first + ahead).map(|i| format!("model.layers.{i}.")).collect();
     Ok(spec)
-}
-
-/// A field that the published configs have and transformers passes over, as if it were always this.
-fn only(config: &Config<'_>, field: &str, expected: Value) -> Result<()> {
-    match config.field(field).filter(|found| **found != expected) {
-        None => Ok(()),
-        Some(found) => Err(wrong(field, found, &expected.to_string())),
-    }
 }
 
 /// Experts, as all layers that have them share them.
@@ -221,10 +211,7 @@ impl Sizes {
 
 /// What stretched positions make of queries and of keys: scores grow with its square.
 fn magnitude(config: &Config<'_>, rope: &Rope) -> Result<f64> {
-    let parameters = match config.object("rope_parameters")? {
-        Some(parameters) => Some(parameters),
-        None => config.object("rope_scaling")?,
-    };
+    let parameters = rope::parameters(config)?.map(|(_, parameters)| parameters);
     let Some(parameters) = parameters.filter(|_| rope.scaling != RopeScaling::None) else { return Ok(1.0) };
     match parameters.optional("mscale_all_dim")? {
         Some(mscale) => Ok(rope::yarn_scale(parameters.positive("factor")?, mscale)),
@@ -245,11 +232,18 @@ fn build(
     let act = activation(config, "hidden_act", Activation::Silu)?;
     let count = layers::count(config, "num_hidden_layers")?;
     let dense = config.count_or("first_k_dense_replace", dense_layers)?;
-    for field in ["n_routed_experts", "moe_intermediate_size"] {
-        let _ = config.field(field);
-    }
+    // All of experts, which there may be none of; and sizes of heads, which the parts of latent attention tell.
+    config.passed_over(&[
+        "n_routed_experts",
+        "moe_intermediate_size",
+        "num_experts_per_tok",
+        "n_shared_experts",
+        "n_group",
+    ]);
+    config.passed_over(&["topk_group", "topk_method", "scoring_func", "norm_topk_prob", "routed_scaling_factor"]);
+    config.passed_over(&["num_key_value_heads", "head_dim", "qk_head_dim"]);
     let experts = if dense < count { Some(experts(config)?) } else { None };
-    only(config, "moe_layer_freq", json!(1))?;
+    config.always(&[("moe_layer_freq", &[json!(1)])])?;
     let layers = (0..count).map(|i| {
         let at = |part: &str| format!("model.layers.{i}.{part}");
         let norm = |part: &str| block::norm(at(part), hidden, eps, NormKind::Rms);

@@ -3,9 +3,9 @@
 
 mod layers;
 
-use serde_json::{Value, json};
+use serde_json::json;
 
-use super::config::{Config, wrong};
+use super::config::Config;
 use super::experts::{self, Apart, router};
 use super::{assembly, block};
 use crate::model::names::{Names, Rename};
@@ -90,14 +90,6 @@ fn names() -> Names {
     }
 }
 
-/// A field that changes the computation elsewhere and is always this here.
-fn only(config: &Config<'_>, field: &str, expected: Value) -> Result<()> {
-    match config.field(field).filter(|found| **found != expected) {
-        None => Ok(()),
-        Some(found) => Err(wrong(field, found, &expected.to_string())),
-    }
-}
-
 /// A size that transformers also knows by another name.
 fn size_of(config: &Config<'_>, field: &str, alias: &str, default: i64) -> Result<i64> {
     let own = config.size_or(field, default)?;
@@ -135,9 +127,7 @@ struct Sizes {
 
 impl Sizes {
     fn read(config: &Config<'_>) -> Result<Self> {
-        for (field, expected) in [("num_key_value_heads", json!(1)), ("attention_bias", json!(false))] {
-            only(config, field, expected)?;
-        }
+        config.always(&[("num_key_value_heads", &[json!(1)]), ("attention_bias", &[json!(false)])])?;
         let fault = |field: &str, what: String| Err(Error::Model(Fault::new(format!("config.json: {field}"), what)));
         let head = config.size_or("head_dim", 512)?;
         let of_head = |factor: f64| (head as f64 * factor) as i64;
@@ -280,15 +270,13 @@ struct ExpertSizes {
 
 impl ExpertSizes {
     fn read(config: &Config<'_>) -> Result<Self> {
-        for (field, expected) in [
-            ("scoring_func", json!("sqrtsoftplus")),
-            ("topk_method", json!("noaux_tc")),
-            ("norm_topk_prob", json!(true)),
-            ("n_shared_experts", json!(1)),
-            ("hidden_act", json!("silu")),
-        ] {
-            only(config, field, expected)?;
-        }
+        config.always(&[
+            ("scoring_func", &[json!("sqrtsoftplus")]),
+            ("topk_method", &[json!("noaux_tc")]),
+            ("norm_topk_prob", &[json!(true)]),
+            ("n_shared_experts", &[json!(1)]),
+            ("hidden_act", &[json!("silu")]),
+        ])?;
         let count =
             experts::credible(size_of(config, "n_routed_experts", "num_local_experts", 256)?, "n_routed_experts")?;
         Ok(Self {

@@ -4,6 +4,7 @@ use super::block::{self, activation};
 use super::config::{Config, wrong};
 use super::layers;
 use super::llama::{self, Differences};
+use super::rope;
 use crate::model::names::Rename;
 use crate::model::spec::{
     ExpertGateUp, ExpertLinear, Experts, FeedForward, LinearSpec, ModelSpec, NormKind, NormSpec, Position, Residual,
@@ -54,13 +55,8 @@ pub(super) fn phimoe(config: &Config<'_>) -> Result<ModelSpec> {
     if count < 2 {
         return Err(Error::Model(Fault::new("config.json: num_local_experts", "1 expert; SparseMixer chooses two")));
     }
-    let noise = config.number_or("input_jitter_noise", 0.0)?;
-    if noise != 0.0 {
-        let what = format!("{noise} asks for noise on the stream while training, which is not supported");
-        return Err(Error::Model(Fault::new("config.json: input_jitter_noise", what).hint("set it to 0")));
-    }
     // Always two, whatever this says.
-    let _ = config.field("num_experts_per_tok");
+    config.passed_over(&["num_experts_per_tok"]);
     let routing = Routing::SparseMixer { jitter: config.number_or("router_jitter_noise", 0.01)? };
     every_block(config, &mut spec, count, &routing)?;
     let magnitudes = magnitudes(config)?;
@@ -113,12 +109,8 @@ fn centre(norm: &mut NormSpec) {
 
 /// `short_mscale` and `long_mscale`, which cosines and sines are multiplied by.
 fn magnitudes(config: &Config<'_>) -> Result<Option<[f64; 2]>> {
-    let parameters = match config.object("rope_parameters")? {
-        Some(parameters) => Some(parameters),
-        None => config.object("rope_scaling")?,
-    };
-    match parameters {
-        Some(p) if p.field("short_mscale").is_some() => {
+    match rope::parameters(config)? {
+        Some((_, p)) if p.field("short_mscale").is_some() => {
             Ok(Some([p.positive("short_mscale")?, p.positive("long_mscale")?]))
         }
         _ => Ok(None),
@@ -151,7 +143,7 @@ pub(super) fn qwen3_moe(config: &Config<'_>) -> Result<ModelSpec> {
         Differences { query_key_norm: true, layers: llama::every(config, window)?, ..llama::plain(config)? };
     let mut spec = llama::build(config, differences)?;
     // Read by the config's class, used by none of its layers.
-    let _ = config.field("max_window_layers");
+    config.passed_over(&["max_window_layers"]);
     qwen_experts(config, &mut spec, None, false)?;
     Ok(spec)
 }
@@ -165,7 +157,12 @@ pub(super) fn qwen_experts(
     normalised: bool,
 ) -> Result<()> {
     spec.names.taken_for_experts = TAKEN_FOR_EXPERTS;
-    if config.count_or("num_experts", 60)? == 0 {
+    config.passed_over(&["decoder_sparse_step", "mlp_only_layers", "norm_topk_prob", "num_experts_per_tok"]);
+    config.passed_over(&["moe_intermediate_size"]);
+    // transformers 5 saves what it has read under the first name under the second.
+    let field = ["num_experts", "num_local_experts"].into_iter().find(|field| config.field(field).is_some());
+    let field = field.unwrap_or("num_experts");
+    if config.count_or(field, 60)? == 0 {
         return Ok(());
     }
     let step = config.size_or("decoder_sparse_step", 1)?;
@@ -176,7 +173,7 @@ pub(super) fn qwen_experts(
             list.ok_or_else(|| wrong("mlp_only_layers", value, "a list of layer numbers"))?
         }
     };
-    let count = count(config, "num_experts", 60)?;
+    let count = count(config, field, 60)?;
     let normalised = config.flag_or("norm_topk_prob", normalised)?.then_some(0.0);
     let routing = softmax(config, "num_experts_per_tok", 4, count, normalised)?;
     let balance = balance(config)?;

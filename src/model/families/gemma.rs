@@ -9,15 +9,16 @@ use super::{assembly, rope};
 use crate::Result;
 use crate::model::spec::{
     Around, Attention, EmbeddingSpec, Ending, LayerSpec, Mask, ModelSpec, NormKind, NormSpec, Position, QueryKeyNorm,
-    Residual, Rope, RopeScaling,
+    Residual, Rope,
 };
-use crate::ops::{Activation, LogitMap, RopeLayout};
+use crate::ops::{Activation, LogitMap};
 
 /// `GemmaConfig`.
 pub(super) fn gemma(config: &Config<'_>) -> Result<ModelSpec> {
     let heads = Heads::read(config, Some(256))?;
     let rope = heads.rope(config, 10_000.0, heads.head_size)?;
     let layers = layers::count(config, "num_hidden_layers")?;
+    config.passed_over(&["hidden_activation"]);
     let kind = Kind { activation: "hidden_act", scale: None, soft_cap: None, sandwich: false, query_key_norm: false };
     build(config, heads, &kind, (0..layers).map(|_| (rope.clone(), Mask::Full)).collect(), None)
 }
@@ -29,6 +30,7 @@ pub(super) fn gemma2(config: &Config<'_>) -> Result<ModelSpec> {
     let count = layers::count(config, "num_hidden_layers")?;
     let slides = layer_types(config, count, |i| i % 2 == 0)?;
     let masks = masks(&slides, config.window_or(4096)?);
+    config.passed_over(&["hidden_act", "sliding_window_size"]);
     let kind = Kind {
         activation: "hidden_activation",
         scale: Some(config.positive_or("query_pre_attn_scalar", 256.0)?),
@@ -54,10 +56,11 @@ pub(super) fn gemma3(config: &Config<'_>) -> Result<ModelSpec> {
     let pattern = config.size_or("sliding_window_pattern", 6)?;
     let slides = layer_types(config, count, |i| (i + 1) % pattern != 0)?;
     let masks = masks(&slides, config.window_or(4096)?);
-    let [full, sliding] = ropes(config, heads.head_size)?;
+    let local = config.positive_or("rope_local_base_freq", 10_000.0)?;
+    let [full, sliding] = rope::by_kind(config, [1_000_000.0, local], heads.head_size)?;
     let layers = slides.iter().zip(masks).map(|(slides, mask)| (if *slides { &sliding } else { &full }.clone(), mask));
-    // The reference reads this and does not use it.
-    let _ = config.field("attn_logit_softcapping");
+    // The reference reads the first and does not use it; the last it derives `layer_types` from, which are there then.
+    config.passed_over(&["attn_logit_softcapping", "hidden_act", "_sliding_window_pattern"]);
     let kind = Kind {
         activation: "hidden_activation",
         scale: Some(config.positive_or("query_pre_attn_scalar", 256.0)?),
@@ -67,23 +70,6 @@ pub(super) fn gemma3(config: &Config<'_>) -> Result<ModelSpec> {
     };
     let soft_cap = config.optional("final_logit_softcapping")?;
     build(config, heads, &kind, layers.collect(), soft_cap)
-}
-
-/// The rotary embeddings of full and of sliding layers: `rope_parameters` by kind (transformers 5), or `rope_theta` with
-/// `rope_scaling` beside `rope_local_base_freq`.
-fn ropes(config: &Config<'_>, rotated: i64) -> Result<[Rope; 2]> {
-    let by_kind = config.object("rope_parameters")?.filter(|p| p.field("full_attention").is_some());
-    let plain = |theta| Rope { theta, rotated, layout: RopeLayout::Halves, scaling: RopeScaling::None };
-    let Some(by_kind) = by_kind else {
-        let local = config.positive_or("rope_local_base_freq", 10_000.0)?;
-        return Ok([rope::read(config, 1_000_000.0, rotated)?, plain(local)]);
-    };
-    let of = |kind: &str, theta: f64| -> Result<Rope> {
-        let Some(p) = by_kind.object(kind)? else { return Ok(plain(theta)) };
-        let theta = p.positive_or("rope_theta", theta)?;
-        Ok(Rope { scaling: rope::scaling(config, "rope_parameters", &p, rotated)?, ..plain(theta) })
-    };
-    Ok([of("full_attention", 1_000_000.0)?, of("sliding_attention", 10_000.0)?])
 }
 
 /// What tells the generations apart.

@@ -67,6 +67,7 @@ pub(super) fn gemma4(config: &Config<'_>) -> Result<ModelSpec> {
     if let Some(value) = config.field("use_bidirectional_attention").filter(|value| value.as_str() != Some("vision")) {
         return Err(wrong("use_bidirectional_attention", value, "null, or \"vision\", which leaves text as it is"));
     }
+    config.passed_over(&["hidden_act", "vocab_size_per_layer_input", "_sliding_window_pattern"]);
     let whole = Whole {
         heads: Heads::read(config, Some(256))?,
         eps: config.positive_or("rms_norm_eps", 1e-6)?,

@@ -1,5 +1,7 @@
 //! gpt-oss: a sink in every head's softmax, sliding and full layers in turn, experts with biases and a clamped gate.
 
+use serde_json::json;
+
 use super::block::{self, pre_norm};
 use super::config::Config;
 use super::experts::{balance, count, router, softmax};
@@ -14,7 +16,7 @@ use crate::model::spec::{
 };
 use crate::ops::{Activation, LogitMap, RopeLayout, Weighted};
 
-/// Of every expert; the config's `swiglu_limit` and `hidden_act` are read by nothing in the reference.
+/// Of every expert; the config's `swiglu_limit` and `hidden_act` are read by nothing in the reference, and never say anything else.
 const GATE: Activation = Activation::Clamped { limit: 7.0, slope: 1.702, offset: 1.0 };
 
 /// `GptOssConfig`.
@@ -29,6 +31,13 @@ pub(super) fn gpt_oss(config: &Config<'_>) -> Result<ModelSpec> {
     let count = count(config, "num_local_experts", 128)?;
     let width = config.size("intermediate_size")?;
     // A softmax over the chosen alone is one over all, divided by the sum of the chosen.
+    let chosen = config.size_or("num_experts_per_tok", 4)?;
+    config.always(&[
+        ("swiglu_limit", &[json!(7.0), json!(7)]),
+        ("hidden_act", &[json!("silu")]),
+        ("experts_per_token", &[json!(chosen)]),
+    ])?;
+    config.passed_over(&["initial_context_length"]);
     let routing = softmax(config, "num_experts_per_tok", 4, count, Some(0.0))?;
     let balance = balance(config)?;
     let layers = masks.into_iter().enumerate().map(|(i, mask)| {
@@ -74,7 +83,7 @@ pub(super) fn gpt_oss(config: &Config<'_>) -> Result<ModelSpec> {
 
 /// As the config says; where it says nothing, what the published models were made with.
 fn rope(config: &Config<'_>, heads: &Heads) -> Result<Rope> {
-    if config.field("rope_parameters").is_some() || config.field("rope_scaling").is_some() {
+    if rope::parameters(config)?.is_some() {
         return heads.rope(config, 150_000.0, heads.head_size);
     }
     Ok(Rope {

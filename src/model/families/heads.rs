@@ -99,9 +99,8 @@ impl Heads {
 
     /// The part of each head that rotates, by `partial_rotary_factor`.
     pub(super) fn partial(&self, config: &Config<'_>, default: f64) -> Result<i64> {
-        let parameters = config.object("rope_parameters")?;
-        let factor = match &parameters {
-            Some(p) if p.field("partial_rotary_factor").is_some() => p.positive("partial_rotary_factor")?,
+        let factor = match rope::parameters(config)? {
+            Some((_, p)) if p.field("partial_rotary_factor").is_some() => p.positive("partial_rotary_factor")?,
             _ => config.positive_or("partial_rotary_factor", default)?,
         };
         Ok((self.head_size as f64 * factor) as i64)

@@ -1,5 +1,7 @@
 //! Families with LayerNorm, most with a plain feed-forward: StarCoder 2, GPT-NeoX (Pythia), StableLM, Phi, Falcon, BLOOM.
 
+use serde_json::json;
+
 use super::assembly::{self, embedding};
 use super::block::{self, activation, layer_norm};
 use super::config::{Config, wrong};
@@ -15,6 +17,12 @@ use crate::{Error, Fault, Result};
 
 /// `Starcoder2Config`.
 pub(super) fn starcoder2(config: &Config<'_>) -> Result<ModelSpec> {
+    config.always(&[
+        ("norm_type", &[json!("layer_norm")]),
+        ("mlp_type", &[json!("default")]),
+        ("scale_attn_weights", &[json!(true)]),
+    ])?;
+    config.passed_over(&["layer_norm_epsilon", "activation_function"]);
     let heads = Heads::read(config, None)?;
     let (hidden, eps) = (heads.hidden_size, config.positive_or("norm_epsilon", 1e-5)?);
     let bias = config.flag_or("use_bias", true)?;
@@ -48,7 +56,7 @@ pub(super) fn gpt_neox(config: &Config<'_>) -> Result<ModelSpec> {
     let bias = config.flag_or("attention_bias", true)?;
     let width = config.size("intermediate_size")?;
     let act = activation(config, "hidden_act", Activation::Gelu)?;
-    let rotated = (heads.head_size as f64 * config.positive_or("rotary_pct", 0.25)?) as i64;
+    let rotated = heads.partial(config, config.positive_or("rotary_pct", 0.25)?)?;
     let rope = heads.rope(config, config.positive_or("rotary_emb_base", 10_000.0)?, rotated)?;
     let parallel = config.flag_or("use_parallel_residual", true)?;
     let layers = (0..layers::count(config, "num_hidden_layers")?).map(|i| {
@@ -88,6 +96,8 @@ pub(super) fn stablelm(config: &Config<'_>) -> Result<ModelSpec> {
     let rope = heads.rope(config, 10_000.0, heads.partial(config, 0.25)?)?;
     let normed = config.flag_or("qk_layernorm", false)?;
     let parallel = config.flag_or("use_parallel_residual", false)?;
+    // Older names of what is there under the names above.
+    config.passed_over(&["rope_pct", "norm_eps", "rotary_scaling_factor"]);
     let layers = (0..layers::count(config, "num_hidden_layers")?).map(|i| {
         let at = |part: &str| format!("model.layers.{i}.{part}");
         let norm = |part: &str| layer_norm(at(part), hidden, eps);
@@ -164,6 +174,9 @@ pub(super) fn falcon(config: &Config<'_>) -> Result<ModelSpec> {
     let multi_query = config.flag_or("multi_query", true)?;
     let parallel = config.flag_or("parallel_attn", true)?;
     let alibi = config.flag_or("alibi", false)?;
+    config.always(&[("apply_residual_connection_post_layernorm", &[json!(false)])])?;
+    // Said of every shape, read in one; and by how much the feed-forward is wider, which `ffn_hidden_size` tells.
+    config.passed_over(&["num_kv_heads", "ff_factor", "rope_theta", "rope_scaling", "rope_parameters"]);
     let kv_heads = match (grouped, multi_query) {
         (true, _) => config.size_or("num_kv_heads", n)?,
         (false, true) => 1,
@@ -232,6 +245,9 @@ pub(super) fn bloom(config: &Config<'_>) -> Result<ModelSpec> {
             return Err(Error::Model(Fault::new(format!("config.json: {field}"), what).hint("use a base without it")));
         }
     }
+    config.passed_over(&["hidden_size", "n_embed", "n_head", "num_attention_heads", "n_layer", "num_hidden_layers"]);
+    // How the same is computed; the biases are those of a position whatever the padding.
+    config.passed_over(&["offset_alibi", "skip_bias_add"]);
     let eps = config.positive_or("layer_norm_epsilon", 1e-5)?;
     let position = Position::Alibi { slopes: slopes(heads.heads), rounded: false, scale: 1.0 };
     let layers = (0..layers::count(config, count)?).map(|i| {

@@ -1,11 +1,14 @@
 //! Llama 2 and 3 and what keeps their layout: Yi, SmolLM2, Falcon 3, TinyLlama, MobileLLM; and with a difference or two SmolLM3,
 //! Mistral, Ministral, Qwen 2 and 3, Granite.
 
+use serde_json::json;
+
 use super::assembly;
 use super::block::{self, activation, pre_norm};
 use super::config::Config;
 use super::heads::Heads;
 use super::layers::{self, layer_types};
+use super::rope;
 use crate::model::spec::{
     Attention, Ending, LayerSpec, Mask, ModelSpec, NormKind, Position, QueryKeyNorm, Residual, Temperature,
 };
@@ -30,9 +33,12 @@ pub(super) struct Differences {
 
 /// `transformers`' `LlamaConfig`, field by field.
 pub(super) fn llama(config: &Config<'_>) -> Result<ModelSpec> {
+    // Falcon 3 says what hidden_act is once more, with the gate.
+    config.always(&[("activation", &[json!("swiglu"), json!("silu")])])?;
     let mut spec = build(config, plain(config)?)?;
-    // MobileLLM's name for a tied head.
+    // MobileLLM's names for a tied head, and for blocks that are gone through twice (arXiv:2402.14905).
     spec.head.tied |= config.flag_or("share_embedding", false)?;
+    spec.passes = if config.flag_or("layer_sharing", false)? { 2 } else { 1 };
     Ok(spec)
 }
 
@@ -48,6 +54,7 @@ pub(super) fn smollm3(config: &Config<'_>) -> Result<ModelSpec> {
         let what = format!("{} entries for num_hidden_layers = {count}", rotates.len());
         return Err(Error::Model(Fault::new("config.json: no_rope_layers", what)));
     }
+    config.passed_over(&["max_window_layers"]);
     let window = window(config, config.flag_or("use_sliding_window", false)?)?;
     let slides = layer_types(config, count, |i| window.is_some() && !rotates.get(i as usize).is_some_and(|r| *r))?;
     let layers = rotates.iter().zip(masks(&slides, window)).map(|(rotates, mask)| (*rotates, mask)).collect();
@@ -72,12 +79,8 @@ pub(super) fn ministral(config: &Config<'_>) -> Result<ModelSpec> {
 
 /// `Ministral3Config`: queries grow with their position.
 pub(super) fn ministral3(config: &Config<'_>) -> Result<ModelSpec> {
-    let parameters = match config.object("rope_parameters")? {
-        Some(parameters) => parameters,
-        None => config.object("rope_scaling")?.ok_or_else(|| {
-            Error::Model(Fault::new("config.json: rope_parameters", "missing; this family needs them"))
-        })?,
-    };
+    let (_, parameters) = rope::parameters(config)?
+        .ok_or_else(|| Error::Model(Fault::new("config.json: rope_parameters", "missing; this family needs them")))?;
     let temperature = match parameters.optional("llama_4_scaling_beta")? {
         Some(growth) => {
             Some(Temperature { growth, every: parameters.size("original_max_position_embeddings")?, first: 0 })

@@ -24,19 +24,17 @@ pub(super) fn llama4(config: &Config<'_>) -> Result<ModelSpec> {
     let rope = Rope { layout: RopeLayout::Pairs, ..heads.rope(config, 500_000.0, heads.head_size)? };
     let bias = config.flag_or("attention_bias", false)?;
     let normed = config.flag_or("use_qk_norm", true)?;
-    let temperature = match truthy(config, "attn_temperature_tuning", true) {
-        true => Some(Temperature {
-            growth: config.positive_or("attn_scale", 0.1)?,
-            every: config.size_or("floor_scale", 8192)?,
-            first: 1,
-        }),
-        false => None,
+    let temperature = Temperature {
+        growth: config.positive_or("attn_scale", 0.1)?,
+        every: config.size_or("floor_scale", 8192)?,
+        first: 1,
     };
+    let temperature = truthy(config, "attn_temperature_tuning", true).then_some(temperature);
     let act = activation(config, "hidden_act", Activation::Silu)?;
     let with_experts = with_experts(config, layers)?;
     let dense_width = config.size("intermediate_size_mlp")?;
-    // Read by nothing in the reference.
-    let _ = config.field("router_jitter_noise");
+    // The first is read by nothing in the reference; the others are of experts, which no layer may have.
+    config.passed_over(&["router_jitter_noise", "intermediate_size", "num_local_experts", "num_experts_per_tok"]);
     let layers = (0..layers).map(|i| -> Result<LayerSpec> {
         let at = |part: &str| format!("model.layers.{i}.{part}");
         let norm = |part: &str| block::norm(at(part), hidden, eps, NormKind::Rms);

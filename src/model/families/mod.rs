@@ -19,6 +19,7 @@ mod llama4;
 mod olmo;
 mod qwen_next;
 mod rope;
+mod said;
 mod wrapped;
 
 use std::cell::RefCell;
@@ -27,6 +28,7 @@ use super::ModelSpec;
 use crate::weights::{Checkpoint, prove_readable};
 use crate::{Error, Fault, Result};
 use config::Config;
+pub use said::notices;
 use wrapped::wrapped;
 
 /// A family: the `model_type` it answers to, what people know it by, and its page.
@@ -41,7 +43,7 @@ type Page = fn(&Config<'_>) -> Result<ModelSpec>;
 
 const FAMILIES: &[Family] = &[
     Family { model_type: "llama", known_as: "Llama 2 and 3, Yi, SmolLM2, Falcon 3, TinyLlama", spec: llama::llama },
-    Family { model_type: "mobilellm", known_as: "MobileLLM without shared blocks", spec: llama::llama },
+    Family { model_type: "mobilellm", known_as: "MobileLLM, also with shared blocks (LS)", spec: llama::llama },
     Family { model_type: "smollm3", known_as: "SmolLM3", spec: llama::smollm3 },
     Family { model_type: "mistral", known_as: "Mistral 7B, Nemo, Small", spec: llama::mistral },
     Family { model_type: "ministral", known_as: "Ministral", spec: llama::ministral },
@@ -105,7 +107,7 @@ pub fn supported() -> impl Iterator<Item = (&'static str, &'static str)> {
 /// that is missing, out of range or asks for something not supported.
 pub fn spec(checkpoint: &Checkpoint) -> Result<ModelSpec> {
     let mut spec = from_config(&checkpoint.config).map_err(|error| checkpoint.located(error))?;
-    spec.settle(checkpoint);
+    spec.settle(checkpoint)?;
     spec.prove(checkpoint)?;
     Ok(spec)
 }
@@ -118,15 +120,38 @@ pub fn from_config(config: &serde_json::Value) -> Result<ModelSpec> {
     let model_type = config.text("model_type")?;
     let family = FAMILIES.iter().find(|family| family.model_type == model_type).ok_or_else(|| {
         let known: Vec<&str> = supported().map(|(model_type, _)| model_type).collect();
-        Error::Model(
-            Fault::new("config.json: model_type", format!("'{model_type}' is not supported"))
-                .hint(format!("supported: {}", known.join(", "))),
-        )
+        let what = match unknown_features(&config).join(", ") {
+            features if features.is_empty() => format!("'{model_type}' is not supported"),
+            features => {
+                format!("'{model_type}' is not supported; no family here knows what its config calls {features}")
+            }
+        };
+        Error::Model(Fault::new("config.json: model_type", what).hint(format!("supported: {}", known.join(", "))))
     })?;
     let spec = (family.spec)(&config)?;
-    config.prove_understood()?;
+    // A larger model's own fields are of its other parts.
+    if config.has("text_config") {
+        config.prove_featureless()?
+    } else {
+        config.prove_understood()?
+    }
     Ok(ModelSpec { model_type: family.model_type.to_string(), ..spec })
 }
 
+/// How many fields an error names.
+const NAMED: usize = 8;
+
+/// Fields of a config that no page asks for.
+fn unknown_features(config: &Config<'_>) -> Vec<String> {
+    for family in FAMILIES {
+        let _ = (family.spec)(config);
+    }
+    let unknown = config.unknown();
+    let more = if unknown.len() > NAMED { vec!["...".to_string()] } else { Vec::new() };
+    unknown.into_iter().take(NAMED).map(|(name, _)| name.to_string()).chain(more).collect()
+}
+
+#[cfg(test)]
+mod published;
 #[cfg(test)]
 mod tests;

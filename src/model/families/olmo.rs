@@ -1,15 +1,14 @@
 //! OLMo 2 and 3: norms behind each half instead of before it, queries and keys normed over all heads at once.
 
-use super::assembly;
 use super::block::{self, activation};
 use super::config::Config;
 use super::heads::Heads;
 use super::layers::{self, layer_types};
 use super::llama::masks;
+use super::{assembly, rope};
 use crate::Result;
 use crate::model::spec::{
     Around, Attention, Ending, LayerSpec, Mask, ModelSpec, NormKind, Position, QueryKeyNorm, Residual, Rope,
-    RopeScaling,
 };
 use crate::ops::{Activation, LogitMap};
 
@@ -24,9 +23,8 @@ pub(super) fn olmo2(config: &Config<'_>) -> Result<ModelSpec> {
 /// `Olmo3Config`: most layers slide, and only the full ones reach beyond the length trained for.
 pub(super) fn olmo3(config: &Config<'_>) -> Result<ModelSpec> {
     let heads = Heads::read(config, None)?;
-    let full = heads.rope(config, 500_000.0, heads.head_size)?;
-    // The reference keeps this base for sliding layers whatever the config says.
-    let sliding = Rope { theta: 500_000.0, scaling: RopeScaling::None, ..full.clone() };
+    // The reference keeps its base for sliding layers whatever `rope_theta` says.
+    let [full, sliding] = rope::by_kind(config, [500_000.0; 2], heads.head_size)?;
     let count = layers::count(config, "num_hidden_layers")?;
     let slides = layer_types(config, count, |i| (i + 1) % 4 != 0)?;
     let masks = masks(&slides, config.window_or(4096)?);

@@ -1,5 +1,7 @@
 //! Qwen3-Next and Qwen 3.5: gated delta-nets, and every few layers attention whose output is gated. Norms of `1 + w`.
 
+use serde_json::json;
+
 use super::block::{self, activation, pre_norm};
 use super::config::{Config, wrong};
 use super::experts::{self, Apart};
@@ -66,6 +68,8 @@ fn with_experts<'a>(config: &Config<'_>, linears: ExpertLinears<'a>) -> Result<i
     let (hidden, width) = (config.size("hidden_size")?, config.size("moe_intermediate_size")?);
     let shared = config.size("shared_expert_intermediate_size")?;
     let count = experts::count(config, "num_experts", 256)?;
+    config.always(&[("norm_topk_prob", &[json!(true)])])?;
+    config.passed_over(&["intermediate_size"]);
     let routing = experts::softmax(config, "num_experts_per_tok", 8, count, Some(0.0))?;
     let balance = experts::balance(config)?;
     let activation = activation(config, "hidden_act", Activation::Silu)?;

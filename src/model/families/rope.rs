@@ -7,20 +7,51 @@ use crate::{Error, Fault, Result};
 
 /// `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before), as `standardize_rope_params` reads them.
 pub(super) fn read(config: &Config<'_>, default_theta: f64, rotated: i64) -> Result<Rope> {
-    let (field, parameters) = match config.object("rope_parameters")? {
-        Some(parameters) => ("rope_parameters", Some(parameters)),
-        None => ("rope_scaling", config.object("rope_scaling")?),
-    };
-    // Where both are there, transformers reads the first.
-    let _ = config.field("rope_scaling");
+    let parameters = parameters(config)?;
+    // What stands inside comes before what stands outside.
+    config.passed_over(&["rope_theta"]);
     let theta = match &parameters {
-        Some(p) if p.field("rope_theta").is_some() => p.positive("rope_theta")?,
+        Some((_, p)) if p.field("rope_theta").is_some() => p.positive("rope_theta")?,
         _ => config.positive_or("rope_theta", default_theta)?,
     };
     let plain = Rope { theta, rotated, layout: RopeLayout::Halves, scaling: RopeScaling::None };
-    let Some(parameters) = parameters else { return Ok(plain) };
+    let Some((field, parameters)) = parameters else { return Ok(plain) };
     let scaling = scaling(config, field, &parameters, rotated)?;
     Ok(Rope { scaling, ..plain })
+}
+
+/// The object that tells of positions, and its name: where both are there, transformers goes by the older one.
+pub(super) fn parameters<'a>(config: &Config<'a>) -> Result<Option<(&'static str, Config<'a>)>> {
+    for field in ["rope_scaling", "rope_parameters"] {
+        if let Some(found) = config.object(field)?.filter(|found| !found.is_empty()) {
+            return Ok(Some((field, found)));
+        }
+    }
+    Ok(None)
+}
+
+/// The rotary embeddings of full and of sliding layers: `rope_parameters` by kind (transformers 5), or `rope_theta` and `rope_scaling`,
+/// which are of full layers alone; `defaults` are the bases where the config has none.
+pub(super) fn by_kind(config: &Config<'_>, defaults: [f64; 2], rotated: i64) -> Result<[Rope; 2]> {
+    let plain = |theta| Rope { theta, rotated, layout: RopeLayout::Halves, scaling: RopeScaling::None };
+    let kinds = ["full_attention", "sliding_attention"];
+    config.passed_over(&["rope_theta"]);
+    let by_kind = config.object("rope_parameters")?;
+    let Some(by_kind) = by_kind.filter(|p| kinds.into_iter().any(|kind| p.field(kind).is_some())) else {
+        return Ok([read(config, defaults[0], rotated)?, plain(defaults[1])]);
+    };
+    let full = config.positive_or("rope_theta", defaults[0])?;
+    let of = |kind: &str, theta: f64| -> Result<Rope> {
+        let Some(p) = by_kind.object(kind)? else { return Ok(plain(theta)) };
+        let theta = p.positive_or("rope_theta", theta)?;
+        Ok(Rope { scaling: scaling(config, &format!("rope_parameters.{kind}"), &p, rotated)?, ..plain(theta) })
+    };
+    let [mut full, sliding] = [of(kinds[0], full)?, of(kinds[1], defaults[1])?];
+    // Beside it, the older one is of full layers.
+    if let Some(older) = config.object("rope_scaling")?.filter(|older| !older.is_empty()) {
+        full.scaling = scaling(config, "rope_scaling", &older, rotated)?;
+    }
+    Ok([full, sliding])
 }
 
 /// How `parameters`, which the config calls `field`, scale.

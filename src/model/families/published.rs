@@ -1,0 +1,368 @@
+//! Configs as models are published with them: read with all that they say besides, to models of as many numbers as these have; and
+//! refused where they say something else.
+
+use serde_json::{Value, json};
+
+use super::from_config;
+
+/// What most configs say besides.
+fn besides() -> Value {
+    json!({
+        "architectures": ["SomeForCausalLM"], "attention_dropout": 0.0, "auto_map": {"AutoConfig": "configuration_some.SomeConfig"},
+        "bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": null, "initializer_range": 0.02, "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0", "use_cache": true, "_name_or_path": "some/where", "unsloth_fixed": true,
+        "transformers.js_config": {"dtype": "q4"}, "pretraining_tp": 4,
+    })
+}
+
+fn with(mut config: Value, more: Value) -> Value {
+    config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    config
+}
+
+/// Name, numbers, config, and fields that make it another model.
+#[allow(clippy::type_complexity)]
+fn models() -> Vec<(&'static str, i64, Value, Vec<Value>)> {
+    let changed = |fields: &[Value]| fields.to_vec();
+    vec![
+        (
+            "Llama-3.2-1B",
+            1_235_814_400,
+            json!({
+                "model_type": "llama", "attention_bias": false, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048,
+                "intermediate_size": 8192, "max_position_embeddings": 131_072, "mlp_bias": false, "num_attention_heads": 32,
+                "num_hidden_layers": 16, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 500_000.0,
+                "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                    "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+                "tie_word_embeddings": true, "vocab_size": 128_256,
+            }),
+            changed(&[
+                json!({"rope_interleaved": true}),
+                json!({"norm_type": "layernorm"}),
+                json!({"rope_scaling": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                    "partial_rotary_factor": 0.5}}),
+                json!({"sliding_window": 4096}),
+                json!({"qk_norm": true}),
+                json!({"num_experts": 8}),
+            ]),
+        ),
+        (
+            "SmolLM2-135M",
+            134_515_008,
+            json!({
+                "model_type": "llama", "attention_bias": false, "hidden_act": "silu", "hidden_size": 576, "intermediate_size": 1536,
+                "is_llama_config": true, "max_position_embeddings": 8192, "mlp_bias": false, "num_attention_heads": 9,
+                "num_hidden_layers": 30, "num_key_value_heads": 3, "rms_norm_eps": 1e-5, "rope_interleaved": false,
+                "rope_scaling": null, "rope_theta": 100_000, "tie_word_embeddings": true, "vocab_size": 49_152,
+            }),
+            vec![],
+        ),
+        (
+            "Falcon3-7B",
+            7_455_550_464,
+            json!({
+                "model_type": "llama", "activation": "swiglu", "attention_bias": false, "head_dim": 256, "hidden_act": "silu",
+                "hidden_size": 3072, "intermediate_size": 23_040, "max_position_embeddings": 32_768, "mlp_bias": false,
+                "num_attention_heads": 12, "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
+                "rope_scaling": null, "rope_theta": 1_000_042, "tie_word_embeddings": false, "vocab_size": 131_072,
+            }),
+            changed(&[json!({"activation": "geglu"})]),
+        ),
+        (
+            "MobileLLM-125M",
+            124_635_456,
+            json!({
+                "model_type": "mobilellm", "attention_bias": false, "head_dim": 64, "hidden_act": "silu", "hidden_size": 576,
+                "intermediate_size": 1536, "layer_sharing": false, "max_position_embeddings": 2048, "mlp_bias": false,
+                "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3, "rms_norm_eps": 1e-5,
+                "rope_scaling": null, "rope_theta": 10_000.0, "share_embedding": true, "tie_word_embeddings": false,
+                "vocab_size": 32_000,
+            }),
+            vec![],
+        ),
+        (
+            "Qwen2.5-0.5B with a long context",
+            494_032_768,
+            json!({
+                "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 896, "intermediate_size": 4864,
+                "max_position_embeddings": 32_768, "max_window_layers": 21, "num_attention_heads": 14, "num_hidden_layers": 24,
+                "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1_000_000.0, "sliding_window": 32_768,
+                "tie_word_embeddings": true, "use_mrope": false, "use_sliding_window": false, "vocab_size": 151_936,
+                "dual_chunk_attention_config": {"chunk_size": 262_144, "local_size": 8192},
+            }),
+            changed(&[json!({"use_mrope": true})]),
+        ),
+        (
+            "Qwen3-30B-A3B",
+            30_532_122_624,
+            json!({
+                "model_type": "qwen3_moe", "attention_bias": false, "decoder_sparse_step": 1, "head_dim": 128, "hidden_act": "silu",
+                "hidden_size": 2048, "intermediate_size": 6144, "max_position_embeddings": 40_960, "max_window_layers": 48,
+                "mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": true, "num_attention_heads": 32,
+                "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4,
+                "output_router_logits": false, "rms_norm_eps": 1e-6, "rope_scaling": null, "rope_theta": 1_000_000.0,
+                "router_aux_loss_coef": 0.001, "sliding_window": null, "tie_word_embeddings": false,
+                "use_sliding_window": false, "vocab_size": 151_936,
+            }),
+            changed(&[json!({"shared_expert_intermediate_size": 512}), json!({"n_group": 8})]),
+        ),
+        (
+            "SmolLM3-3B",
+            3_075_098_624,
+            json!({
+                "model_type": "smollm3", "attention_bias": false, "hidden_act": "silu", "hidden_size": 2048,
+                "intermediate_size": 11_008, "layer_types": vec!["full_attention"; 36], "max_position_embeddings": 65_536,
+                "max_window_layers": 28, "mlp_bias": false, "no_rope_layer_interval": 4,
+                "no_rope_layers": (1..=36).map(|i| i32::from(i % 4 != 0)).collect::<Vec<_>>(), "num_attention_heads": 16,
+                "num_hidden_layers": 36, "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_scaling": null,
+                "rope_theta": 5_000_000.0, "sliding_window": null, "use_sliding_window": false, "vocab_size": 128_256,
+            }),
+            vec![],
+        ),
+        (
+            "gemma-2-2b",
+            2_614_341_888,
+            json!({
+                "model_type": "gemma2", "attention_bias": false, "attn_logit_softcapping": 50.0, "cache_implementation": "hybrid",
+                "final_logit_softcapping": 30.0, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh",
+                "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2304, "intermediate_size": 9216,
+                "max_position_embeddings": 8192, "num_attention_heads": 8, "num_hidden_layers": 26, "num_key_value_heads": 4,
+                "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "sliding_window": 4096,
+                "sliding_window_size": 4096, "vocab_size": 256_000,
+            }),
+            changed(&[json!({"use_bidirectional_attention": true}), json!({"rope_local_base_freq": 5.0})]),
+        ),
+        (
+            "gemma-3-270m",
+            268_098_176,
+            json!({
+                "model_type": "gemma3_text", "_sliding_window_pattern": 6, "attention_bias": false,
+                "attn_logit_softcapping": null, "final_logit_softcapping": null, "head_dim": 256,
+                "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 640, "intermediate_size": 2048,
+                "layer_types": (1..=18).map(|i| if i % 6 == 0 { "full_attention" } else { "sliding_attention" }).collect::<Vec<_>>(),
+                "max_position_embeddings": 32_768, "num_attention_heads": 4, "num_hidden_layers": 18, "num_key_value_heads": 1,
+                "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6, "rope_local_base_freq": 10_000.0, "rope_scaling": null,
+                "rope_theta": 1_000_000.0, "sliding_window": 512, "use_bidirectional_attention": false, "vocab_size": 262_144,
+            }),
+            changed(&[json!({"use_bidirectional_attention": true})]),
+        ),
+        (
+            "Phi-3-mini-4k",
+            3_821_079_552,
+            json!({
+                "model_type": "phi3", "attention_bias": false, "embd_pdrop": 0.0, "hidden_act": "silu", "hidden_size": 3072,
+                "intermediate_size": 8192, "max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 32,
+                "num_key_value_heads": 32, "original_max_position_embeddings": 4096, "resid_pdrop": 0.0, "rms_norm_eps": 1e-5,
+                "rope_scaling": null, "rope_theta": 10_000.0, "sliding_window": 2047, "tie_word_embeddings": false,
+                "vocab_size": 32_064,
+            }),
+            changed(&[json!({"attention_bias": true}), json!({"lm_head_bias": true}), json!({"mlp_bias": true})]),
+        ),
+        (
+            "Phi-4-mini",
+            3_836_021_760,
+            json!({
+                "model_type": "phi3", "attention_bias": false, "embd_pdrop": 0.0, "full_attn_mod": 1, "hidden_act": "silu",
+                "hidden_size": 3072, "intermediate_size": 8192, "interpolate_factor": 1, "lm_head_bias": false,
+                "max_position_embeddings": 131_072, "mlp_bias": false, "num_attention_heads": 24, "num_hidden_layers": 32,
+                "num_key_value_heads": 8, "original_max_position_embeddings": 4096, "partial_rotary_factor": 0.75,
+                "resid_pdrop": 0.0, "rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "sliding_window": 262_144,
+                "rope_scaling": {"long_factor": vec![2.0; 48], "short_factor": vec![1.0; 48], "type": "longrope"},
+                "tie_word_embeddings": true, "vocab_size": 200_064,
+            }),
+            changed(&[json!({"full_attn_mod": 2})]),
+        ),
+        (
+            "Phi-3.5-MoE",
+            41_873_153_344,
+            json!({
+                "model_type": "phimoe", "attention_bias": true, "hidden_act": "silu", "hidden_dropout": 0.0, "hidden_size": 4096,
+                "input_jitter_noise": 0.01, "intermediate_size": 6400, "lm_head_bias": true, "max_position_embeddings": 131_072,
+                "num_attention_heads": 32, "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8,
+                "num_local_experts": 16, "original_max_position_embeddings": 4096, "output_router_logits": false,
+                "rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "router_aux_loss_coef": 0.0, "router_jitter_noise": 0.01,
+                "rope_scaling": {"long_factor": vec![2.0; 64], "long_mscale": 1.243, "original_max_position_embeddings": 4096,
+                    "short_factor": vec![1.0; 64], "short_mscale": 1.243, "type": "longrope"},
+                "sliding_window": 131_072, "tie_word_embeddings": false, "vocab_size": 32_064,
+            }),
+            vec![],
+        ),
+        (
+            "gpt-oss-20b",
+            20_914_757_184,
+            json!({
+                "model_type": "gpt_oss", "attention_bias": true, "experts_per_token": 4, "head_dim": 64, "hidden_act": "silu",
+                "hidden_size": 2880, "initial_context_length": 4096, "intermediate_size": 2880, "max_position_embeddings": 131_072,
+                "layer_types": (0..24).map(|i| if i % 2 == 0 { "sliding_attention" } else { "full_attention" }).collect::<Vec<_>>(),
+                "num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 8,
+                "num_local_experts": 32, "output_router_logits": false, "rms_norm_eps": 1e-5, "rope_theta": 150_000,
+                "quantization_config": {"quant_method": "mxfp4"},
+                "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096,
+                    "rope_type": "yarn", "truncate": false},
+                "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0, "tie_word_embeddings": false,
+                "vocab_size": 201_088,
+            }),
+            changed(&[json!({"swiglu_limit": 5.0}), json!({"hidden_act": "gelu"}), json!({"experts_per_token": 2})]),
+        ),
+        (
+            "DeepSeek-V2-Lite",
+            15_706_484_224,
+            json!({
+                "model_type": "deepseek_v2", "attention_bias": false, "aux_loss_alpha": 0.001, "ep_size": 1,
+                "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 10_944,
+                "kv_lora_rank": 512, "max_position_embeddings": 163_840, "moe_intermediate_size": 1408, "moe_layer_freq": 1,
+                "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2, "norm_topk_prob": false, "num_attention_heads": 16,
+                "num_experts_per_tok": 6, "num_hidden_layers": 27, "num_key_value_heads": 16, "q_lora_rank": null,
+                "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-6, "rope_theta": 10_000,
+                "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707,
+                    "original_max_position_embeddings": 4096, "type": "yarn"},
+                "routed_scaling_factor": 1.0, "scoring_func": "softmax", "seq_aux": true, "tie_word_embeddings": false,
+                "topk_group": 1, "topk_method": "greedy", "v_head_dim": 128, "vocab_size": 102_400,
+            }),
+            changed(&[json!({"scoring_func": "sigmoid"}), json!({"moe_layer_freq": 2}), json!({"index_topk": 2048})]),
+        ),
+        (
+            "pythia-70m",
+            70_426_624,
+            json!({
+                "model_type": "gpt_neox", "hidden_act": "gelu", "hidden_size": 512, "intermediate_size": 2048,
+                "layer_norm_eps": 1e-5, "max_position_embeddings": 2048, "num_attention_heads": 8, "num_hidden_layers": 6,
+                "rotary_emb_base": 10_000, "rotary_pct": 0.25, "tie_word_embeddings": false, "use_parallel_residual": true,
+                "vocab_size": 50_304, "attention_probs_dropout_prob": 0, "hidden_dropout_prob": 0,
+            }),
+            vec![],
+        ),
+        (
+            "falcon-7b",
+            6_921_720_704,
+            json!({
+                "model_type": "falcon", "alibi": false, "apply_residual_connection_post_layernorm": false, "bias": false,
+                "hidden_dropout": 0.0, "hidden_size": 4544, "layer_norm_epsilon": 1e-5, "multi_query": true,
+                "new_decoder_architecture": false, "num_attention_heads": 71, "num_hidden_layers": 32, "num_kv_heads": 71,
+                "parallel_attn": true, "vocab_size": 65_024,
+            }),
+            changed(&[json!({"apply_residual_connection_post_layernorm": true}), json!({"activation": "relu2"})]),
+        ),
+        (
+            "bloom-560m",
+            559_214_592,
+            json!({
+                "model_type": "bloom", "apply_residual_connection_post_layernorm": false, "attention_softmax_in_fp32": true,
+                "bias_dropout_fusion": true, "hidden_dropout": 0.0, "layer_norm_epsilon": 1e-5, "masked_softmax_fusion": true,
+                "n_embed": 1024, "n_head": 16, "n_inner": null, "n_layer": 24, "num_attention_heads": 16, "offset_alibi": 100,
+                "seq_length": 2048, "skip_bias_add": true, "skip_bias_add_qkv": false, "slow_but_exact": false, "unk_token_id": 0,
+                "vocab_size": 250_880,
+            }),
+            changed(&[json!({"skip_bias_add_qkv": true}), json!({"n_inner": 2048})]),
+        ),
+        (
+            "starcoder2-3b",
+            3_030_371_328,
+            json!({
+                "model_type": "starcoder2", "attention_dropout": 0.1, "attention_softmax_in_fp32": true, "embedding_dropout": 0.1,
+                "hidden_act": "gelu_pytorch_tanh", "hidden_size": 3072, "intermediate_size": 12_288, "layer_norm_epsilon": 1e-5,
+                "max_position_embeddings": 16_384, "mlp_type": "default", "norm_epsilon": 1e-5, "norm_type": "layer_norm",
+                "num_attention_heads": 24, "num_hidden_layers": 30, "num_key_value_heads": 2, "residual_dropout": 0.1,
+                "rope_theta": 999_999.44, "scale_attention_softmax_in_fp32": true, "scale_attn_weights": true,
+                "sliding_window": 4096, "use_bias": true, "vocab_size": 49_152,
+            }),
+            changed(&[
+                json!({"norm_type": "rms_norm"}),
+                json!({"mlp_type": "gated"}),
+                json!({"scale_attn_weights": false}),
+            ]),
+        ),
+        (
+            "Command R7B",
+            8_028_033_024,
+            json!({
+                "model_type": "cohere2", "attention_bias": false, "cache_implementation": "hybrid", "head_dim": 128,
+                "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14_336, "layer_norm_eps": 1e-5, "layer_switch": 4,
+                "logit_scale": 0.25, "max_position_embeddings": 132_096, "num_attention_heads": 32, "num_hidden_layers": 32,
+                "num_key_value_heads": 8, "order_of_interleaved_layers": "local_attn_first",
+                "position_embedding_type": "rope_gptj", "rope_scaling": null, "rope_theta": 50_000, "rotary_pct": 1.0,
+                "sliding_window": 4096, "sliding_window_pattern": 4, "use_embedding_sharing": true, "use_gated_activation": true,
+                "use_parallel_block": true, "use_parallel_embedding": true, "vocab_size": 256_000,
+            }),
+            changed(&[
+                json!({"use_parallel_block": false}),
+                json!({"position_embedding_type": "rope_neox"}),
+                json!({"rotary_pct": 0.5}),
+                json!({"layer_switch": 2}),
+                json!({"use_qk_norm": true}),
+            ]),
+        ),
+        (
+            "phi-2",
+            2_779_683_840,
+            json!({
+                "model_type": "phi", "embd_pdrop": 0.0, "hidden_act": "gelu_new", "hidden_size": 2560, "intermediate_size": 10_240,
+                "layer_norm_eps": 1e-5, "max_position_embeddings": 2048, "num_attention_heads": 32, "num_hidden_layers": 32,
+                "num_key_value_heads": 32, "partial_rotary_factor": 0.4, "qk_layernorm": false, "resid_pdrop": 0.1,
+                "rope_scaling": null, "rope_theta": 10_000.0, "tie_word_embeddings": false, "vocab_size": 51_200,
+            }),
+            vec![],
+        ),
+        (
+            "OLMo-2-7B",
+            7_298_617_344,
+            json!({
+                "model_type": "olmo2", "attention_bias": false, "hidden_act": "silu", "hidden_size": 4096,
+                "intermediate_size": 11_008, "max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 32,
+                "num_key_value_heads": 32, "rms_norm_eps": 1e-6, "rope_scaling": null, "rope_theta": 500_000,
+                "tie_word_embeddings": false, "vocab_size": 100_352,
+            }),
+            changed(&[json!({"clip_qkv": 8.0})]),
+        ),
+    ]
+}
+
+#[test]
+fn published_configs_are_read_with_all_they_say() {
+    for (name, numbers, config, _) in models() {
+        let spec = from_config(&with(besides(), config)).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let found: i64 = spec.tensors().values().map(|shape| shape.iter().product::<i64>()).sum();
+        assert_eq!(found, numbers, "{name}");
+    }
+}
+
+#[test]
+fn a_field_that_asks_for_another_model_is_an_error_that_names_it() {
+    for (name, _, config, changes) in models() {
+        for change in changes {
+            let field = change.as_object().unwrap().keys().next().unwrap().clone();
+            let found = from_config(&with(config.clone(), change.clone())).map(|_| change);
+            let error = found.map_err(|error| error.to_string()).expect_err(name);
+            assert!(error.contains(&format!("config.json: {field}")), "{name}: {error}");
+        }
+        // Whatever its name.
+        for field in ["norm_placement", "residual_scale", "use_some_gate"] {
+            let value = if field == "use_some_gate" { json!(true) } else { json!(0.5) };
+            let error =
+                from_config(&with(config.clone(), json!({ field: value }))).map(|_| ()).unwrap_err().to_string();
+            assert!(error.contains(field) && error.contains("is not understood"), "{name}: {error}");
+        }
+    }
+}
+
+#[test]
+fn what_a_base_was_trained_with_is_said_not_refused() {
+    let said = super::notices(&json!({"attention_dropout": 0.1, "resid_pdrop": 0.0, "hidden_size": 8}));
+    assert!(
+        said.len() == 1 && said[0].contains("attention_dropout 0.1") && !said[0].contains("resid_pdrop"),
+        "{said:?}"
+    );
+    assert_eq!(super::notices(&json!({"attention_dropout": 0.0})), Vec::<String>::new());
+    assert_eq!(super::notices(&json!({"text_config": {"hidden_dropout": 0.2}})).len(), 1);
+}
+
+#[test]
+fn an_unknown_model_type_is_told_with_what_its_config_asks_for() {
+    let config =
+        json!({"model_type": "mamba2", "hidden_size": 64, "num_hidden_layers": 2, "state_size": 16, "conv_kernel": 4});
+    let error = from_config(&config).unwrap_err().to_string();
+    for part in ["'mamba2' is not supported", "state_size", "conv_kernel", "qwen3_moe"] {
+        assert!(error.contains(part), "{part}: {error}");
+    }
+    assert!(!error.contains("hidden_size"), "{error}");
+}
