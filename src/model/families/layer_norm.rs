@@ -175,6 +175,11 @@ pub(super) fn falcon(config: &Config<'_>) -> Result<ModelSpec> {
     let parallel = config.flag_or("parallel_attn", true)?;
     let alibi = config.flag_or("alibi", false)?;
     config.always(&[("apply_residual_connection_post_layernorm", &[json!(false)])])?;
+    // The reference has nothing between the halves of grouped blocks, and one norm before the others'.
+    match grouped {
+        true => config.always(&[("parallel_attn", &[json!(true)])])?,
+        false => config.always(&[("num_ln_in_parallel_attn", &[json!(1)])])?,
+    }
     // Said of every shape, read in one; and by how much the feed-forward is wider, which `ffn_hidden_size` tells.
     config.passed_over(&["num_kv_heads", "ff_factor", "rope_theta", "rope_scaling", "rope_parameters"]);
     let kv_heads = match (grouped, multi_query) {

@@ -241,7 +241,11 @@ fn models() -> Vec<(&'static str, i64, Value, Vec<Value>)> {
                 "new_decoder_architecture": false, "num_attention_heads": 71, "num_hidden_layers": 32, "num_kv_heads": 71,
                 "parallel_attn": true, "vocab_size": 65_024,
             }),
-            changed(&[json!({"apply_residual_connection_post_layernorm": true}), json!({"activation": "relu2"})]),
+            changed(&[
+                json!({"apply_residual_connection_post_layernorm": true}),
+                json!({"activation": "relu2"}),
+                json!({"num_ln_in_parallel_attn": 2}),
+            ]),
         ),
         (
             "bloom-560m",
