@@ -21,6 +21,8 @@ pub struct Cli {
 pub enum Command {
     /// Train an adapter as a recipe says
     Train(Train),
+    /// Say what a recipe will take: memory by what it is for, tokens per second, hours, on this machine or another
+    Plan(Plan),
     /// Measure a model or adapter on a recipe's eval set
     Eval(Eval),
     /// Talk to a model in the terminal
@@ -74,12 +76,37 @@ pub struct Train {
     /// Begin again in an output folder that holds a run: its states and metrics are removed
     #[arg(long)]
     pub overwrite: bool,
+    /// Start also where the memory plan takes more than is free
+    #[arg(long)]
+    pub ignore_memory_plan: bool,
     /// Print events as JSON, one object per line, instead of progress
     #[arg(long, conflicts_with = "quiet")]
     pub json: bool,
     /// Print errors only
     #[arg(long, short)]
     pub quiet: bool,
+}
+
+/// `engraft plan`
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(after_help = "Only headers and configs are read, and no GPU is needed for --gpu.
+
+Examples:
+  engraft plan recipe.yaml
+  engraft plan recipe.yaml --gpu 4090 --set training.micro_batch_size=auto --set training.global_batch_size=32")]
+pub struct Plan {
+    /// The recipe.
+    #[arg(value_name = "RECIPE")]
+    pub recipe: PathBuf,
+    /// Changes to the recipe.
+    #[command(flatten)]
+    pub overrides: Overrides,
+    /// Plan for this GPU, by its published figures [default: the recipe's device]
+    #[arg(long, value_name = "GPU")]
+    pub gpu: Option<String>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `engraft eval`
@@ -514,6 +541,7 @@ fn probability(typed: &str) -> Result<f64, String> {
 const FIRST_STEPS: &str = "First steps:
   engraft doctor                     is everything there?
   engraft validate recipe.yaml       is the recipe sound?
+  engraft plan recipe.yaml           does it fit, and how long will it take?
   engraft preview recipe.yaml        what will be trained, token by token?
   engraft train recipe.yaml          train
 
@@ -522,6 +550,7 @@ Exit codes are listed by `engraft --help`.";
 const FIRST_STEPS_AND_EXIT_CODES: &str = "First steps:
   engraft doctor                     is everything there?
   engraft validate recipe.yaml       is the recipe sound?
+  engraft plan recipe.yaml           does it fit, and how long will it take?
   engraft preview recipe.yaml        what will be trained, token by token?
   engraft train recipe.yaml          train
 
@@ -584,6 +613,8 @@ mod tests {
             "inspect a b --json",
             "preview r.yaml --eval --rows 5 --no-color",
             "validate a.yaml b.yaml",
+            "plan r.yaml --gpu h200 --set a.b=1 --json",
+            "train r.yaml --ignore-memory-plan",
             "schema --markdown",
             "doctor --json",
         ] {

@@ -620,6 +620,59 @@ fn a_program_reads_what_was_left_out_what_was_written_and_what_went_wrong() {
 }
 
 #[test]
+fn a_plan_says_what_training_will_take_before_anything_is_loaded() {
+    let bench = Bench::new("max_steps: 3");
+    let text = bench.succeed(&["plan", "recipe.yaml"]);
+    for part in
+        ["not tokenised yet", "measured just now", "it fits", "all 2 keep their activations", "to a step of 2 rows"]
+    {
+        assert!(text.contains(part), "{part} is not in:\n{text}");
+    }
+    let plan = |more: &[&str]| -> Value {
+        serde_json::from_str(&bench.succeed(&[&["plan", "recipe.yaml", "--json"], more].concat())).unwrap()
+    };
+    assert_eq!(plan(&[])["lengths_from"], "dataset.max_length");
+    let told = events(&bench.engraft(&["train", "recipe.yaml", "--json"]).stdout);
+    let known = plan(&[]);
+    assert_eq!((&known["lengths_from"], &known["lengths"]["documents"]), (&json!("token cache"), &json!(40.0)));
+    assert_eq!(known["memory"]["peak"], told[2]["peak"], "one plan serves both");
+    assert_eq!((&known["layers"], &known["speed"]["steps"]), (&json!(["save", "save"]), &json!(3)));
+    assert_eq!(known["largest_micro_batch"]["micro_batch_size"], 2);
+    let card = plan(&["--gpu", "4090", "--set", "training.recompute=full"]);
+    assert_eq!((&card["machine"]["name"], &card["layers"]), (&json!("RTX 4090"), &json!(["recompute", "recompute"])));
+    assert!(card["speed"]["total_seconds"].as_f64().unwrap() > 0.0);
+    bench.fail(&["plan", "recipe.yaml", "--gpu", "gtx"], 8, &["none whose figures are known", "h200, h100"]);
+}
+
+#[test]
+fn a_micro_batch_left_to_the_plan_trains_the_same_and_a_resumed_run_keeps_it() {
+    let bench = Bench::new("max_steps: 3, save_steps: 1, save_total_limit: 9");
+    let same = ["--set", "adapter.lora_dropout=0", "--set", "training.gradient_accumulation_steps="];
+    let run = |more: &[&str]| {
+        let output = bench.engraft(&[&["train", "recipe.yaml"], &same[..], more].concat());
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{said}");
+        said
+    };
+    let losses = |folder: &str| -> Vec<f64> {
+        let metrics = std::fs::read_to_string(bench.path(folder).join("metrics.jsonl")).unwrap();
+        metrics.lines().filter_map(|line| serde_json::from_str::<Value>(line).unwrap()["loss"].as_f64()).collect()
+    };
+    run(&["--set", "training.global_batch_size=2", "--set", "output.dir=one"]);
+    let auto = ["--set", "training.micro_batch_size=auto", "--set", "training.global_batch_size=2"];
+    let said = run(&auto);
+    assert!(said.contains("micro-batches of 2 rows, 1 to a step\n"), "{said}");
+    for (one, whole) in losses("one").iter().zip(losses("run")) {
+        assert!((one - whole).abs() < 1e-4, "{one} {whole}");
+    }
+    let finished = bench.result("run");
+    std::fs::remove_dir_all(bench.path("run/state/step-000003")).unwrap();
+    let said = run(&[&auto[..], &["--resume"]].concat());
+    assert!(said.contains("micro-batches of 2 rows, 1 to a step, as the run began"), "{said}");
+    assert!(bench.result("run") == finished, "it ends as before");
+}
+
+#[test]
 fn a_run_that_diverges_ends_with_9_and_writes_no_adapter() {
     let bench = Bench::new("max_steps: 3");
     bench.fail(&["train", "recipe.yaml", "--set", "training.learning_rate=1e30"], 9, &["step 3", "state/step-000003"]);

@@ -279,6 +279,8 @@ fn twenty_steps(model: &Decoder, recorded: &Recorded) -> impl Fn(&str) -> Tensor
         progress: Progress::silent(),
         interrupts: Interrupts::listen().unwrap(),
         facts: Vec::new(),
+        chosen: None,
+        advice: String::new(),
     };
     let learner = Supervised { model, noise_alpha: 0.0, recomputed_layers: 1 };
     Trainer::new(run, &learner).run(recorded).unwrap();

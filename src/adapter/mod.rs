@@ -8,6 +8,7 @@ pub mod init;
 pub mod layout;
 pub mod load;
 pub mod merge;
+mod planned;
 pub mod saved;
 mod spelling;
 pub mod targets;
@@ -31,6 +32,7 @@ pub use config::AdapterConfig;
 pub use decompose::Origin;
 use decompose::Originals;
 pub use load::{LoadedAdapter, trained_on};
+pub use planned::{PlannedAdapters, PlannedSaved, PlannedUpdate};
 pub use saved::Saved;
 pub use targets::overview;
 

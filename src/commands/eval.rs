@@ -7,7 +7,7 @@ use regex::Regex;
 use serde_json::{Value, json};
 
 use super::console::{Console, Unit};
-use super::loading;
+use super::loading::{self, Base};
 use crate::cli::{Eval, Metric, Threshold};
 use crate::evaluate::{self, Answer, Questions};
 use crate::model::Sampling;
@@ -31,11 +31,11 @@ pub fn run(arguments: &Eval, out: &mut dyn Write) -> Result<()> {
     loading::use_cpu(plan.training.threads);
     let console = Console::new(arguments.json);
 
-    let (checkpoint, _) = loading::base(&plan, &console)?;
+    let Base { checkpoint, spec, .. } = loading::base(&plan, &console)?;
     let encoder = loading::encoder(&checkpoint, &plan.dataset)?;
     let eval = loading::dataset("eval", &plan.eval, &plan, &checkpoint, &encoder, &console)?;
     console.say(eval.report());
-    let scheme = loading::scheme(&plan, &checkpoint, device, &console)?;
+    let scheme = loading::scheme(&plan, &checkpoint, &spec, device, &console)?;
     let adapter = match (&arguments.adapter, arguments.base) {
         (_, true) => None,
         (Some(folder), _) => Some(folder.clone()),
@@ -50,7 +50,7 @@ pub fn run(arguments: &Eval, out: &mut dyn Write) -> Result<()> {
         }
         loading::same_numbers(folder, &plan, scheme.as_ref(), &checkpoint, &console)?;
     }
-    let mut model = loading::decoder(&checkpoint, plan.kind, device, scheme.as_ref(), &console)?;
+    let mut model = loading::decoder(&checkpoint, spec, plan.kind, device, scheme.as_ref(), &console)?;
     if let Some(folder) = &adapter {
         loading::adapter(&mut model, folder, &checkpoint, scheme.as_ref(), &console)?;
     }
@@ -67,7 +67,8 @@ pub fn run(arguments: &Eval, out: &mut dyn Write) -> Result<()> {
 
     let stage = console.stage("measuring the loss", Unit::Things("tokens"));
     let total = eval.report().trained_tokens;
-    let batches = eval.eval_batches(plan.training.micro_batch_size.into()).map(|item| item.map(|(batch, _)| batch));
+    let batches =
+        eval.eval_batches(plan.training.micro_batch_size.rows_to_evaluate()).map(|item| item.map(|(batch, _)| batch));
     let loss = catching("measuring the loss", || {
         evaluate::loss(&model, batches, |tokens| {
             stage.at(tokens, total);

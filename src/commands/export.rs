@@ -4,7 +4,7 @@
 use tch::Device;
 
 use super::console::{Console, Unit};
-use super::loading;
+use super::loading::{self, Base};
 use crate::Result;
 use crate::adapter::{Adapters, Origin};
 use crate::cli::Export;
@@ -23,7 +23,7 @@ pub fn run(arguments: &Export) -> Result<()> {
     let (folder, ledger) = RunFolder::existing(&plan.output.dir)?;
     let states = States::of(&plan.output.dir);
 
-    let (checkpoint, adapter) = loading::base(&plan, &console)?;
+    let Base { checkpoint, adapter, spec } = loading::base(&plan, &console)?;
     let base_files = manifest::digests(&checkpoint.files, &|_, _| ())?;
     let tokenizer = loading::tokenizer(&checkpoint)?;
     let encoder = Encoder::dated(tokenizer, &plan.dataset, folder.day.at(0, 0, 0, 0))?;
@@ -41,8 +41,8 @@ pub fn run(arguments: &Export) -> Result<()> {
     };
     identity.check(&ledger.identity, &states.path(ledger.step))?;
 
-    let scheme = loading::scheme(&plan, &checkpoint, Device::Cpu, &console)?;
-    let mut model = loading::decoder(&checkpoint, plan.kind, Device::Cpu, scheme.as_ref(), &console)?;
+    let scheme = loading::scheme(&plan, &checkpoint, &spec, Device::Cpu, &console)?;
+    let mut model = loading::decoder(&checkpoint, spec, plan.kind, Device::Cpu, scheme.as_ref(), &console)?;
     let start = folder.adapter_start()?;
     let origin = Origin { checkpoint: &checkpoint, scheme: scheme.as_ref(), start, progress: &|_, _| () };
     let adapters = Adapters::attach(&mut model, &adapter, plan.training.seed, Some(&origin))?;

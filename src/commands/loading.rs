@@ -12,7 +12,7 @@ use crate::cli::{ModelChoice, Quantizing};
 use crate::data::{Dataset, Encoder, Tokenizer, add_tokens, grow};
 use crate::export::manifest::{self, FileDigest};
 use crate::export::sidecars;
-use crate::model::{Decoder, families};
+use crate::model::{Decoder, ModelSpec, families};
 use crate::ops::cuda;
 use crate::quant::{Products, Scheme, fp8};
 use crate::recipe::{
@@ -34,16 +34,40 @@ pub(super) fn checkpoint(source: &BaseSource, console: &Console) -> Result<Check
     Ok(checkpoint)
 }
 
-/// Opens the base of a plan, with the tokens that its adapter adds; gives the adapter with their rows named.
-pub(super) fn base(plan: &Plan, console: &Console) -> Result<(Checkpoint, AdapterRecipe)> {
+/// The base of a plan: nothing but headers read.
+pub(super) struct Base {
+    pub(super) checkpoint: Checkpoint,
+    /// The plan's adapter, with the rows of the tokens that it adds named.
+    pub(super) adapter: AdapterRecipe,
+    pub(super) spec: ModelSpec,
+}
+
+/// Opens the base of a plan, with the tokens that its adapter adds.
+pub(super) fn base(plan: &Plan, console: &Console) -> Result<Base> {
     let mut checkpoint = checkpoint(&plan.base, console)?;
-    let mut recipe = plan.adapter.clone();
-    if let Some(tokens) = &plan.adapter.new_tokens {
-        let ids = add_tokens(&mut checkpoint.sidecars, tokens).map_err(|error| checkpoint.located(error))?;
-        checkpoint.vocabulary = ids.iter().max().map_or(0, |id| i64::from(*id) + 1);
-        recipe.train_tokens(&ids, families::spec(&checkpoint)?.head.tied);
+    let mut adapter = plan.adapter.clone();
+    let ids = add_tokens_of(plan, &mut checkpoint)?;
+    let mut spec = families::spec(&checkpoint)?;
+    if let Some(ids) = ids {
+        adapter.train_tokens(&ids, spec.head.tied);
     }
-    Ok((checkpoint, recipe))
+    spec.grow(checkpoint.vocabulary)?;
+    Ok(Base { checkpoint, adapter, spec })
+}
+
+/// The base of a plan for its tokenizer and template alone: it need be none that is supported.
+pub(super) fn texts(plan: &Plan, console: &Console) -> Result<Checkpoint> {
+    let mut checkpoint = checkpoint(&plan.base, console)?;
+    add_tokens_of(plan, &mut checkpoint)?;
+    Ok(checkpoint)
+}
+
+/// Adds the tokens that a plan's adapter adds, and gives their ids.
+fn add_tokens_of(plan: &Plan, checkpoint: &mut Checkpoint) -> Result<Option<Vec<u32>>> {
+    let Some(tokens) = &plan.adapter.new_tokens else { return Ok(None) };
+    let ids = add_tokens(&mut checkpoint.sidecars, tokens).map_err(|error| checkpoint.located(error))?;
+    checkpoint.vocabulary = ids.iter().max().map_or(0, |id| i64::from(*id) + 1);
+    Ok(Some(ids))
 }
 
 /// Gives a base the tokens that an adapter was trained with, where it trained any.
@@ -71,9 +95,10 @@ pub(super) fn refuse_filled(folder: &Path, overwrite: bool, doing: &str) -> Resu
     Ok(())
 }
 
-/// Reads the weights, quantised where `scheme` says so.
+/// Reads the weights of a base of this `spec`, quantised where `scheme` says so.
 pub(super) fn decoder(
     checkpoint: &Checkpoint,
+    spec: ModelSpec,
     kind: Kind,
     device: Device,
     scheme: Option<&Scheme>,
@@ -85,18 +110,19 @@ pub(super) fn decoder(
     if let Err(error) = made {
         console.say(format_args!("note: without engraft's CUDA kernels, libtorch's operations serve: {error}"));
     }
-    if families::spec(checkpoint)?.has_few_shapes() {
+    if spec.has_few_shapes() {
         keep_few_shapes();
     }
     let stage = console.stage("loading the base", Unit::Bytes);
     let progress = |done, total| stage.at(done, total);
-    catching("loading the base", || Decoder::load_kept(checkpoint, kind, device, scheme, &progress))
+    catching("loading the base", || Decoder::load_as(spec, checkpoint, kind, device, scheme, &progress))
 }
 
 /// How a plan's base is kept on a device, told to the user where there is a choice.
 pub(super) fn scheme(
     plan: &Plan,
     checkpoint: &Checkpoint,
+    spec: &ModelSpec,
     device: Device,
     console: &Console,
 ) -> Result<Option<Scheme>> {
@@ -122,7 +148,7 @@ pub(super) fn scheme(
     }
     let cache = plan.recipe.quantization.as_ref().map(|quantization| quantization.cache_dequantized);
     if cache.unwrap_or_default() == CacheDequantized::Auto
-        && caches_dequantised(&families::spec(checkpoint)?, plan.kind, device)
+        && caches_dequantised(spec, plan.kind, device)
     {
         scheme.products = Products::Cached;
         console.say("the quantised base is kept made whole, which this machine has the memory for");
@@ -208,6 +234,13 @@ pub(super) fn dataset(
         .map_err(|error| checkpoint.located(error))
 }
 
+/// The training set of a plan where the cache holds its tokens.
+pub(super) fn cached_dataset(plan: &Plan, checkpoint: &Checkpoint) -> Result<Option<Dataset>> {
+    let encoder = encoder(checkpoint, &plan.dataset)?;
+    Dataset::open_cached(&plan.train, &plan.dataset, &encoder, &cache_dir(), plan.training.seed)
+        .map_err(|error| checkpoint.located(error))
+}
+
 /// Refuses a recipe without an eval set, for what is about nothing else.
 pub(super) fn has_eval_set(plan: &Plan) -> Result<()> {
     if !plan.eval.is_empty() {
@@ -239,7 +272,8 @@ pub(super) fn chosen(choice: &ModelChoice, console: &Console) -> Result<Loaded> 
     }
     let trained_in = scheme.as_ref().map_or(Kind::BFloat16, |scheme| scheme.kind);
     let kind = choice.dtype.map_or(trained_in, Dtype::kind);
-    let mut model = decoder(&checkpoint, kind, device, scheme.as_ref(), console)?;
+    let spec = families::spec(&checkpoint)?;
+    let mut model = decoder(&checkpoint, spec, kind, device, scheme.as_ref(), console)?;
     if let Some(loaded) = &loaded {
         put_on(&mut model, loaded, &checkpoint, scheme.as_ref(), console)?;
         // Asked in another form than it learned, and stopped at other tokens, it would answer as if untrained.

@@ -92,13 +92,14 @@ pub fn run(arguments: &Merge, out: &mut dyn Write) -> Result<()> {
     let mut drift = None;
     if let Some(probes) = probes {
         let scheme = trained_on.clone().map(|scheme| Scheme { products: Products::Cached, ..scheme });
-        let mut trained = loading::decoder(&checkpoint, Kind::Float, Device::Cpu, scheme.as_ref(), &console)?;
+        let mut trained = loading::decoder(&checkpoint, spec.clone(), Kind::Float, Device::Cpu, scheme.as_ref(), &console)?;
         let origin = Origin { checkpoint: &checkpoint, scheme: scheme.as_ref(), start: None, progress: &|_, _| () };
         Adapters::attach_loaded(&mut trained, &adapter, 0.0, Some(&origin))?;
         let replies = catching("asking the adapter on its base", || Ok(probes.ask(&trained)))?;
         drop(trained);
         let merged = Checkpoint::open(&BaseSource::Folder(arguments.out.clone()))?;
-        let merged = loading::decoder(&merged, Kind::Float, Device::Cpu, None, &console)?;
+        let spec = families::spec(&merged)?;
+        let merged = loading::decoder(&merged, spec, Kind::Float, Device::Cpu, None, &console)?;
         let found = catching("asking the merged model", || Ok(Drift::of(&replies, &merged)))?;
         console.say(format_args!("beside the adapter on its base, at {} prompts: {found}", found.prompts));
         drift = Some(found);

@@ -9,6 +9,7 @@ pub mod generate;
 pub mod inspect;
 pub mod logits;
 pub mod merge;
+pub mod plan;
 pub mod preview;
 pub mod quantize;
 pub mod schema;
@@ -28,6 +29,7 @@ use crate::cli::{Cli, Command};
 pub fn run(cli: &Cli, out: &mut dyn Write) -> Result<()> {
     match &cli.command {
         Command::Train(arguments) => train::run(arguments),
+        Command::Plan(arguments) => plan::run(arguments, out),
         Command::Eval(arguments) => eval::run(arguments, out),
         Command::Chat(arguments) => chat::run(arguments, out),
         Command::Generate(arguments) => generate::run(arguments, out),

@@ -17,7 +17,7 @@ pub fn run(arguments: &Preview, out: &mut dyn Write) -> Result<()> {
         loading::has_eval_set(&plan)?;
     }
     let console = Console::new(arguments.json);
-    let (checkpoint, _) = loading::base(&plan, &console)?;
+    let checkpoint = loading::texts(&plan, &console)?;
     let encoder = loading::encoder(&checkpoint, &plan.dataset)?;
     let (what, sources) = if arguments.eval { ("eval", &plan.eval) } else { ("training", &plan.train) };
     let dataset = loading::dataset(what, sources, &plan, &checkpoint, &encoder, &console)?;

@@ -1,19 +1,20 @@
 //! `engraft train`: from a recipe to an adapter.
 
-use tch::Kind;
+use tch::{Device, Kind};
 
 use super::console::{Console, Unit};
-use super::loading;
-use crate::adapter::{Adapters, Origin};
+use super::loading::{self, Base};
+use crate::adapter::{Adapters, Origin, PlannedAdapters};
 use crate::cli::Train;
 use crate::data::{Dataset, Encoder};
 use crate::export::manifest;
 use crate::export::run::{self, Finished};
 use crate::objective::Supervised;
-use crate::recipe::{DataSource, Recipe, TrainingRecipe};
+use crate::recipe::{DataSource, MicroBatch, Recipe, TrainingRecipe};
+use crate::torch_ext::cpu_memory;
 use crate::train::{
-    Datasets, Event, Events, Identity, Interrupts, MemoryPlan, Planned, Progress, Run, RunFolder, Start, Trainer,
-    bytes_beside, device_name, memory_bytes, peak_memory_bytes, recomputed_layers,
+    self, Chosen, Datasets, Event, Events, Identity, Interrupts, Planned, Progress, Run, RunFolder, RunMemory, Start,
+    Trainer, Wish, device_name, memory_bytes, peak_memory_bytes,
 };
 use crate::{Error, Fault, Result};
 
@@ -36,7 +37,7 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
     };
     let mut folder = RunFolder::open(&plan.output.dir, start)?;
 
-    let (checkpoint, adapter) = loading::base(&plan, &console)?;
+    let Base { checkpoint, adapter, spec } = loading::base(&plan, &console)?;
     let base_files = loading::hash_in_background(checkpoint.files.clone());
     let tokenizer = loading::tokenizer(&checkpoint)?;
     let encoder = Encoder::dated(tokenizer, &plan.dataset, folder.day.at(0, 0, 0, 0))?;
@@ -49,16 +50,68 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
     let train = open("training", &plan.train)?;
     let eval = (!plan.eval.is_empty()).then(|| open("eval", &plan.eval)).transpose()?;
 
-    let scheme = loading::scheme(&plan, &checkpoint, device, &console)?;
+    let scheme = loading::scheme(&plan, &checkpoint, &spec, device, &console)?;
     if let Some(continued) = &plan.adapter.adapter_name_or_path {
         loading::same_numbers(continued, &plan, scheme.as_ref(), &checkpoint, &console)?;
     }
-    let before = memory_bytes(device);
-    let mut model = loading::decoder(&checkpoint, plan.kind, device, scheme.as_ref(), &console)?;
-    let (longest, made_for) = (train.report().longest, model.spec.max_position_embeddings as u64);
+    let (longest, made_for) = (train.report().longest, spec.max_position_embeddings as u64);
     if longest > made_for {
         console.say(format_args!("note: the longest document has {longest} tokens; the base was made for {made_for}"));
     }
+    let planned_adapters = PlannedAdapters::of(&spec, &adapter)?;
+    let memory = RunMemory::new(Planned {
+        spec: &spec,
+        checkpoint: Some(&checkpoint),
+        kind: plan.kind,
+        device,
+        scheme: scheme.as_ref(),
+        adapters: &planned_adapters,
+        training: &plan.training,
+    });
+    let largest = |rows: u32, count: u32| {
+        train.largest_micro_batch(rows.into(), micro_batches(&plan.training, &train, rows, count))
+    };
+    let free = train::free_bytes(device);
+    let begun_with = if plan.training.micro_batch_size.rows().is_none() { folder.chosen()? } else { None };
+    let sizes = match begun_with {
+        Some(Chosen { micro_batch_size, gradient_accumulation_steps }) => {
+            vec![(micro_batch_size, gradient_accumulation_steps)]
+        }
+        None => train::sizes(&plan.training),
+    };
+    let choice = train::choose(
+        &memory,
+        &Wish {
+            sizes: &sizes,
+            recompute: plan.training.recompute,
+            largest: &largest,
+            budget: free.map(train::budget),
+            overhead: train::overhead(device),
+        },
+    );
+    let (rows, count, recomputed_layers) =
+        (choice.micro_batch_size, choice.gradient_accumulation_steps, choice.recomputed_layers);
+    let chosen = plan.training.micro_batch_size.rows().is_none().then(|| {
+        let why = if begun_with.is_some() { ", as the run began" } else { "" };
+        console.say(format_args!("micro-batches of {rows} rows, {count} to a step{why}"));
+        Chosen { micro_batch_size: rows, gradient_accumulation_steps: count }
+    });
+    if recomputed_layers > 0 {
+        console.say(format_args!("{recomputed_layers} of {} layers are recomputed", memory.layers()));
+    }
+    console.say(choice.memory);
+    events.tell(&Event::MemoryPlan(&choice));
+    let advice = train::advice(&memory, &choice, &largest);
+    if let Some(free) = free.filter(|_| !arguments.ignore_memory_plan) {
+        train::refuse_what_does_not_fit(&choice.memory, free, &advice)?;
+    }
+    let training = TrainingRecipe {
+        micro_batch_size: MicroBatch::Rows(rows),
+        gradient_accumulation_steps: count,
+        ..plan.training.clone()
+    };
+    let before = memory_bytes(device);
+    let mut model = loading::decoder(&checkpoint, spec.clone(), plan.kind, device, scheme.as_ref(), &console)?;
     if let Some(coefficient) = plan.training.router_aux_loss_coef
         && !model.balance_experts(coefficient)
     {
@@ -82,26 +135,6 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
         console.say(format_args!("note: {notice}"));
     }
 
-    let tokens = u64::from(plan.training.micro_batch_size)
-        * train.report().longest.max(if plan.dataset.packing { plan.dataset.max_length.into() } else { 0 });
-    let beside = bytes_beside(&adapters.parameters(), &plan.training);
-    let recomputed_layers = recomputed_layers(plan.training.recompute, &model.spec, plan.kind, device, tokens, beside);
-    if recomputed_layers > 0 {
-        console.say(format_args!("{recomputed_layers} of {} layers are recomputed", model.spec.layers.len()));
-    }
-    let largest =
-        train.largest_micro_batch(plan.training.micro_batch_size.into(), micro_batches(&plan.training, &train));
-    let memory = MemoryPlan::of(&Planned {
-        model: &model,
-        beside,
-        accumulates: plan.training.gradient_accumulation_steps > 1,
-        largest,
-        recomputed_layers,
-    });
-    if let Some(memory) = &memory {
-        console.say(memory);
-        events.tell(&Event::MemoryPlan(memory));
-    }
     let learner =
         Supervised { model: &model, noise_alpha: plan.training.neftune_noise_alpha.unwrap_or(0.0), recomputed_layers };
     let base_files = loading::joined(base_files)?;
@@ -115,7 +148,7 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
             device: device_name.clone(),
         },
         folder,
-        training: plan.training.clone(),
+        training,
         half: plan.kind == Kind::Half,
         tensorboard: plan.output.tensorboard,
         events,
@@ -130,16 +163,23 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
             ("training set".into(), train.report().to_string()),
             ("eval set".into(), eval.as_ref().map_or("none".into(), |eval| eval.report().to_string())),
         ],
+        chosen,
+        advice,
     };
-    let source =
-        Datasets { train: &train, eval: eval.as_ref(), micro_batch_size: plan.training.micro_batch_size.into() };
+    let source = Datasets { train: &train, eval: eval.as_ref(), micro_batch_size: rows.into() };
     let outcome = Trainer::new(run, &learner).run(&source)?;
 
-    if let (Some(plan), Some(before), Some(peak)) = (&memory, before, peak_memory_bytes(device)) {
-        let (planned_bytes, measured_bytes) = (plan.peak, peak.saturating_sub(before));
+    if let (Some(before), Some(peak)) = (before, peak_memory_bytes(device)) {
+        let (planned_bytes, measured_bytes) = (choice.memory.peak, peak.saturating_sub(before));
         let [planned, measured] = [planned_bytes, measured_bytes].map(|bytes| bytes as f64 / 1e9);
         console.say(format_args!("memory: {measured:.2} GB at most, {planned:.2} were planned"));
-        events.tell(&Event::Memory { planned_bytes, measured_bytes });
+        let tensors = (device == Device::Cpu).then(cpu_memory);
+        events.tell(&Event::Memory {
+            planned_bytes,
+            measured_bytes,
+            tensor_bytes: tensors.map(|tensors| tensors.peak),
+            tensor_bytes_with_holes: tensors.map(|tensors| tensors.used),
+        });
     }
 
     let finished = Finished {
@@ -163,12 +203,12 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
     Ok(())
 }
 
-/// Micro-batches of a run, as far as its recipe tells.
-fn micro_batches(training: &TrainingRecipe, train: &Dataset) -> u64 {
+/// Micro-batches of `rows` rows of a run, `count` to a step, as far as its recipe tells.
+fn micro_batches(training: &TrainingRecipe, train: &Dataset, rows: u32, count: u32) -> u64 {
     match training.max_steps {
-        Some(steps) => steps * u64::from(training.gradient_accumulation_steps),
+        Some(steps) => steps * u64::from(count),
         None => {
-            let pass = train.micro_batches_in_epoch(0, training.micro_batch_size.into());
+            let pass = train.micro_batches_in_epoch(0, rows.into());
             (training.epochs * pass as f64).ceil() as u64
         }
     }

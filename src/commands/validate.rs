@@ -42,7 +42,13 @@ pub fn run(arguments: &Validate, out: &mut dyn Write) -> Result<()> {
 fn page(path: &Path, plan: &Plan) -> String {
     let recipe = &plan.recipe;
     let (adapter, training) = (&plan.adapter, &plan.training);
-    let rows = u64::from(training.micro_batch_size) * u64::from(training.gradient_accumulation_steps);
+    let of_micro_batches = || {
+        training
+            .micro_batch_size
+            .rows()
+            .map_or(0, |rows| u64::from(rows) * u64::from(training.gradient_accumulation_steps))
+    };
+    let rows = training.global_batch_size.map_or_else(of_micro_batches, u64::from);
     let length = match training.max_steps {
         Some(steps) => format!("{steps} steps"),
         None => format!("{} epochs", training.epochs),

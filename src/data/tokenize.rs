@@ -87,6 +87,11 @@ impl Job<'_> {
         Tokens::open(&folder).map_err(unreadable)?.ok_or_else(|| unreadable("it has gone".into()))
     }
 
+    /// The file's tokens where the cache below `datasets` holds them whole.
+    pub fn cached(&self, content: &str, datasets: &Path) -> Option<Tokens> {
+        Tokens::open(&datasets.join(self.key(content))).ok().flatten()
+    }
+
     fn build(&self, folder: &Path, progress: &dyn Fn(u64)) -> Result<()> {
         let mut writer = Writer::new(folder)?;
         let mut summary = Summary::default();

@@ -75,7 +75,18 @@ impl Decoder {
         scheme: Option<&Scheme>,
         progress: &dyn Fn(u64, u64),
     ) -> Result<Self> {
-        let mut spec = families::spec(checkpoint)?;
+        Self::load_as(families::spec(checkpoint)?, checkpoint, kind, device, scheme, progress)
+    }
+
+    /// [`Decoder::load_kept`] of a checkpoint whose spec is known: that of [`families::spec`].
+    pub fn load_as(
+        mut spec: ModelSpec,
+        checkpoint: &Checkpoint,
+        kind: Kind,
+        device: Device,
+        scheme: Option<&Scheme>,
+        progress: &dyn Fn(u64, u64),
+    ) -> Result<Self> {
         spec.grow(checkpoint.vocabulary)?;
         let grown = |table| grown(table, spec.vocab_size);
         let numbers: i64 = spec.tensors().values().map(|shape| shape.iter().product::<i64>()).sum();

@@ -10,7 +10,7 @@ use super::{cpu, cuda};
 use crate::torch_ext::custom;
 
 /// Bytes of fp32 logits that may exist at once.
-const CHUNK_BYTES: i64 = 64 << 20;
+pub const LOGITS_AT_ONCE: i64 = 64 << 20;
 
 /// What becomes of the head's products before they are logits.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -47,7 +47,7 @@ impl LogitMap {
 
 /// The summed loss, times `scale`, of predicting `targets` (S) i64 from `hidden` (S, D) through `head` (V, D): an fp32 scalar.
 pub fn cross_entropy(hidden: &Tensor, head: Operand<'_>, map: LogitMap, targets: &Tensor, scale: f64) -> Tensor {
-    let rows = CHUNK_BYTES / (4 * head.weight.size()[0]);
+    let rows = LOGITS_AT_ONCE / (4 * head.weight.size()[0]);
     in_chunks_of(rows.max(1), hidden, head, map, targets, scale)
 }
 

@@ -6,6 +6,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
+use super::four_bit::NESTED_BLOCK;
 use super::{FourBit, FourBitType, Fp8, Int8, Quantised, Weight};
 
 /// What becomes of the weights of linears, and of which.
@@ -103,6 +104,26 @@ impl Form {
     /// Whether dense numbers can be quantised to it.
     pub fn can_be_made(self) -> bool {
         !matches!(self, Self::Stored(_))
+    }
+
+    /// Bytes of a weight (out, in), or of all experts' (E, out, in), that was made so; `None` for what another tool made, which its
+    /// file tells.
+    pub fn bytes(self, shape: &[i64]) -> Option<u64> {
+        let &[ref experts @ .., rows, columns] = shape else { return Some(shape.iter().product::<i64>() as u64) };
+        let numbers = (rows * columns) as u64;
+        let of_one = match self {
+            Self::FourBit { block, double_quant, .. } => {
+                let blocks = numbers.div_ceil(block as u64);
+                // What the codes of the scales stand for is kept with each weight.
+                let map = 4 * 256;
+                let scales =
+                    if double_quant { blocks + 4 * blocks.div_ceil(NESTED_BLOCK as u64) + map } else { 4 * blocks };
+                numbers.div_ceil(2) + scales
+            }
+            Self::Int8 | Self::Fp8 => numbers + 4 * rows as u64,
+            Self::Stored(_) => return None,
+        };
+        Some(experts.iter().product::<i64>() as u64 * of_one)
     }
 
     /// Whether a base that is stored so may be quantised to `asked`: to fewer bits, at least.

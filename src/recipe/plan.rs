@@ -38,7 +38,8 @@ pub struct Plan {
     pub train: Vec<DataSource>,
     /// Evaluation files, in a stable order; empty when there is no eval set.
     pub eval: Vec<DataSource>,
-    /// The training part of the recipe.
+    /// The training part of the recipe, `gradient_accumulation_steps` as `global_batch_size` has it unless micro-batches are left to
+    /// the memory plan.
     pub training: TrainingRecipe,
     /// The output part of the recipe, `dir` made absolute.
     pub output: OutputRecipe,
@@ -72,7 +73,10 @@ impl RecipeFile {
             Fault { place, ..fault }
         });
         let (recipe, path) = (self.recipe, self.path);
-        let (kind, training) = (recipe.dtype.kind(), recipe.training.clone());
+        let (kind, mut training) = (recipe.dtype.kind(), recipe.training.clone());
+        if let (Some(global), Some(rows)) = (training.global_batch_size, training.micro_batch_size.rows()) {
+            training.gradient_accumulation_steps = global / rows;
+        }
         let scheme = (adapter.method == AdapterMethod::Qlora)
             .then(|| recipe.quantization.clone().unwrap_or_default().scheme(kind));
         Ok(Plan { recipe, path, base, kind, device, adapter, scheme, dataset, train, eval, training, output })

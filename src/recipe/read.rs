@@ -447,6 +447,33 @@ mod tests {
     }
 
     #[test]
+    fn what_makes_up_a_step_is_said_once_and_comes_out_even() {
+        refused_with(
+            "training: {micro_batch_size: auto}\n",
+            &[
+                "6:30: `training.micro_batch_size` is `auto`, but nothing says how many rows | give `training.global_batch_size`",
+            ],
+        );
+        refused_with(
+            "training: {micro_batch_size: 3, global_batch_size: 8, gradient_accumulation_steps: 2}\n",
+            &[
+                "6:52: `training.global_batch_size` is 8, which is no multiple of `training.micro_batch_size`: that is 3 | auto",
+                "6:84: `training.gradient_accumulation_steps` and `training.global_batch_size` exclude each other",
+            ],
+        );
+        refused_with(
+            "training: {micro_batch_size: all, global_batch_size: 12}\n",
+            &["6:30: `training.micro_batch_size` is the text \"all\""],
+        );
+        refused_with("training: {global_batch_size: 12}\n", &["6:31: `training.global_batch_size` is 12 | auto"]);
+        let with = |sets: &[&str]| read(GOOD, sets).unwrap().training;
+        let auto = with(&["training.micro_batch_size=auto", "training.global_batch_size=12"]);
+        assert_eq!((auto.micro_batch_size.rows(), auto.global_batch_size), (None, Some(12)));
+        assert_eq!(with(&["training.micro_batch_size=3"]).micro_batch_size.rows(), Some(3));
+        assert_eq!(with(&["training.global_batch_size=16"]).micro_batch_size.rows(), Some(8));
+    }
+
+    #[test]
     fn patterns_must_be_able_to_match() {
         refused_with(
             "adapter:\n  target_modules: all_linear\n  exclude_modules: '(?!x)a'\n  rank_pattern: {'(': 4, q_proj: 8}\n",

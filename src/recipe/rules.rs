@@ -23,6 +23,7 @@ pub(super) fn check(tree: &Node) -> Vec<Problem> {
         }
     }
     problems.extend(of_the_optimizer(tree));
+    problems.extend(of_the_batch(tree));
     if given(tree, "dataset.format").and_then(Node::text) == Some("text") {
         for (key, choices) in NEED_TURNS {
             let node = given(tree, key)
@@ -103,8 +104,13 @@ const NEEDS: &[(&str, &str, &str)] = &[
 ];
 
 /// Two keys of which a recipe gives at most one, and why.
-const EXCLUDES: &[(&str, &str, &str)] =
-    &[("training.warmup_steps", "training.warmup_ratio", "each says how long the warmup is")];
+const EXCLUDES: &[(&str, &str, &str)] = &[
+    ("training.warmup_steps", "training.warmup_ratio", "each says how long the warmup is"),
+    ("training.global_batch_size", GRADIENT_ACCUMULATION, "each says how many rows make up an optimizer step"),
+];
+
+const MICRO_BATCH: &str = "training.micro_batch_size";
+const GRADIENT_ACCUMULATION: &str = "training.gradient_accumulation_steps";
 
 /// Keys that speak of turns, with the values that do (any, where none is named).
 const NEED_TURNS: &[(&str, &[&str])] =
@@ -172,6 +178,30 @@ fn of_the_optimizer(tree: &Node) -> Vec<Problem> {
         _ => {}
     }
     problems
+}
+
+/// What makes up an optimizer step: rows that whole micro-batches of the size that is named come to, or that one can be chosen for.
+fn of_the_batch(tree: &Node) -> Option<Problem> {
+    const GLOBAL: &str = "training.global_batch_size";
+    let (micro, global) = (given(tree, MICRO_BATCH), given(tree, GLOBAL));
+    let number = |node: &Node| if let Value::Integer(number) = node.value { Some(number) } else { None };
+    match (micro, global) {
+        (Some(micro), None) if micro.text() == Some("auto") => {
+            let what = format!("`{MICRO_BATCH}` is `auto`, but nothing says how many rows make up an optimizer step");
+            Some(Problem::new(&micro.place, what, format!("give `{GLOBAL}`, or a number of rows")))
+        }
+        (micro, Some(global)) => {
+            let rows = number(global).filter(|rows| *rows > 0)?;
+            let (size, is) = match micro {
+                Some(micro) => (number(micro).filter(|size| *size > 0)?, "is"),
+                None => (8, "is left out, which means"),
+            };
+            let what = format!("`{GLOBAL}` is {rows}, which is no multiple of `{MICRO_BATCH}`: that {is} {size}");
+            let hint = format!("write `{MICRO_BATCH}: auto`, or numbers of which one divides the other");
+            (rows % size != 0).then(|| Problem::new(&global.place, what, hint))
+        }
+        _ => None,
+    }
 }
 
 fn wrong_target(key: &str, node: &Node, text: &str) -> Option<Problem> {

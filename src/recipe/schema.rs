@@ -492,12 +492,15 @@ pub struct TrainingRecipe {
     /// Optimizer steps.
     #[schemars(range(min = 1))]
     pub max_steps: Option<u64>,
-    /// Rows per forward pass (packed rows of `max_length` tokens with `packing`).
-    #[schemars(range(min = 1))]
-    pub micro_batch_size: u32,
+    /// Rows per forward pass (packed rows of `max_length` tokens with `packing`); `auto`: as many as the memory plan finds best, of
+    /// the numbers that divide `global_batch_size`. It changes memory and speed, never the loss.
+    pub micro_batch_size: MicroBatch,
     /// Forward passes per optimizer step.
     #[schemars(range(min = 1))]
     pub gradient_accumulation_steps: u32,
+    /// Rows per optimizer step, instead of `gradient_accumulation_steps`: a multiple of `micro_batch_size`.
+    #[schemars(range(min = 1))]
+    pub global_batch_size: Option<u32>,
     /// Peak learning rate.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub learning_rate: f64,
@@ -580,8 +583,9 @@ impl Default for TrainingRecipe {
         Self {
             epochs: 1.0,
             max_steps: None,
-            micro_batch_size: 8,
+            micro_batch_size: MicroBatch::Rows(8),
             gradient_accumulation_steps: 1,
+            global_batch_size: None,
             learning_rate: 2e-4,
             optimizer: Optimizer::Adamw,
             adam_beta1: None,
@@ -611,6 +615,39 @@ impl Default for TrainingRecipe {
             threads: None,
         }
     }
+}
+
+/// Rows per forward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum MicroBatch {
+    /// So many.
+    Rows(#[schemars(range(min = 1))] u32),
+    /// Left to the plan.
+    Planned(Auto),
+}
+
+impl MicroBatch {
+    /// How many, unless that is left to the plan.
+    pub fn rows(self) -> Option<u32> {
+        match self {
+            Self::Rows(rows) => Some(rows),
+            Self::Planned(Auto::Auto) => None,
+        }
+    }
+
+    /// How many rows are evaluated at a time: the usual number where training leaves it to the plan.
+    pub fn rows_to_evaluate(self) -> u64 {
+        self.rows().or(TrainingRecipe::default().micro_batch_size.rows()).map_or(1, u64::from)
+    }
+}
+
+/// Left to the plan.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Auto {
+    /// As the memory plan finds best.
+    Auto,
 }
 
 /// The optimizer.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use tch::Tensor;
 
 use super::disk;
-use super::ledger::Ledger;
+use super::ledger::{Chosen, Ledger};
 use super::state::{States, tensors_from_bytes, tensors_to_bytes};
 use crate::{Error, Fault, Result};
 
@@ -114,6 +114,17 @@ impl RunFolder {
         }
         let bytes = std::fs::read(&path).map_err(|error| disk::failed("read", &path, &error))?;
         tensors_from_bytes(&bytes, &path).map(Some)
+    }
+
+    /// How the run that goes on here cuts its steps into micro-batches, where its recipe leaves that to the memory plan.
+    ///
+    /// # Errors
+    /// [`Error::State`] when there are states but every one is damaged.
+    pub fn chosen(&self) -> Result<Option<Chosen>> {
+        if self.start != Start::Resume {
+            return Ok(None);
+        }
+        Ok(States::of(&self.path).newest()?.and_then(|newest| newest.state.ledger.chosen))
     }
 
     /// Keeps what the adapters started with, for [`RunFolder::adapter_start`].

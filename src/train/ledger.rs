@@ -24,6 +24,9 @@ pub struct Ledger {
     pub step: u64,
     /// The next micro-batch.
     pub cursor: Cursor,
+    /// What the recipe left to the memory plan: a run goes on with what it began with, whatever memory there is then.
+    #[serde(default)]
+    pub chosen: Option<Chosen>,
     /// fp16's loss scale.
     pub scaler: Option<Scaler>,
     /// Tokens seen.
@@ -55,6 +58,16 @@ pub struct Ledger {
     pub nonfinite_in_a_row: u32,
     /// Length of `metrics.jsonl`: what lies beyond was written by steps this state has not done.
     pub metrics_bytes: u64,
+}
+
+/// How a step is cut into micro-batches, where the recipe leaves it to the memory plan.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Chosen {
+    /// Rows of a micro-batch.
+    pub micro_batch_size: u32,
+    /// Micro-batches of a step.
+    pub gradient_accumulation_steps: u32,
 }
 
 /// Losses of steps, weighed by their trained tokens.
@@ -128,6 +141,7 @@ impl Ledger {
             identity,
             step: 0,
             cursor: Cursor::default(),
+            chosen: None,
             scaler: half.then(Scaler::default),
             tokens: 0,
             trained_tokens: 0,

@@ -80,14 +80,18 @@ pub enum Event<'a> {
         #[serde(flatten)]
         report: &'a DatasetReport,
     },
-    /// What memory the run is expected to take.
-    MemoryPlan(&'a super::MemoryPlan),
+    /// How steps are cut, and what memory the run is expected to take.
+    MemoryPlan(&'a super::Choice),
     /// What it took beyond what the process had before the base was read.
     Memory {
         /// The plan's peak.
         planned_bytes: u64,
         /// The most there was: of tensors on CUDA, of the resident set on a CPU.
         measured_bytes: u64,
+        /// Of that, on a CPU, the most that tensors held at once.
+        tensor_bytes: Option<u64>,
+        /// And what they took, with the holes between them.
+        tensor_bytes_with_holes: Option<u64>,
     },
     /// Training begins or continues.
     Start {

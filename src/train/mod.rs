@@ -8,6 +8,7 @@ mod device;
 mod disk;
 mod folder;
 mod ledger;
+mod machines;
 mod memory;
 mod metrics;
 mod optimizer;
@@ -18,16 +19,21 @@ mod scaler;
 mod schedule;
 mod signals;
 mod source;
+pub mod speed;
 mod state;
 mod tensorboard;
 mod trainer;
 
 pub use device::device_name;
 pub use folder::{RunFolder, Start};
-pub use ledger::{Best, Identity, Ledger, LossSum};
-pub use memory::{MemoryPlan, Planned, caches_dequantised, free_bytes, recomputed_layers};
+pub use ledger::{Best, Chosen, Identity, Ledger, LossSum};
+pub use machines::{CARDS, Card, measured};
+pub use memory::{
+    Choice, MemoryPlan, Planned, RunMemory, Step, Wish, advice, budget, caches_dequantised, choices, choose, divisors,
+    free_bytes, overhead, refuse_what_does_not_fit, sizes,
+};
 pub use metrics::{EvalRecord, Event, Events, Metrics, StepRecord, memory_bytes, peak_memory_bytes};
-pub use optimizer::{Optimizer, bytes_beside, restore};
+pub use optimizer::{Optimizer, bytes_of_state, restore};
 pub use outcome::Outcome;
 pub use progress::Progress;
 pub use scaler::Scaler;

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use tch::{Device, Tensor, no_grad};
 
-use super::ledger::{Identity, Ledger};
+use super::ledger::{Chosen, Identity, Ledger};
 use super::metrics::{EvalRecord, Event, Events, Metrics, StepRecord, peak_memory_bytes};
 use super::optimizer::{Optimizer, restore};
 use super::state::States;
@@ -16,7 +16,7 @@ use super::{BatchSource, Interrupts, Outcome, Progress, RunFolder, Schedule, rep
 use crate::data::{Batch, Cursor, RowId};
 use crate::objective::{Learner, Loss};
 use crate::recipe::TrainingRecipe;
-use crate::torch_ext::catching;
+use crate::torch_ext::{catching, clear_gradients};
 use crate::{Error, Fault, Result};
 use seed::dropout_seed;
 
@@ -40,6 +40,10 @@ pub struct Run {
     pub interrupts: Interrupts,
     /// Rows of the report's table: model, data and so on.
     pub facts: Vec<(String, String)>,
+    /// How steps are cut into micro-batches, where the recipe leaves that to the memory plan: kept with the state.
+    pub chosen: Option<Chosen>,
+    /// What would take less memory, said where it ran out.
+    pub advice: String,
 }
 
 /// A run in progress.
@@ -58,6 +62,8 @@ pub struct Trainer<'a> {
     began: Instant,
     elapsed_before: f64,
     saved_at: Option<u64>,
+    /// Whether an update was cut short: the parameters are then those of no step.
+    torn: bool,
 }
 
 /// A step whose numbers have not been read: reading waits for the device, so it is done when they are needed.
@@ -88,11 +94,12 @@ impl<'a> Trainer<'a> {
     /// A trainer of `learner`'s parameters; nothing happens before [`Trainer::run`].
     pub fn new(run: Run, learner: &'a dyn Learner) -> Self {
         let parameters = learner.parameters();
+        let ledger = Ledger { chosen: run.chosen, ..Ledger::new(run.identity.clone(), run.half) };
         Self {
             learner,
             optimizer: Optimizer::new(&parameters, &run.training),
             states: States::of(&run.folder.path),
-            ledger: Ledger::new(run.identity.clone(), run.half),
+            ledger,
             parameters,
             run,
             pending: Vec::new(),
@@ -101,6 +108,7 @@ impl<'a> Trainer<'a> {
             began: Instant::now(),
             elapsed_before: 0.0,
             saved_at: None,
+            torn: false,
         }
     }
 
@@ -114,6 +122,7 @@ impl<'a> Trainer<'a> {
         let mut metrics = self.begin(&schedule, total)?;
         self.steps(source, &schedule, total, &mut metrics).map_err(|error| match error {
             Error::Diverged(fault) => self.diverged(fault, &mut metrics),
+            Error::Device(fault) => self.out_of_memory(fault, source, &mut metrics),
             error => error,
         })
     }
@@ -156,6 +165,7 @@ impl<'a> Trainer<'a> {
         schedule: &Schedule,
     ) -> Result<()> {
         let began = Instant::now();
+        let cursor = self.ledger.cursor;
         let group = self.pull(batches, source)?;
         let rows: Vec<RowId> = group.iter().flat_map(|batch| batch.origins.iter().copied()).collect();
         let tokens: u64 = group.iter().map(|batch| batch.ids.size()[0] as u64).sum();
@@ -168,6 +178,34 @@ impl<'a> Trainer<'a> {
         }
 
         let loss_scale = self.ledger.scaler.map_or(1.0, |scaler| scaler.scale);
+        let Loss { value: loss, balance } = self.gradients(&group, loss_scale, trained).inspect_err(|_| {
+            // The step is not made: a state that is saved now goes on with it.
+            self.ledger.cursor = cursor;
+            clear_gradients(&self.parameters.iter().map(|(_, tensor)| tensor.shallow_clone()).collect::<Vec<_>>());
+        })?;
+        let learning_rate = schedule.rate(self.ledger.step);
+        let verdict = catching("the update", || self.optimizer.update(learning_rate, loss_scale, &loss));
+        let verdict = verdict.inspect_err(|_| self.torn = true)?;
+
+        self.ledger.step += 1;
+        self.ledger.tokens += tokens;
+        self.ledger.trained_tokens += trained;
+        self.window.tokens += tokens;
+        self.window.trained_tokens += trained;
+        let numbers: Vec<Tensor> = [loss, verdict.gradient_norm].into_iter().chain(balance).collect();
+        let numbers = Tensor::stack(&numbers, 0);
+        self.pending.push(Pending { step: self.ledger.step, trained_tokens: trained, numbers, rows });
+        self.last = Some(Settled { loss: f64::NAN, gradient_norm: f64::NAN, learning_rate });
+        // The next step's loss scale depends on this one.
+        if self.ledger.scaler.is_some() {
+            self.settle(source)?;
+        }
+        self.window.seconds += began.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    /// The loss of a step, its gradients left on the parameters.
+    fn gradients(&self, group: &[Batch], loss_scale: f64, trained: u64) -> Result<Loss> {
         let (mut loss, mut balance): (Option<Tensor>, Option<Tensor>) = (None, None);
         let added =
             |sum: Option<Tensor>, part: Tensor| Some(sum.map_or_else(|| part.shallow_clone(), |sum| sum + &part));
@@ -183,26 +221,8 @@ impl<'a> Trainer<'a> {
                 balance = added(balance, part);
             }
         }
-        let loss = loss.expect("a group has at least one micro-batch") / loss_scale;
-        let learning_rate = schedule.rate(self.ledger.step);
-        let verdict = self.optimizer.update(learning_rate, loss_scale, &loss)?;
-
-        self.ledger.step += 1;
-        self.ledger.tokens += tokens;
-        self.ledger.trained_tokens += trained;
-        self.window.tokens += tokens;
-        self.window.trained_tokens += trained;
-        let balance = balance.map(|balance| balance / loss_scale);
-        let numbers: Vec<Tensor> = [loss, verdict.gradient_norm].into_iter().chain(balance).collect();
-        let numbers = Tensor::stack(&numbers, 0);
-        self.pending.push(Pending { step: self.ledger.step, trained_tokens: trained, numbers, rows });
-        self.last = Some(Settled { loss: f64::NAN, gradient_norm: f64::NAN, learning_rate });
-        // The next step's loss scale depends on this one.
-        if self.ledger.scaler.is_some() {
-            self.settle(source)?;
-        }
-        self.window.seconds += began.elapsed().as_secs_f64();
-        Ok(())
+        let value = loss.expect("a group has at least one micro-batch") / loss_scale;
+        Ok(Loss { value, balance: balance.map(|balance| balance / loss_scale) })
     }
 
     /// The micro-batches of one step. A step never crosses the end of a pass: the last one of a pass may be smaller.
@@ -284,6 +304,27 @@ impl<'a> Trainer<'a> {
             (None, None) => "no state was saved".into(),
         };
         Error::Diverged(Fault { what: format!("{}; {kept}", fault.what), ..fault })
+    }
+
+    /// A run whose device failed it, out of memory above all, leaves the state it came to, unless an update was cut short.
+    fn out_of_memory(&mut self, fault: Fault, source: &dyn BatchSource, metrics: &mut Metrics) -> Error {
+        let saved =
+            if self.torn { false } else { self.settle(source).and_then(|()| self.write_state(metrics)).is_ok() };
+        let newest = self.states.steps().unwrap_or_default().last().map(|&step| self.states.path(step));
+        let kept = match (saved, newest) {
+            (true, _) => format!("the state of step {} is saved", self.ledger.step),
+            (false, Some(path)) => format!("the last state is {}", path.display()),
+            (false, None) => "no state was saved".into(),
+        };
+        let what = format!("{}; {kept}", fault.what);
+        // A fault without a way out is none of memory.
+        let hint = match fault.hint.is_empty() || self.run.advice.is_empty() {
+            true => fault.hint,
+            false => {
+                format!("{}; the run goes on with --resume where training.recompute alone is changed", self.run.advice)
+            }
+        };
+        Error::Device(Fault { what, hint, ..fault })
     }
 
     fn log(&mut self, source: &dyn BatchSource, metrics: &mut Metrics) -> Result<()> {

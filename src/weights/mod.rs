@@ -309,6 +309,33 @@ impl Checkpoint {
         })
     }
 
+    /// Bytes that [`Checkpoint::quantised`] keeps of a weight; `None` where it keeps none.
+    pub fn quantised_bytes(&self, name: &str) -> Option<u64> {
+        let stored = self.find(name)?;
+        let numbers = stored.shape.iter().product::<i64>() as u64;
+        match &stored.form {
+            Form::Plain(_) | Form::Blocks(..) => None,
+            Form::Scaled(_, scales) => Some(numbers + scales.bytes()),
+            Form::Mxfp4(_) => Some(numbers / 2 + numbers / quant::mxfp4::BLOCK as u64),
+            Form::Bitsandbytes(codes, packed, parts) => {
+                Some(packed.iter().product::<i64>() as u64 * codes.bits / 8 + parts.bytes())
+            }
+            Form::Grouped(parts) => Some(parts.bytes(&stored.shape)),
+        }
+    }
+
+    /// Bytes that [`Checkpoint::tensor`] takes beside the tensor it gives, while it reads it as `kind`.
+    pub fn bytes_while_read(&self, name: &str, kind: Kind) -> u64 {
+        let Some(stored) = self.find(name) else { return 0 };
+        match &stored.form {
+            Form::Plain(dtype) if dtype.kind != Some(kind) && gguf::Quantisation::converting(dtype, kind).is_none() => {
+                stored.shape.iter().product::<i64>() as u64 * dtype.bits / 8
+            }
+            Form::Plain(_) | Form::Blocks(..) => 0,
+            _ => self.quantised_bytes(name).unwrap_or(0),
+        }
+    }
+
     fn source_of<'a>(&'a self, file: usize, name: &'a str, offset: u64) -> storage::Source<'a> {
         storage::Source { path: &self.files[file], file: &self.opened[file], name, offset }
     }

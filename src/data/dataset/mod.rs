@@ -77,6 +77,36 @@ impl Dataset {
         seed: u64,
         progress: &dyn Fn(u64, u64),
     ) -> Result<Self> {
+        let tokens = |job: &Job<'_>, sha256: &str, datasets: &Path, so_far: &dyn Fn(u64), notices: &mut Vec<String>| {
+            job.tokens(sha256, datasets, so_far, notices).map(Some)
+        };
+        let opened = Self::open_by(sources, recipe, encoder, cache_dir, seed, progress, tokens)?;
+        Ok(opened.expect("what is not there is made"))
+    }
+
+    /// [`Dataset::open`] of what the cache holds already; `None` where it does not hold all of it.
+    pub fn open_cached(
+        sources: &[DataSource],
+        recipe: &DatasetRecipe,
+        encoder: &dyn Encode,
+        cache_dir: &Path,
+        seed: u64,
+    ) -> Result<Option<Self>> {
+        let tokens = |job: &Job<'_>, sha256: &str, datasets: &Path, _: &dyn Fn(u64), _: &mut Vec<String>| {
+            Ok(job.cached(sha256, datasets))
+        };
+        Self::open_by(sources, recipe, encoder, cache_dir, seed, &|_, _| (), tokens)
+    }
+
+    fn open_by(
+        sources: &[DataSource],
+        recipe: &DatasetRecipe,
+        encoder: &dyn Encode,
+        cache_dir: &Path,
+        seed: u64,
+        progress: &dyn Fn(u64, u64),
+        tokens_of: impl Fn(&Job<'_>, &str, &Path, &dyn Fn(u64), &mut Vec<String>) -> Result<Option<Tokens>>,
+    ) -> Result<Option<Self>> {
         let sources = SourceFiles::open(sources, recipe)?;
         // Said before a row is: it is not the first row that must be mended.
         sources.files.iter().try_for_each(|file| encoder.check(file.layout.format()))?;
@@ -98,7 +128,9 @@ impl Dataset {
             }
             let so_far = |rows| progress(done + rows, sources.rows());
             let job = Job { sources: &sources, file: index, recipe, encoder };
-            let own = job.tokens(&sha256, &datasets, &so_far, &mut report.notices)?;
+            let Some(own) = tokens_of(&job, &sha256, &datasets, &so_far, &mut report.notices)? else {
+                return Ok(None);
+            };
             tokenize::recheck(&own.summary, path, recipe)?;
             done += file.rows;
             progress(done, sources.rows());
@@ -124,7 +156,7 @@ impl Dataset {
             packing: recipe.packing,
             bins: Mutex::default(),
         };
-        Ok(dataset.with_packing_reported())
+        Ok(Some(dataset.with_packing_reported()))
     }
 
     fn with_packing_reported(mut self) -> Self {
@@ -199,6 +231,15 @@ impl Dataset {
             number += 1;
         }
         largest
+    }
+
+    /// Every document's tokens, its trained ones, and how often it is seen in a pass.
+    pub fn lengths(&self) -> impl Iterator<Item = (u64, u64, f64)> {
+        self.shelf.spans.iter().flat_map(|span| {
+            let documents = span.first..span.first + span.count;
+            documents
+                .map(|index| (u64::from(self.shelf.length(index)), u64::from(self.shelf.trained(index)), span.weight))
+        })
     }
 
     /// One pass in file order over every document, for evaluation: `micro_batch_size` documents at a time, or with

@@ -184,13 +184,9 @@ fn betas(training: &TrainingRecipe) -> (f64, f64) {
     (training.adam_beta1.unwrap_or(0.9), training.adam_beta2.unwrap_or(second))
 }
 
-/// Bytes that training takes for each of the `parameters` besides itself: its gradient and the optimizer's state.
-pub fn bytes_beside(parameters: &[(String, Tensor)], training: &TrainingRecipe) -> u64 {
-    let of = |(name, parameter): &(String, Tensor)| {
-        let shape = parameter.size();
-        4 * parameter.numel() as u64 + Part::of(name, &shape, training).state_bytes(&shape, training)
-    };
-    parameters.iter().map(of).sum()
+/// Bytes of the optimizer's state for parameters of these names and shapes.
+pub fn bytes_of_state(parameters: &[(String, Vec<i64>)], training: &TrainingRecipe) -> u64 {
+    parameters.iter().map(|(name, shape)| Part::of(name, shape, training).state_bytes(shape, training)).sum()
 }
 
 impl Optimizer {

@@ -231,6 +231,16 @@ impl Parts {
         }
     }
 
+    /// Bytes that are kept beside the codes.
+    pub(in crate::weights) fn bytes(&self) -> u64 {
+        match self {
+            Self::FourBit { absmax, nested, .. } => {
+                absmax.bytes() + nested.as_ref().map_or(0, |nested| nested.absmax.bytes() + nested.map.bytes())
+            }
+            Self::Int8 { absmax } => absmax.bytes(),
+        }
+    }
+
     /// What the form is called.
     pub(in crate::weights) fn name(&self) -> &'static str {
         match self {

@@ -268,6 +268,11 @@ impl Scales {
         })
     }
 
+    /// Bytes of the scales as they are kept.
+    pub(in crate::weights) fn bytes(&self) -> u64 {
+        4 * self.shape.iter().product::<i64>() as u64
+    }
+
     /// The scales as fp32 numbers.
     fn factors(&self, scales: Source) -> Result<Tensor> {
         if !EXPONENTS.contains(&self.dtype.name) {

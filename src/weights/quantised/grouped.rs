@@ -70,6 +70,16 @@ impl Parts {
         }
     }
 
+    /// Bytes that are kept of a weight of `shape` (out, in), its zeros among them where the file has some: whether all are the middle
+    /// of the range shows only when they are read.
+    pub(in crate::weights) fn bytes(&self, shape: &[i64]) -> u64 {
+        let &[rows, columns] = shape else { unreachable!("a matrix was proved") };
+        let groups = (rows * ((columns + self.group - 1) / self.group)) as u64;
+        let zeros = if self.zeros.is_some() { groups } else { 0 };
+        let order = if self.order.is_some() { 4 * columns as u64 } else { 0 };
+        self.codes.bytes() + groups * self.scales.dtype.bits / 8 + zeros + order
+    }
+
     /// Reads a weight of `shape` (out, in) that is made whole in `kind`.
     ///
     /// Errors: scales that are not finite, groups of columns that do not exist.

@@ -20,6 +20,13 @@ pub(in crate::weights) struct Part {
     pub offset: u64,
 }
 
+impl Part {
+    /// Bytes in its file.
+    pub fn bytes(&self) -> u64 {
+        self.shape.iter().product::<i64>() as u64 * self.dtype.bits / 8
+    }
+}
+
 /// A checkpoint's tensors, none of them put together yet.
 pub(super) struct All<'a> {
     pub files: &'a [PathBuf],

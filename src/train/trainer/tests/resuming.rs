@@ -50,6 +50,38 @@ fn killed_at_any_write_a_resumed_run_equals_the_uninterrupted_one() {
 }
 
 #[test]
+fn out_of_memory_in_any_micro_batch_leaves_a_state_and_advice_and_a_resumed_run_equals_the_uninterrupted_one() {
+    let expected = uninterrupted();
+    for at in 0..15 {
+        let folder = tempfile::tempdir().unwrap();
+        let toy = Toy { exhausted_at: Some(at), ..Toy::new() };
+        let error = train(folder.path(), Start::Fresh, &toy, &Toys::new()).unwrap_err();
+        assert_eq!(error.exit_code(), 8, "{error}");
+        let Error::Device(fault) = &error else { panic!("{error}") };
+        assert!(fault.what.ends_with(" is saved") && fault.what.contains("memory"), "{error}");
+        assert!(fault.hint.starts_with("less would do") && fault.hint.contains("--resume"), "{error}");
+        let steps = States::of(folder.path()).steps().unwrap();
+        // Five micro-batches to a pass, in steps of two, two and one.
+        let done = at / 5 * 3 + at % 5 / 2;
+        assert_eq!(steps.last(), Some(&done), "micro-batch {at}");
+        finishes_the_same(folder.path(), &expected, &format!("out of memory in micro-batch {at}"));
+    }
+}
+
+#[test]
+fn a_run_keeps_how_its_steps_are_cut() {
+    let folder = tempfile::tempdir().unwrap();
+    let chosen = Some(Chosen { micro_batch_size: 3, gradient_accumulation_steps: 2 });
+    let run = Run { chosen, ..run_of(folder.path(), Start::Fresh, &training()) };
+    let toys = Toys { killed_before: Some(8), ..Toys::new() };
+    Trainer::new(run, &Toy::new()).run(&toys).unwrap_err();
+    let resumed = run_of(folder.path(), Start::Resume, &training());
+    assert_eq!(resumed.folder.chosen().unwrap(), chosen);
+    Trainer::new(Run { chosen, ..resumed }, &Toy::new()).run(&Toys::new()).unwrap();
+    assert_eq!(RunFolder::existing(folder.path()).unwrap().1.chosen, chosen);
+}
+
+#[test]
 fn a_signal_finishes_the_step_saves_and_a_resumed_run_equals_the_uninterrupted_one() {
     let expected = uninterrupted();
     for at in 0..15 {

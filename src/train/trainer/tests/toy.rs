@@ -27,6 +27,9 @@ pub(super) struct Toy {
     pub(super) eval_poisoned: bool,
     /// A loss scale beyond which gradients overflow, as fp16's do.
     pub(super) overflows_beyond: f64,
+    /// The micro-batch of this count, evaluations not counted, is given more memory than there is.
+    pub(super) exhausted_at: Option<u64>,
+    pub(super) seen: Cell<u64>,
 }
 
 impl Toy {
@@ -43,6 +46,8 @@ impl Toy {
             poisoned: Vec::new(),
             eval_poisoned: false,
             overflows_beyond: f64::INFINITY,
+            exhausted_at: None,
+            seen: Cell::default(),
         }
     }
 
@@ -58,6 +63,12 @@ impl Learner for Toy {
     }
 
     fn loss(&self, batch: &Batch, dropout_seed: Option<u64>, scale: f64) -> Loss {
+        if dropout_seed.is_some() {
+            let seen = self.seen.replace(self.seen.get() + 1);
+            if self.exhausted_at == Some(seen) {
+                drop(Tensor::zeros([1 << 50], (Kind::Float, Device::Cpu)));
+            }
+        }
         let mut hidden = self.embedding.index_select(0, &batch.ids);
         if let (Some(seed), true) = (dropout_seed, self.dropout) {
             let kept: Vec<f32> =
@@ -209,6 +220,8 @@ pub(super) fn run_of(folder: &Path, start: Start, training: &TrainingRecipe) -> 
         progress: Progress::silent(),
         interrupts: Interrupts::default(),
         facts: Vec::new(),
+        chosen: None,
+        advice: "less would do".into(),
     }
 }
 

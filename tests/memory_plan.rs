@@ -1,0 +1,184 @@
+//! What the memory plan says of tensors against what they take: a step of small random models, each in a process of its own.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use engraft::adapter::{Adapters, PlannedAdapters};
+use engraft::data::{Batch, MicroBatchSize};
+use engraft::model::{Decoder, Documents, families};
+use engraft::objective::{Learner, Supervised};
+use engraft::quant::{Form, FourBitType, Products, Scheme};
+use engraft::recipe::{AdapterRecipe, BaseSource, TrainingRecipe};
+use engraft::torch_ext::{cpu_memory, keep_freed_memory};
+use engraft::train::{Optimizer, Planned, RunMemory, Step};
+use engraft::weights::Checkpoint;
+use engraft::weights::writer::{self, TensorSpec};
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+
+/// A model by its fixture's config, and how it is trained.
+struct Case {
+    family: &'static str,
+    quantised: bool,
+    adapter: fn(&mut AdapterRecipe),
+    /// Of every four blocks.
+    recomputed: usize,
+    micro_batches: u32,
+    tokens: i64,
+}
+
+const PLAIN: Case =
+    Case { family: "qwen3", quantised: false, adapter: |_| (), recomputed: 0, micro_batches: 1, tokens: 1024 };
+
+const CASES: &[Case] = &[
+    PLAIN,
+    Case { tokens: 64, ..PLAIN },
+    Case { recomputed: 4, ..PLAIN },
+    Case { recomputed: 2, micro_batches: 2, ..PLAIN },
+    Case { quantised: true, ..PLAIN },
+    Case { quantised: true, tokens: 64, adapter: |adapter| adapter.use_dora = true, ..PLAIN },
+    Case { adapter: |adapter| adapter.use_dora = true, ..PLAIN },
+    Case { adapter: |adapter| adapter.r = 128, tokens: 256, ..PLAIN },
+    Case { adapter: |adapter| adapter.modules_to_save = Some(vec!["embed_tokens".into()]), ..PLAIN },
+    Case { family: "llama", ..PLAIN },
+    Case { family: "gemma3_text", ..PLAIN },
+    Case { family: "gemma3_text", recomputed: 4, ..PLAIN },
+    Case { family: "phi3", ..PLAIN },
+    Case { family: "cohere", ..PLAIN },
+    Case { family: "qwen2_moe", ..PLAIN },
+    Case { family: "qwen2_moe", quantised: true, ..PLAIN },
+    Case { family: "qwen2_moe", recomputed: 4, ..PLAIN },
+];
+
+/// Off by at most so much.
+const TOLERANCE: f64 = 0.05;
+
+#[test]
+fn the_plan_is_what_tensors_take() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut wrong = Vec::new();
+    for (number, case) in CASES.iter().enumerate() {
+        let model = folder.path().join(case.family);
+        if !model.exists() {
+            write_model(case.family, &model);
+        }
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "one_case", "--ignored", "--nocapture"])
+            .env("ENGRAFT_PLAN_CASE", number.to_string())
+            .env("ENGRAFT_PLAN_MODEL", &model)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+        let line = said.lines().find_map(|line| line.split_once("planned ")).expect("it says what it found").1;
+        let numbers: Vec<f64> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+        let off = numbers[0] / numbers[1] - 1.0;
+        if off.abs() > TOLERANCE {
+            wrong.push(format!("case {number} ({}): {:+.1} %: {line}", case.family, 100.0 * off));
+        }
+        println!("case {number} ({}): {:+.1} %", case.family, 100.0 * off);
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Run by the test above, in a process whose tensors are its own.
+#[test]
+#[ignore = "run by the_plan_is_what_tensors_take"]
+fn one_case() {
+    let (Ok(number), Some(model)) = (std::env::var("ENGRAFT_PLAN_CASE"), std::env::var_os("ENGRAFT_PLAN_MODEL")) else {
+        return;
+    };
+    let case = &CASES[number.parse::<usize>().unwrap()];
+    keep_freed_memory();
+    let checkpoint = Checkpoint::open(&BaseSource::Folder(PathBuf::from(model))).unwrap();
+    let spec = families::spec(&checkpoint).unwrap();
+    let form = Form::FourBit { code: FourBitType::Nf4, block: 64, double_quant: true };
+    let skip = vec!["lm_head".into()];
+    let scheme = Scheme { form, kind: Kind::BFloat16, skip, products: Products::Dequantised, after_start: false };
+    let scheme = case.quantised.then_some(&scheme);
+    let mut adapter = AdapterRecipe::default();
+    (case.adapter)(&mut adapter);
+    let training = TrainingRecipe::default();
+    let batch = batch(case.tokens, spec.vocab_size);
+    let recomputed_layers = spec.layers.len() * case.recomputed / 4;
+
+    let adapters = PlannedAdapters::of(&spec, &adapter).unwrap();
+    let plan = RunMemory::new(Planned {
+        spec: &spec,
+        checkpoint: Some(&checkpoint),
+        kind: Kind::BFloat16,
+        device: Device::Cpu,
+        scheme,
+        adapters: &adapters,
+        training: &training,
+    })
+    .plan(Step {
+        largest: MicroBatchSize { tokens: case.tokens as u64, trained: batch.rows.size()[0] as u64 },
+        accumulates: case.micro_batches > 1,
+        recomputed_layers,
+    });
+
+    let mut model = Decoder::load_as(spec, &checkpoint, Kind::BFloat16, Device::Cpu, scheme, &|_, _| ()).unwrap();
+    let attached = Adapters::attach(&mut model, &adapter, 1, None).unwrap();
+    let shapes: Vec<(String, Vec<i64>)> = attached.parameters().into_iter().map(|(name, t)| (name, t.size())).collect();
+    assert_eq!(adapters.parameters(), shapes);
+    let learner = Supervised { model: &model, noise_alpha: 0.0, recomputed_layers };
+    let mut optimizer = Optimizer::new(&learner.parameters(), &training);
+    for _ in 0..2 {
+        let mut sum = Tensor::from(0f32);
+        for _ in 0..case.micro_batches {
+            let loss = learner.loss(&batch, Some(1), 1.0 / case.tokens as f64);
+            loss.backward();
+            sum += loss.detach();
+        }
+        optimizer.update(1e-3, 1.0, &sum).unwrap();
+    }
+    println!("planned {} measured {} {plan:?}", plan.peak - plan.libtorch, cpu_memory().peak);
+}
+
+/// Documents of 128 tokens, every second one of them trained.
+fn batch(tokens: i64, vocabulary: i64) -> Batch {
+    let length = tokens.min(128);
+    let ids: Vec<i64> = (0..tokens).map(|i| i * 31 % vocabulary).collect();
+    let rows: Vec<i64> = (0..tokens).filter(|i| i % length != length - 1 && i % 2 == 0).collect();
+    let targets: Vec<i64> = rows.iter().map(|row| ids[*row as usize + 1]).collect();
+    Batch {
+        ids: Tensor::from_slice(&ids),
+        positions: Tensor::from_slice(&(0..tokens).map(|i| i % length).collect::<Vec<_>>()),
+        documents: Documents { offsets: (0..=tokens / length).map(|i| i * length).collect() },
+        rows: Tensor::from_slice(&rows),
+        targets: Tensor::from_slice(&targets),
+        origins: Vec::new(),
+    }
+}
+
+/// The family's fixture, wide enough for its tensors to be most of what it takes.
+fn write_model(family: &str, folder: &Path) {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/families").join(family).join("config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(source).unwrap()).unwrap();
+    let sizes = json!({
+        "hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32,
+        "vocab_size": 4000, "num_hidden_layers": 8, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 256,
+        "num_experts": 8, "use_sliding_window": false,
+    });
+    for (key, value) in sizes.as_object().unwrap() {
+        if config.get(key).is_some() {
+            config[key] = value.clone();
+        }
+    }
+    std::fs::create_dir(folder).unwrap();
+    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    let spec = families::from_config(&config).unwrap();
+    let tensors = spec.tensors().into_iter();
+    let tensors: Vec<TensorSpec> = tensors
+        .map(|(name, shape)| TensorSpec { name: spec.names.stored(&name), kind: Kind::BFloat16, shape })
+        .collect();
+    let random = |index: usize| {
+        let shape = &tensors[index].shape;
+        let numbers = Tensor::randn(&shape[..], (Kind::Float, Device::Cpu)) * 0.02;
+        Ok(numbers.to_kind(Kind::BFloat16))
+    };
+    tch::manual_seed(1);
+    writer::write(&folder.join("model.safetensors"), &tensors, &BTreeMap::new(), random).unwrap();
+}
