@@ -647,9 +647,11 @@ fn a_plan_says_what_training_will_take_before_anything_is_loaded() {
 #[test]
 fn a_micro_batch_left_to_the_plan_trains_the_same_and_a_resumed_run_keeps_it() {
     let bench = Bench::new("max_steps: 3, save_steps: 1, save_total_limit: 9");
-    let same = ["--set", "adapter.lora_dropout=0", "--set", "training.gradient_accumulation_steps="];
+    let recipe = std::fs::read_to_string(bench.path("recipe.yaml")).unwrap();
+    let recipe = recipe.replace("gradient_accumulation_steps: 2, ", "").replace("lora_dropout: 0.1", "lora_dropout: 0");
+    std::fs::write(bench.path("recipe.yaml"), recipe).unwrap();
     let run = |more: &[&str]| {
-        let output = bench.engraft(&[&["train", "recipe.yaml"], &same[..], more].concat());
+        let output = bench.engraft(&[&["train", "recipe.yaml"], more].concat());
         let said = String::from_utf8(output.stderr).unwrap();
         assert!(output.status.success(), "{said}");
         said

@@ -188,6 +188,7 @@ impl Page<'_> {
             working,
             loading,
             libtorch,
+            saving,
             peak,
             ..
         } = memory;
@@ -221,6 +222,7 @@ impl Page<'_> {
             ("logits", logits),
             ("at work", working),
             ("libtorch", libtorch),
+            ("saving", saving),
             ("loading", loading),
         ] {
             line(what, gigabytes(bytes));

@@ -499,7 +499,7 @@ pub struct TrainingRecipe {
     #[schemars(range(min = 1))]
     pub gradient_accumulation_steps: u32,
     /// Rows per optimizer step, instead of `gradient_accumulation_steps`: a multiple of `micro_batch_size`.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1048576))]
     pub global_batch_size: Option<u32>,
     /// Peak learning rate.
     #[schemars(extend("exclusiveMinimum" = 0))]

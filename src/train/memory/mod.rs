@@ -23,6 +23,7 @@ use crate::model::spec::Position;
 use crate::ops::LOGITS_AT_ONCE;
 use crate::quant::{Products, Scheme};
 use crate::recipe::TrainingRecipe;
+use crate::torch_ext::{KEPT_SHAPES, KEPT_SHAPES_OF_MANY};
 use crate::weights::Checkpoint;
 
 use blocks::{Block, Costs};
@@ -31,7 +32,10 @@ pub use room::{budget, caches_dequantised, free_bytes};
 use weights::Weights;
 
 /// Bytes that libtorch takes on the CPU besides tensors once it computes: code that is read in, the scratch of its threads.
-const OF_LIBTORCH: u64 = 115 << 20;
+const OF_LIBTORCH: u64 = 8 << 20;
+
+/// Bytes of what oneDNN compiled for the shape of a product: measured, as its size is not told.
+const OF_A_SHAPE: u64 = 270_000;
 
 /// Bytes that a step is expected to take, by what they are for: each at its most, which need not be at the same moment.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
@@ -52,8 +56,10 @@ pub struct MemoryPlan {
     pub working: u64,
     /// The most at once while the base is read.
     pub loading: u64,
-    /// What libtorch takes besides tensors, and a state while it is saved.
+    /// What libtorch takes besides tensors: on the CPU what it compiles, above all.
     pub libtorch: u64,
+    /// A state while it is saved: on the CPU beside all that a step has taken, as freed memory is kept.
+    pub saving: u64,
     /// The most at once of all of it, beyond what the process has before the base is read.
     pub peak: u64,
 }
@@ -97,6 +103,7 @@ pub struct RunMemory<'a> {
     gradients: u64,
     optimizer: u64,
     libtorch: u64,
+    saving: u64,
 }
 
 /// What is trained and what is quantised, by module.
@@ -166,7 +173,12 @@ impl<'a> RunMemory<'a> {
             whole: whole.collect(),
             quantised,
         };
-        let libtorch = if device == Device::Cpu { OF_LIBTORCH } else { 0 };
+        let shapes = if spec.has_few_shapes() { KEPT_SHAPES } else { KEPT_SHAPES_OF_MANY };
+        let libtorch = OF_LIBTORCH + OF_A_SHAPE * shapes.iter().sum::<u64>();
+        // The adapter's file, then the optimizer's: tensor by tensor, and once more as a file.
+        let file = 4 * numbers;
+        let saving = (2 * file).max(file + 2 * optimizer);
+        let (libtorch, saving) = if device == Device::Cpu { (libtorch, saving) } else { (0, 0) };
         Self {
             planned,
             tuned,
@@ -175,6 +187,7 @@ impl<'a> RunMemory<'a> {
             gradients: 4 * numbers,
             optimizer,
             libtorch,
+            saving,
         }
     }
 
@@ -185,15 +198,12 @@ impl<'a> RunMemory<'a> {
 
     /// What a step takes.
     pub fn plan(&self, step: Step) -> MemoryPlan {
-        let Self { weights, adapters, gradients, optimizer, libtorch, .. } = *self;
+        let Self { weights, adapters, gradients, optimizer, libtorch, saving, .. } = *self;
         let blocks = self.blocks(step.largest.tokens);
         let walked = self.walk(&blocks, step);
         let always = weights.kept + adapters + optimizer;
         let step_peak = always + walked.peak.max(gradients);
-        let (peak, libtorch) = match self.planned.device {
-            Device::Cpu => (weights.loading.max(step_peak) + libtorch, libtorch),
-            _ => (weights.loading.max(step_peak), 0),
-        };
+        let peak = weights.loading.max(step_peak) + libtorch + saving;
         MemoryPlan {
             weights: weights.kept,
             adapters,
@@ -204,6 +214,7 @@ impl<'a> RunMemory<'a> {
             working: walked.working,
             loading: weights.loading,
             libtorch,
+            saving,
             peak,
         }
     }
@@ -295,11 +306,13 @@ struct Walked {
 impl fmt::Display for MemoryPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let gigabytes = |bytes: u64| bytes as f64 / 1e9;
-        let Self { weights, adapters, gradients, optimizer, activations, logits, working, libtorch, peak, .. } = *self;
+        let Self {
+            weights, adapters, gradients, optimizer, activations, logits, working, libtorch, saving, peak, ..
+        } = *self;
         write!(
             f,
             "memory planned: {:.2} GB at most (weights {:.2}, adapters {:.2}, gradients {:.2}, optimizer {:.2}, activations {:.2}, \
-             logits {:.2}, at work {:.2}, libtorch {:.2})",
+             logits {:.2}, at work {:.2}, libtorch {:.2}, saving {:.2})",
             gigabytes(peak),
             gigabytes(weights),
             gigabytes(adapters),
@@ -309,6 +322,7 @@ impl fmt::Display for MemoryPlan {
             gigabytes(logits),
             gigabytes(working),
             gigabytes(libtorch),
+            gigabytes(saving),
         )
     }
 }
