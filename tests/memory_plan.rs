@@ -129,8 +129,8 @@ fn one_case() {
         let mut sum = Tensor::from(0f32);
         for _ in 0..case.micro_batches {
             let loss = learner.loss(&batch, Some(1), 1.0 / case.tokens as f64);
-            loss.backward();
-            sum += loss.detach();
+            loss.value.backward();
+            sum += loss.value.detach();
         }
         optimizer.update(1e-3, 1.0, &sum).unwrap();
     }

@@ -145,9 +145,7 @@ pub(super) fn scheme(
         return Ok(Some(scheme));
     }
     let cache = plan.recipe.quantization.as_ref().map(|quantization| quantization.cache_dequantized);
-    if cache.unwrap_or_default() == CacheDequantized::Auto
-        && caches_dequantised(spec, plan.kind, device)
-    {
+    if cache.unwrap_or_default() == CacheDequantized::Auto && caches_dequantised(spec, plan.kind, device) {
         scheme.products = Products::Cached;
         console.say("the quantised base is kept made whole, which this machine has the memory for");
     }

@@ -92,7 +92,8 @@ pub fn run(arguments: &Merge, out: &mut dyn Write) -> Result<()> {
     let mut drift = None;
     if let Some(probes) = probes {
         let scheme = trained_on.clone().map(|scheme| Scheme { products: Products::Cached, ..scheme });
-        let mut trained = loading::decoder(&checkpoint, spec.clone(), Kind::Float, Device::Cpu, scheme.as_ref(), &console)?;
+        let mut trained =
+            loading::decoder(&checkpoint, spec.clone(), Kind::Float, Device::Cpu, scheme.as_ref(), &console)?;
         let origin = Origin { checkpoint: &checkpoint, scheme: scheme.as_ref(), start: None, progress: &|_, _| () };
         Adapters::attach_loaded(&mut trained, &adapter, 0.0, Some(&origin))?;
         let replies = catching("asking the adapter on its base", || Ok(probes.ask(&trained)))?;

@@ -58,7 +58,13 @@ fn a_block_that_is_gone_through_twice_keeps_twice_as_much() {
 #[test]
 fn a_quantised_base_takes_its_codes_and_scales() {
     let form = crate::quant::Form::FourBit { code: crate::quant::FourBitType::Nf4, block: 64, double_quant: true };
-    let scheme = Scheme { form, kind: Kind::BFloat16, skip: vec!["lm_head".into()], products: Products::Dequantised, after_start: false };
+    let scheme = Scheme {
+        form,
+        kind: Kind::BFloat16,
+        skip: vec!["lm_head".into()],
+        products: Products::Dequantised,
+        after_start: false,
+    };
     let (dense, quantised) = (
         with(true, None, |run| run.plan(step(1, 0)).weights),
         with(true, Some(&scheme), |run| run.plan(step(1, 0)).weights),
@@ -76,7 +82,9 @@ fn a_quantised_base_takes_its_codes_and_scales() {
 fn what_is_recomputed_is_not_kept_and_more_never_takes_more() {
     with(true, None, |run| {
         let peaks: Vec<u64> = (0..=32).map(|layers| run.plan(step(16_384, layers)).peak).collect();
-        assert!(peaks.windows(2).skip(1).all(|pair| pair[1] <= pair[0]), "{peaks:?}");
+        // The last block runs backward first: what it would not keep is there again at once.
+        assert!(peaks[..32].windows(2).all(|pair| pair[1] <= pair[0]), "{peaks:?}");
+        assert!(peaks[32] < peaks[31] + peaks[0] / 100, "{peaks:?}");
         assert!(peaks[32] < peaks[0] / 2, "{peaks:?}");
     });
 }

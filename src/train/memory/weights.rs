@@ -45,7 +45,9 @@ impl Weights {
             let kept = match (scheme, site) {
                 _ if whole_numbers.is_some() => 8 * numbers,
                 (Some(scheme), Some(site))
-                    if scheme.kind == kind && scheme.products != Products::Cached && site.quantisable(spec.head.tied) =>
+                    if scheme.kind == kind
+                        && scheme.products != Products::Cached
+                        && site.quantisable(spec.head.tied) =>
                 {
                     let module = spec.names.module(name.strip_suffix(".weight").unwrap_or(&name));
                     if keeps_stored {
@@ -65,7 +67,11 @@ impl Weights {
                 *before
             });
             let read = checkpoint.map_or(0, |checkpoint| checkpoint.bytes_while_read(&stored(&name), kind));
-            let whole = if kept < dense || scheme.is_some_and(|scheme| scheme.products == Products::Cached) { dense.max(together) } else { 0 };
+            let whole = if kept < dense || scheme.is_some_and(|scheme| scheme.products == Products::Cached) {
+                dense.max(together)
+            } else {
+                0
+            };
             found.loading = found.loading.max(found.kept + kept + whole + read);
             found.kept += kept;
         }
