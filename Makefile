@@ -122,7 +122,7 @@ datasets: ## The datasets, from their programs
 fixtures: ## Small models, adapters, templates and quantised blocks with their references
 	@source .ci/setup
 	python_with torch==$$TORCH $(PEERS) $(OPTIMIZERS) $(QUANTISERS)
-	for program in tiny_llama starts families saved_configs peft_adapter chat_templates gguf_quants fp8_scales mxfp4_blocks family_templates optimizers bnb_quants qlora layouts; do
+	for program in tiny_llama families saved_configs peft_adapter chat_templates gguf_quants fp8_scales mxfp4_blocks family_templates optimizers bnb_quants qlora starts layouts; do
 		say "tests/python/$$program.py"
 		"$$PYTHON" -B tests/python/$$program.py
 	done

@@ -860,6 +860,54 @@ fn a_merge_says_how_far_it_is_from_what_was_trained_and_what_quantising_took_awa
 }
 
 #[test]
+fn a_model_merged_into_fp8_is_that_which_quantising_the_merged_one_gives() {
+    let bench = Bench::new("max_steps: 6");
+    bench.succeed(&[&["train", "recipe.yaml"], &settings(&[QLORA, "output.save=[adapter]"])[..]].concat());
+    let merge = |out: &str, more: &[&str]| -> Value {
+        let merge = ["merge", "--model", "base", "--adapter", "run/adapter", "--json", "--out", out];
+        serde_json::from_str(&bench.succeed(&[&merge[..], more].concat())).unwrap()
+    };
+    merge("exact", &["--no-probe"]);
+    let said = merge("eight", &["--quantize", "fp8"]);
+    assert_eq!((&said["quantization"]["type"], &said["drift"]["prompts"]), (&json!("fp8"), &json!(8)));
+    let mean = said["quantization_loss"]["mean"].as_f64().unwrap();
+    // Three bits of mantissa: a 16th of a number at most, and less on average.
+    assert!(mean > 0.01 && mean < 0.05 && said["drift"]["greedy_agreement"].as_f64().unwrap() > 0.8, "{said}");
+    bench.succeed(&["quantize", "--model", "exact", "--out", "after", "--type", "fp8", "--dtype", "fp32"]);
+    for file in ["model.safetensors", "config.json"] {
+        let bytes = |folder: &str| std::fs::read(bench.path(folder).join(file)).unwrap();
+        assert!(bytes("eight") == bytes("after"), "{file}");
+    }
+    // It is a base like any other: to ask, and to train on as it is stored.
+    let generate = ["generate", "--model", "eight", "--raw", "--prompt", "add", "--max-tokens", "5"];
+    bench.succeed(&generate);
+    let on = settings(&[QLORA, "base_model=eight", "output.dir=on", "output.save=[adapter]"]);
+    bench.succeed(&[&["train", "recipe.yaml"], &on[..]].concat());
+    let trained_on: Value =
+        serde_json::from_slice(&std::fs::read(bench.path("on/adapter/base_quantization.json")).unwrap()).unwrap();
+    assert_eq!((&trained_on["type"], &trained_on["skip"]), (&json!("compressed-tensors"), &json!(["lm_head"])));
+    bench.succeed(&["merge", "--model", "eight", "--adapter", "on/adapter", "--out", "plain", "--json"]);
+}
+
+#[test]
+fn what_is_skipped_must_be_there_and_a_stored_base_says_itself_what_is_not_quantised() {
+    let bench = Bench::new("max_steps: 1");
+    let with = |values: &[&'static str]| [&["train", "recipe.yaml"], &settings(values)[..]].concat();
+    let wrong = with(&[QLORA, "quantization={skip: [lm_hed]}"]);
+    bench.fail(&wrong, 3, &["quantization.skip", "'lm_hed' is no linear", "q_proj", "lm_head"]);
+    let quantize = |out, skip| ["quantize", "--model", "base", "--dtype", "fp32", "--out", out, "--skip", skip];
+    bench.fail(&quantize("none", "gate"), 3, &["--skip", "'gate' is no linear"]);
+    bench.succeed(&quantize("own", "v_proj"));
+    // Trained on a base that leaves some linears as they were, merged onto the model it was made of: those stay so there, too.
+    bench.succeed(&with(&[QLORA, "base_model=own", "output.save=[adapter]"]));
+    for (base, out) in [("own", "one"), ("base", "two")] {
+        bench.succeed(&["merge", "--model", base, "--adapter", "run/adapter", "--out", out, "--dtype", "fp32"]);
+    }
+    let bytes = |folder: &str| std::fs::read(bench.path(folder).join("model.safetensors")).unwrap();
+    assert!(bytes("one") == bytes("two"));
+}
+
+#[test]
 fn an_adapter_is_not_put_on_other_numbers_than_it_was_trained_on() {
     let bench = Bench::new("max_steps: 2");
     let with = |verb: &[&'static str], values: &[&'static str]| [verb, &settings(values)[..]].concat();

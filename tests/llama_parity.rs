@@ -13,7 +13,7 @@ use engraft::train::{BatchSource, Events, Identity, Interrupts, Progress, Run, R
 use engraft::weights::Checkpoint;
 use tch::{Device, Kind, Tensor};
 
-const MODELS: [&str; 19] = [
+const MODELS: [&str; 20] = [
     "grouped-tied",
     "biases-untied",
     "linear",
@@ -23,6 +23,7 @@ const MODELS: [&str; 19] = [
     "dora",
     "whole-tied",
     "whole-untied",
+    "whole-norms",
     "tokens-tied",
     "tokens-untied",
     "qlora-nf4",
@@ -35,7 +36,7 @@ const MODELS: [&str; 19] = [
     STORED[4].0,
 ];
 /// Where modules or rows of tokens are trained whole.
-const WHOLE: [&str; 4] = ["whole-tied", "whole-untied", "tokens-tied", "tokens-untied"];
+const WHOLE: [&str; 5] = ["whole-tied", "whole-untied", "whole-norms", "tokens-tied", "tokens-untied"];
 /// Bases that other tools have quantised (`tests/python/layouts.py`).
 const STORED: [(&str, Layout); 5] = [
     ("stored-gptq", Layout::Gptq),
@@ -291,6 +292,67 @@ fn twenty_steps(model: &Decoder, recorded: &Recorded) -> impl Fn(&str) -> Tensor
     }
 }
 
+/// The same on a base quantised by bitsandbytes: olora on what its numbers stand for, pissa on those it was made of.
+#[test]
+fn adapters_that_start_from_the_weights_of_a_quantised_base_learn_as_pefts() {
+    let expected = tensors(&folder("").join("starts.safetensors"));
+    let (name, quantised) = ("qlora-nf4", scheme("qlora-nf4").unwrap());
+    let mut compared = 0;
+    let recipe = |start| AdapterRecipe { r: 4, lora_alpha: 6.0, init_lora_weights: start, ..Default::default() };
+    let started = |source: PathBuf, scheme: &Scheme, start| {
+        let checkpoint = Checkpoint::open(&BaseSource::Folder(source)).unwrap();
+        let origin = Origin { checkpoint: &checkpoint, scheme: Some(scheme), start: None, progress: &|_, _| () };
+        let mut model = Decoder::load_kept(&checkpoint, Kind::Float, Device::Cpu, Some(scheme), &|_, _| ()).unwrap();
+        let adapters = Adapters::attach(&mut model, &recipe(start), 1, Some(&origin)).unwrap();
+        (model, adapters)
+    };
+    for (start, of, source) in
+        [(InitLora::Olora, "olora-nf4", folder(name).join("quantised")), (InitLora::Pissa, "pissa-nf4", folder(name))]
+    {
+        let recorded = Recorded(tensors(&folder(name).join("reference.safetensors")));
+        let (model, adapters) = started(source, &quantised, start);
+        for linear in model.linears() {
+            let Some(theirs) = expected.get(&format!("{of}.base.{}", linear.name)) else { continue };
+            // A number, or a block's scale, at a bound between two codes may fall to either side.
+            let off = (linear.weight.dense() - theirs).abs().view([-1, 64]); // (blocks, 64)
+            let differ = off.gt(1e-5).any_dim(1, false).sum(Kind::Int64).int64_value(&[]);
+            assert!(differ <= 2, "{of}: {differ} blocks of {} differ", linear.name);
+            compared += 1;
+        }
+        let series = twenty_steps(&model, &recorded);
+        assert_close(&format!("{of}: losses"), &series("loss"), &expected[&format!("{of}.losses")], 1e-3);
+        for update in adapters.updates().iter().map(Update::of_the_original) {
+            let found = update.b.matmul(&update.a) * update.scale;
+            let what = format!("{of}.update.{}", update.module);
+            if let Some(theirs) = expected.get(&what) {
+                assert_close(&what, &found, theirs, 6e-2);
+                compared += 1;
+            }
+        }
+    }
+    let eight_bit = Scheme { form: Form::Int8, ..quantised };
+    let stored = tempfile::tempdir().unwrap();
+    let base = Checkpoint::open(&BaseSource::Folder(folder(name))).unwrap();
+    let sidecars = [("config.json".to_string(), base.sidecars["config.json"].clone())].into();
+    let place = stored.path().join("int8");
+    engraft::export::quantised::write(&place, &base, Learned::default(), None, &eight_bit, &sidecars, &|_, _| ())
+        .unwrap();
+    let (model, adapters) = started(place, &eight_bit, InitLora::Olora);
+    for update in adapters.updates() {
+        let linear = model.linears().into_iter().find(|linear| linear.name == update.module).unwrap();
+        let Some(theirs) = expected.get(&format!("olora-int8.base.{}", update.module)) else { continue };
+        let found = linear.weight.dense();
+        compared += 1;
+        // A step of a row is 1/127 of its largest; few numbers lie so near between two that they fall to the other.
+        let step = theirs.abs().amax([1], true) / 127.0;
+        let differ = ((&found - theirs).abs() / &step).gt(1e-3);
+        let count = differ.sum(Kind::Int64).int64_value(&[]);
+        assert!(count <= 2, "{}: {count} numbers differ", update.module);
+        assert!(((found - theirs).abs() / step).max().double_value(&[]) < 1.01, "{}", update.module);
+    }
+    assert_eq!(compared, 8);
+}
+
 /// What PEFT's starts from the weights come to after the steps above, on the weights as they were.
 #[test]
 fn adapters_that_start_from_the_weights_learn_as_pefts() {
@@ -311,6 +373,68 @@ fn adapters_that_start_from_the_weights_learn_as_pefts() {
     }
 }
 
+/// Trained in bf16 and asked in fp32, as merging does: the numbers stay those of bf16.
+#[test]
+fn what_is_left_of_a_weight_is_the_same_where_products_are_of_another_type() {
+    let scheme = Scheme { kind: Kind::BFloat16, ..scheme("qlora-nf4").unwrap() };
+    let checkpoint = Checkpoint::open(&BaseSource::Folder(folder("qlora-nf4"))).unwrap();
+    let origin = Origin { checkpoint: &checkpoint, scheme: Some(&scheme), start: None, progress: &|_, _| () };
+    let load = |kind| Decoder::load_kept(&checkpoint, kind, Device::Cpu, Some(&scheme), &|_, _| ()).unwrap();
+    let mut trained = load(Kind::BFloat16);
+    let recipe = AdapterRecipe { r: 4, init_lora_weights: InitLora::Pissa, ..Default::default() };
+    let adapters = Adapters::attach(&mut trained, &recipe, 1, Some(&origin)).unwrap();
+    let place = tempfile::tempdir().unwrap();
+    engraft::export::peft::write(
+        place.path(),
+        &adapters.config,
+        adapters.learned(),
+        Some(&scheme),
+        &Default::default(),
+    )
+    .unwrap();
+    let mut asked = load(Kind::Float);
+    Adapters::attach_loaded(&mut asked, &LoadedAdapter::read(place.path()).unwrap(), 0.0, Some(&origin)).unwrap();
+    for (one, other) in trained.linears().into_iter().zip(asked.linears()) {
+        assert_eq!(other.weight.kind(), Kind::Float, "{}", one.name);
+        assert_eq!(one.weight.dense().to_kind(Kind::Float), other.weight.dense(), "{}", one.name);
+    }
+    // Merged, it has the numbers of norms as they are stored: those are never rounded.
+    let sidecars = [("config.json".to_string(), checkpoint.sidecars["config.json"].clone())].into();
+    let merged = place.path().join("merged");
+    let onto = Scheme { after_start: true, ..scheme.clone() };
+    let learned = adapters.learned();
+    engraft::export::merged::write(&merged, &checkpoint, learned, Some(&onto), Kind::Float, &sidecars, &|_, _| ())
+        .unwrap();
+    let merged = Checkpoint::open(&BaseSource::Folder(merged)).unwrap();
+    let read = |from: &Checkpoint, name| from.tensor(name, Kind::Float, Device::Cpu).unwrap();
+    for name in ["model.norm.weight", "model.layers.1.input_layernorm.weight"] {
+        assert_eq!(read(&merged, name), read(&checkpoint, name), "{name}");
+    }
+}
+
+#[test]
+fn starts_that_a_stored_base_cannot_have_are_refused_with_the_way_out() {
+    let says = |name: &str, stored: &str, start| {
+        let checkpoint = Checkpoint::open(&BaseSource::Folder(folder(name).join(stored))).unwrap();
+        let scheme = scheme(name).unwrap();
+        let origin = Origin { checkpoint: &checkpoint, scheme: Some(&scheme), start: None, progress: &|_, _| () };
+        let mut model = Decoder::load_kept(&checkpoint, Kind::Float, Device::Cpu, Some(&scheme), &|_, _| ()).unwrap();
+        let recipe = AdapterRecipe { r: 4, init_lora_weights: start, ..Default::default() };
+        Adapters::attach(&mut model, &recipe, 1, Some(&origin)).unwrap_err().to_string()
+    };
+    for (name, stored, start, parts) in [
+        ("stored-gptq", "", InitLora::Pissa, ["stored as gptq again", "adapter.method: lora"]),
+        ("stored-awq", "", InitLora::Olora, ["stored as awq again", "the model the base was made of"]),
+        ("stored-fp8-blocks", "", InitLora::Pissa, ["stored as stored fp8 again", "quantization.type"]),
+        ("stored-int4", "", InitLora::Loftq, ["what it was before is not known", "name the model"]),
+        // Nothing is lost of numbers that were quantised before: A and B would be zero, and stay so.
+        ("qlora-nf4", "quantised", InitLora::Loftq, ["what it was before is not known", "name the model"]),
+    ] {
+        let text = says(name, stored, start);
+        assert!(parts.iter().all(|part| text.contains(part)), "{name}: {text}");
+    }
+}
+
 #[test]
 fn what_is_left_of_a_weight_is_quantised_and_found_again_by_who_loads_or_merges_the_adapter() {
     let name = "qlora-nf4";
@@ -321,14 +445,31 @@ fn what_is_left_of_a_weight_is_quantised_and_found_again_by_who_loads_or_merges_
     };
     let scheme = scheme(name).unwrap();
     let place = tempfile::tempdir().unwrap();
-    for (start, stored) in [(InitLora::Pissa, false), (InitLora::Olora, true), (InitLora::Loftq, false)] {
+    let mut nearness = Vec::new();
+    let starts = [
+        (InitLora::Pissa, false, 1),
+        (InitLora::Olora, true, 1),
+        (InitLora::Loftq, false, 1),
+        (InitLora::Loftq, false, 4),
+    ];
+    for (start, stored, loftq_iter) in starts {
         let source = if stored { base(name).join("quantised") } else { base(name) };
         let checkpoint = Checkpoint::open(&BaseSource::Folder(source)).unwrap();
         let origin = Origin { checkpoint: &checkpoint, scheme: Some(&scheme), start: None, progress: &|_, _| () };
         let load = |scheme| Decoder::load_kept(&checkpoint, Kind::Float, Device::Cpu, scheme, &|_, _| ()).unwrap();
         let mut model = load(Some(&scheme));
-        let recipe = AdapterRecipe { r: 4, lora_alpha: 6.0, init_lora_weights: start, ..Default::default() };
+        let recipe =
+            AdapterRecipe { r: 4, lora_alpha: 6.0, init_lora_weights: start, loftq_iter, ..Default::default() };
         let adapters = Adapters::attach(&mut model, &recipe, 1, Some(&origin)).unwrap();
+        assert_eq!(adapters.config.r, if recipe.takes_off() { 8 } else { 4 });
+        if recipe.starts_from_weights() {
+            // Begun again from what an earlier part of the run started with.
+            let begun =
+                Some(adapters.start().iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect());
+            let mut again = load(Some(&scheme));
+            Adapters::attach(&mut again, &recipe, 1, Some(&Origin { start: begun, ..origin })).unwrap();
+            assert_eq!(logits(&again), logits(&model), "{start:?} {loftq_iter}");
+        }
         if start == InitLora::Loftq {
             // Nearer to the base as it was than the quantised base is.
             let original = Decoder::load(&checkpoint, Kind::Float, Device::Cpu, &|_, _| ()).unwrap();
@@ -336,6 +477,7 @@ fn what_is_left_of_a_weight_is_quantised_and_found_again_by_who_loads_or_merges_
                 |model: &Decoder| (logits(model) - logits(&original)).square().mean(Kind::Float).double_value(&[]);
             let (with, without) = (off(&model), off(&load(Some(&scheme))));
             assert!(with < 0.8 * without, "off by {with} with, by {without} without the start");
+            nearness.push(with);
         }
         for (i, update) in adapters.updates().iter().enumerate() {
             tch::no_grad(|| {
@@ -345,7 +487,7 @@ fn what_is_left_of_a_weight_is_quantised_and_found_again_by_who_loads_or_merges_
         }
         let trained = logits(&model);
 
-        let adapter = place.path().join(format!("{start:?}"));
+        let adapter = place.path().join(format!("{start:?}-{loftq_iter}"));
         let sidecars = std::collections::BTreeMap::new();
         engraft::export::peft::write(&adapter, &adapters.config, adapters.learned(), Some(&scheme), &sidecars).unwrap();
         let loaded = LoadedAdapter::read(&adapter).unwrap();
@@ -355,7 +497,7 @@ fn what_is_left_of_a_weight_is_quantised_and_found_again_by_who_loads_or_merges_
 
         let spec = &again.spec;
         let updates: Vec<Update> = loaded.fit(&spec.sites(), &spec.names).unwrap().into_values().collect();
-        let merged = place.path().join(format!("{start:?}-merged"));
+        let merged = place.path().join(format!("{start:?}-{loftq_iter}-merged"));
         let config = [("config.json".to_string(), checkpoint.sidecars["config.json"].clone())].into();
         let onto = loaded.scheme().unwrap();
         engraft::export::merged::write(
@@ -372,6 +514,7 @@ fn what_is_left_of_a_weight_is_quantised_and_found_again_by_who_loads_or_merges_
         let merged = Decoder::load(&merged, Kind::Float, Device::Cpu, &|_, _| ()).unwrap();
         assert_close("merged", &logits(&merged), &trained, TOLERANCE);
     }
+    assert!(nearness[1] < nearness[0], "further iterations come nearer to the base as it was: {nearness:?}");
 }
 
 #[test]

@@ -6,7 +6,7 @@ mod generator;
 use std::path::Path;
 
 use engraft::model::{Decoder, Documents, Forward};
-use engraft::quant::{Form, Layout, Products, Quantised, Scheme, Weight};
+use engraft::quant::{Form, FourBitType, Layout, Products, Quantised, Scheme, Weight};
 use engraft::recipe::BaseSource;
 use engraft::weights::Checkpoint;
 use engraft::weights::writer::{self, TensorSpec};
@@ -15,6 +15,16 @@ use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 type Tensors = Vec<(String, Tensor)>;
+
+/// A checkpoint of these, in a folder that lives as long as the first.
+fn checkpoint(tensors: &Tensors, config: &Value) -> (tempfile::TempDir, Checkpoint) {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    let specs: Vec<_> = tensors.iter().map(|(name, tensor)| TensorSpec::of(name.as_str(), tensor)).collect();
+    writer::write_model(folder.path(), &specs, 1 << 30, |index| Ok(tensors[index].1.shallow_clone())).unwrap();
+    let checkpoint = Checkpoint::open(&BaseSource::Folder(folder.path().to_path_buf())).unwrap();
+    (folder, checkpoint)
+}
 
 /// A fixture's tensors and config, its widths changed by `width`.
 fn fixture(name: &str, width: impl Fn(i64) -> i64) -> (Tensors, Value) {
@@ -32,11 +42,7 @@ fn fixture(name: &str, width: impl Fn(i64) -> i64) -> (Tensors, Value) {
 
 /// The logits of a checkpoint of these, its base kept as it is stored and as plain numbers; and which linears were kept.
 fn logits(tensors: &Tensors, config: &Value, layout: Layout) -> ([Tensor; 2], Vec<(String, bool)>) {
-    let folder = tempfile::tempdir().unwrap();
-    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
-    let specs: Vec<_> = tensors.iter().map(|(name, tensor)| TensorSpec::of(name.as_str(), tensor)).collect();
-    writer::write_model(folder.path(), &specs, 1 << 30, |index| Ok(tensors[index].1.shallow_clone())).unwrap();
-    let checkpoint = Checkpoint::open(&BaseSource::Folder(folder.path().to_path_buf())).unwrap();
+    let (_folder, checkpoint) = checkpoint(tensors, config);
     let scheme = Scheme {
         form: Form::Stored(layout),
         kind: Kind::Float,
@@ -63,6 +69,28 @@ fn logits(tensors: &Tensors, config: &Value, layout: Layout) -> ([Tensor; 2], Ve
 fn assert_same([kept, plain]: &[Tensor; 2]) {
     let off = (kept - plain).abs().max().double_value(&[]) / plain.abs().max().double_value(&[]);
     assert!(off < 1e-6, "off by {off:e} of the largest");
+}
+
+/// Quantised as they are read, each by itself, and the same numbers where products are of another type.
+#[test]
+fn experts_apart_are_quantised_one_by_one() {
+    let (tensors, config) = fixture("qwen3_moe", |width| width);
+    let (_folder, checkpoint) = checkpoint(&tensors, &config);
+    let form = Form::FourBit { code: FourBitType::Nf4, block: 32, double_quant: true };
+    let skip = vec!["lm_head".to_string()];
+    let scheme = Scheme { form, kind: Kind::BFloat16, skip, products: Products::Dequantised, after_start: false };
+    let load = |kind, scheme| Decoder::load_kept(&checkpoint, kind, Device::Cpu, scheme, &|_, _| ()).unwrap();
+    let (plain, kept) = (load(Kind::Float, None), load(Kind::BFloat16, Some(&scheme)));
+    let asked = load(Kind::Float, Some(&scheme));
+    let mut experts = 0;
+    for ((plain, kept), asked) in plain.linears().into_iter().zip(kept.linears()).zip(asked.linears()) {
+        let Weight::Quantised(Quantised::Experts(_)) = &kept.weight else { continue };
+        experts += 1;
+        let expected = scheme.numbers(&plain.weight.dense());
+        assert_eq!(kept.weight.dense(), expected, "{}", kept.name);
+        assert_eq!(asked.weight.dense(), expected.to_kind(Kind::Float), "{}", kept.name);
+    }
+    assert_eq!(experts, 6);
 }
 
 #[test]

@@ -5,19 +5,23 @@ use std::collections::HashMap;
 
 use tch::{Device, Kind, Tensor};
 
+use super::Update;
 use super::init;
 use super::load::PREFIX;
 use super::targets::Target;
 use crate::model::sites::{Role, Site};
 use crate::model::spec::Stored;
 use crate::model::{Decoder, Linear};
-use crate::quant::{Scheme, Weight};
+use crate::quant::{Form, Scheme, Weight};
 use crate::recipe::{AdapterRecipe, InitLora};
 use crate::weights::Checkpoint;
 use crate::{Error, Fault, Result};
 
 /// A (R, in) and B (out, R), fp32.
 type Pair = (Tensor, Tensor);
+
+/// What a module starts with, and what is taken off its weight.
+type Begun = (Pair, Pair);
 
 /// Where a model's weights came from, and what became of them.
 pub struct Origin<'a> {
@@ -77,61 +81,75 @@ impl<'a> Originals<'a> {
         }
         let scheme = self.scheme(&site.name);
         let makes_up = recipe.init_lora_weights == InitLora::Loftq;
-        if let Some(scheme) = scheme.filter(|s| (recipe.takes_off() || makes_up) && !s.form.can_be_made()) {
-            let form = scheme.form;
-            let what = match makes_up {
-                true => format!(
-                    "makes up for what the base lost, which is stored as {form}: what it was before is not known"
-                ),
-                false => {
-                    format!("takes something off the base, which is stored as {form} and cannot be stored so again")
-                }
-            };
-            let fault = Fault::new("adapter.init_lora_weights", what);
-            return Err(Error::Recipe(vec![fault.hint("choose another start, or a base that is not quantised")]));
+        if let Some(scheme) = scheme
+            && (recipe.takes_off() || makes_up)
+        {
+            self.prove_possible(scheme.form, makes_up)?;
         }
         let whole = self.whole(site, linear)?;
-        let known = match self.origin.and_then(|origin| origin.start.as_ref()) {
-            Some(start) => Some(found(start, &site.name)?),
-            None => None,
-        };
-        let (a, b) = known.map_or_else(
-            || {
-                each(&whole, |number, weight| {
-                    let name = number.map_or_else(|| site.name.clone(), |number| format!("{}.{number}", site.name));
-                    match (recipe.init_lora_weights, scheme) {
-                        (InitLora::Loftq, Some(scheme)) => lost(weight, scheme, r, target.scale),
-                        // Nothing is lost of a weight that stays as it is.
-                        (InitLora::Loftq, None) => (
-                            init::start(InitLora::Kaiming, seed, &name, (r, columns)),
-                            Tensor::zeros([rows, r], (Kind::Float, Device::Cpu)),
-                        ),
-                        (InitLora::Olora, _) => orthonormal(weight, r),
-                        (InitLora::Pissa | InitLora::Kaiming | InitLora::Gaussian, _) => {
-                            let fast = recipe.pissa_niter.map(|iterations| {
-                                (iterations, init::start(InitLora::Pissa, seed, &name, (r, columns)))
-                            });
-                            principal(weight, r, target.scale, fast)
-                        }
+        let begun = match self.origin.and_then(|origin| origin.start.as_ref()) {
+            Some(start) => {
+                let own = found(start, &site.name, OWN)?;
+                let taken =
+                    if makes_up && recipe.takes_off() { found(start, &site.name, TAKEN)? } else { handles(&own) };
+                (own, taken)
+            }
+            None => each(&whole, |number, weight| {
+                let name = number.map_or_else(|| site.name.clone(), |number| format!("{}.{number}", site.name));
+                match (recipe.init_lora_weights, scheme) {
+                    (InitLora::Loftq, Some(scheme)) => lost(weight, scheme, r, target.scale, recipe.loftq_iter),
+                    // Nothing is lost of a weight that stays as it is.
+                    (InitLora::Loftq, None) => all_taken((
+                        init::start(InitLora::Kaiming, seed, &name, (r, columns)),
+                        Tensor::zeros([rows, r], (Kind::Float, Device::Cpu)),
+                    )),
+                    (InitLora::Olora, _) => all_taken(orthonormal(weight, r)),
+                    (InitLora::Pissa | InitLora::Kaiming | InitLora::Gaussian, _) => {
+                        let fast = recipe
+                            .pissa_niter
+                            .map(|iterations| (iterations, init::start(InitLora::Pissa, seed, &name, (r, columns))));
+                        all_taken(principal(weight, r, target.scale, fast))
                     }
-                })
-            },
-            |(a, b)| (a.to_device(whole.device()), b.to_device(whole.device())),
-        );
+                }
+            }),
+        };
         // As read from a file: products of another order round otherwise.
-        let (a, b) = (a.contiguous(), b.contiguous());
+        let settled =
+            |(a, b): Pair| (a.to_device(whole.device()).contiguous(), b.to_device(whole.device()).contiguous());
+        let ((a, b), taken) = (settled(begun.0), settled(begun.1));
         if !recipe.takes_off() {
             return Ok((a, b, None));
         }
-        self.leave(linear, &left(&whole, (&a, &b), target.scale));
-        let taken = (a.copy(), b.copy());
+        self.leave(linear, &left(&whole, (&taken.0, &taken.1), target.scale));
         Ok((a, b, Some(taken)))
+    }
+
+    /// An error where a start cannot be had of a base in this form: one that makes up for what quantising lost, or takes something off.
+    fn prove_possible(&self, form: Form, makes_up: bool) -> Result<()> {
+        let stored = self.origin.and_then(|origin| origin.checkpoint.quantised_form());
+        let (what, hint) = if makes_up && (stored == Some(form) || !form.can_be_made()) {
+            let what =
+                format!("makes up for what the base lost, which is stored as {form}: what it was before is not known");
+            (what, "choose another start, or name the model the base was made of: it is quantised here")
+        } else if !form.can_be_made() {
+            let what = format!(
+                "takes a part off each weight, and the rest would have to be stored as {form} again, which only its own tool does"
+            );
+            let further = "choose another start; or write adapter.method: lora, which reads the base as plain numbers; or quantise \
+                           it further here (quantization.type)";
+            let other = "choose another start; or write adapter.method: lora, which reads the base as plain numbers; or name the \
+                         model the base was made of, which is quantised here";
+            (what, if form.may_become(Form::Int8) { further } else { other })
+        } else {
+            return Ok(());
+        };
+        Err(Error::Recipe(vec![Fault::new("adapter.init_lora_weights", what).hint(hint)]))
     }
 
     /// Leaves in the linear what is left of its weight.
     pub(super) fn leave(&self, linear: &mut Linear, left: &Tensor) {
         linear.weight = match self.scheme(&linear.name) {
-            Some(scheme) => scheme.keep(&left.to_kind(scheme.kind)),
+            Some(scheme) => scheme.keep(left, self.kind),
             None => Weight::Dense(left.to_kind(self.kind)),
         };
     }
@@ -139,12 +157,12 @@ impl<'a> Originals<'a> {
     /// The weight of a linear before it was quantised, fp32: (out, in) or (E, out, in).
     pub(super) fn whole(&self, site: &Site, linear: &Linear) -> Result<Tensor> {
         // Of a base that is stored so, nothing else is known.
-        let again = self.origin.filter(|origin| {
-            let asked = origin.scheme.map(|scheme| scheme.form);
-            asked.is_some() && origin.checkpoint.quantised_form() != asked
+        let again = self.origin.and_then(|origin| {
+            let scheme = origin.scheme.filter(|scheme| origin.checkpoint.quantised_form() != Some(scheme.form))?;
+            Some((origin.checkpoint, scheme.kind))
         });
         let weight = match (again, self.quantised.get(&site.name)) {
-            (Some(origin), Some(names)) => original(origin.checkpoint, site, names, linear)?,
+            (Some((checkpoint, kind)), Some(names)) => original(checkpoint, site, names, kind, linear.weight.device())?,
             _ => linear.weight.dense(),
         };
         Ok(weight.to_kind(Kind::Float))
@@ -161,9 +179,9 @@ pub(super) fn left(weight: &Tensor, (a, b): (&Tensor, &Tensor), scale: f64) -> T
     weight.to_kind(Kind::Float) - b.matmul(&a) * scale
 }
 
-/// Reads a weight once more, as its linear has it.
-fn original(checkpoint: &Checkpoint, site: &Site, names: &[String], linear: &Linear) -> Result<Tensor> {
-    let read = |name: &String| checkpoint.tensor(name, linear.weight.kind(), linear.weight.device());
+/// Reads a weight once more, in the number type that it was quantised of, as its linear has it.
+fn original(checkpoint: &Checkpoint, site: &Site, names: &[String], kind: Kind, device: Device) -> Result<Tensor> {
+    let read = |name: &String| checkpoint.tensor(name, kind, device);
     let all: Vec<Tensor> = names.iter().map(read).collect::<Result<_>>()?;
     Ok(match (&site.role, &all[..]) {
         (Role::Experts { stored: Stored::Transposed { .. }, .. }, [one]) => one.transpose(1, 2).contiguous(),
@@ -172,18 +190,46 @@ fn original(checkpoint: &Checkpoint, site: &Site, names: &[String], linear: &Lin
     })
 }
 
-/// A and B of a weight (out, in), or of all weights (E, out, in).
-fn each(weight: &Tensor, start: impl Fn(Option<i64>, &Tensor) -> Pair) -> Pair {
+/// What a weight (out, in), or all weights (E, out, in), start with.
+fn each(weight: &Tensor, start: impl Fn(Option<i64>, &Tensor) -> Begun) -> Begun {
     if weight.dim() == 2 {
         return start(None, weight);
     }
     let all = weight.unbind(0);
-    let (a, b): (Vec<_>, Vec<_>) = (0..).zip(&all).map(|(number, weight)| start(Some(number), weight)).unzip();
-    (Tensor::stack(&a, 0), Tensor::stack(&b, 0))
+    let begun: Vec<Begun> = (0..).zip(&all).map(|(number, weight)| start(Some(number), weight)).collect();
+    let stacked = |of: fn(&Begun) -> &Tensor| Tensor::stack(&begun.iter().map(of).collect::<Vec<_>>(), 0);
+    ((stacked(|b| &b.0.0), stacked(|b| &b.0.1)), (stacked(|b| &b.1.0), stacked(|b| &b.1.1)))
 }
 
-/// What a module started with, of all that the run's folder has.
-fn found(start: &[(String, Tensor)], module: &str) -> Result<Pair> {
+/// Another handle to the same tensors.
+fn handles((a, b): &Pair) -> Pair {
+    (a.shallow_clone(), b.shallow_clone())
+}
+
+/// A pair that is taken off the weight it starts on.
+fn all_taken(pair: Pair) -> Begun {
+    let taken = handles(&pair);
+    (pair, taken)
+}
+
+/// How the keys end of what a module starts with, and of what was taken off its weight where that is another pair.
+const OWN: [&str; 2] = ["lora_A.weight", "lora_B.weight"];
+const TAKEN: [&str; 2] = ["taken_A.weight", "taken_B.weight"];
+
+/// What was taken off the weights, under the names that [`Origin::start`] has for it, where it is not what their modules start with.
+pub(super) fn taken_otherwise<'a>(
+    recipe: &AdapterRecipe,
+    updates: &'a [Update],
+) -> impl Iterator<Item = (String, Tensor)> + use<'a> {
+    let otherwise = recipe.takes_off() && recipe.init_lora_weights == InitLora::Loftq;
+    let of = |update: &'a Update| Some((&update.module, update.taken.as_ref()?));
+    updates.iter().filter(move |_| otherwise).filter_map(of).flat_map(|(module, (a, b))| {
+        [(TAKEN[0], a), (TAKEN[1], b)].map(|(end, tensor)| (format!("{PREFIX}{module}.{end}"), tensor.copy()))
+    })
+}
+
+/// What a module started with, of all that the run's folder has, under keys with these ends.
+fn found(start: &[(String, Tensor)], module: &str, ends: [&str; 2]) -> Result<Pair> {
     let of = |end: &str| {
         let key = format!("{PREFIX}{module}.{end}");
         let found = start.iter().find(|(name, _)| *name == key).map(|(_, tensor)| tensor.shallow_clone());
@@ -192,7 +238,7 @@ fn found(start: &[(String, Tensor)], module: &str) -> Result<Pair> {
             Error::State(fault.hint("begin again with --overwrite"))
         })
     };
-    Ok((of("lora_A.weight")?, of("lora_B.weight")?))
+    Ok((of(ends[0])?, of(ends[1])?))
 }
 
 /// PiSSA: of `W = U S V^T`, `s B A` is the part of the R largest singular values, each half of the root of them.
@@ -200,7 +246,7 @@ fn found(start: &[(String, Tensor)], module: &str) -> Result<Pair> {
 /// `fast` is a number of iterations and a start (R, in) of the randomised decomposition that replaces the exact one.
 fn principal(weight: &Tensor, r: i64, scale: f64, fast: Option<(u32, Tensor)>) -> Pair {
     let (u, s, vt) = match fast {
-        None => svd(weight),
+        None => largest(weight, r),
         Some((iterations, start)) => nearly(weight, iterations, &start),
     };
     halves(&u, &(s / scale), &vt, r)
@@ -214,13 +260,42 @@ fn orthonormal(weight: &Tensor, r: i64) -> Pair {
     (q.tr().mm(weight), q)
 }
 
-/// LoftQ: the best pair for what quantising W loses, `W - Q(W)`.
+/// LoftQ: the best pair for what quantising W loses, `W - Q(W)`; in every further iteration that for `W - Q(W - s B A)`, of the pair
+/// before, which is then what is taken off.
 ///
 /// PEFT leaves the scale out, so that its pair makes the loss good only where the scale is 1; here it always does.
-fn lost(weight: &Tensor, scheme: &Scheme, r: i64, scale: f64) -> Pair {
-    let left = weight - scheme.numbers(weight).to_kind(Kind::Float);
-    let (u, s, vt) = svd(&left);
-    halves(&u, &(s / scale), &vt, r)
+fn lost(weight: &Tensor, scheme: &Scheme, r: i64, scale: f64, iterations: u32) -> Begun {
+    let best = |quantised: &Tensor| {
+        let (u, s, vt) = largest(&(weight - scheme.numbers(quantised).to_kind(Kind::Float)), r);
+        halves(&u, &(s / scale), &vt, r)
+    };
+    let zeros = |like: &Tensor| like.zeros_like();
+    let first = best(weight);
+    let taken = (zeros(&first.0), zeros(&first.1));
+    (1..iterations).fold((first, taken), |(taken, _), _| (best(&left(weight, (&taken.0, &taken.1), scale)), taken))
+}
+
+/// How large the last value that is asked for must be beside the first, for both to be had of their squares in fp32.
+const LEAST: f64 = 0.03;
+
+/// U (out, R), S (R) and V^T (R, in) of the R largest singular values, the largest first.
+///
+/// By the eigenvectors of `W W^T`, or of `W^T W` where that is smaller: a half to a fifth of the time of the singular value
+/// decomposition, and nearer to that in fp64 than it is in fp32. Squares have half the digits, so where values fall off steeply the
+/// weight itself is decomposed.
+fn largest(weight: &Tensor, r: i64) -> (Tensor, Tensor, Tensor) {
+    let tall = weight.size()[0] > weight.size()[1];
+    let flat = if tall { weight.tr() } else { weight.shallow_clone() }; // (K, longer)
+    let (_, vectors) = flat.mm(&flat.tr()).linalg_eigh("L");
+    let short = vectors.narrow(1, vectors.size()[1] - r, r).flip([1]); // (K, R)
+    let long = short.tr().mm(&flat); // (R, longer)
+    let s = long.norm_scalaropt_dim(2.0, [1i64].as_slice(), false); // (R)
+    let (first, last) = (s.double_value(&[0]), s.double_value(&[r - 1]));
+    if last.is_nan() || last <= LEAST * first {
+        return svd(weight);
+    }
+    let long = long / s.unsqueeze(1);
+    if tall { (long.tr(), s, short.tr()) } else { (short, s, long) }
 }
 
 /// U (out, K), S (K) and V^T (K, in), the largest values first.
@@ -232,7 +307,7 @@ fn svd(weight: &Tensor) -> (Tensor, Tensor, Tensor) {
 /// `B A = U S V^T` cut to R.
 fn halves(u: &Tensor, s: &Tensor, vt: &Tensor, r: i64) -> Pair {
     let root = s.narrow(0, 0, r).sqrt(); // (R)
-    (root.unsqueeze(1) * vt.narrow(0, 0, r), u.narrow(1, 0, r) * root)
+    ((root.unsqueeze(1) * vt.narrow(0, 0, r)).contiguous(), (u.narrow(1, 0, r) * root).contiguous())
 }
 
 /// U (out, R), S (R) and V^T (R, in) by subspace iteration from `start` (R, in): Halko, Martinsson and Tropp (arXiv:0909.4061),
@@ -251,7 +326,7 @@ fn nearly(weight: &Tensor, iterations: u32, start: &Tensor) -> (Tensor, Tensor, 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quant::{Form, FourBitType, Products};
+    use crate::quant::{FourBitType, Products};
 
     fn weight(rows: i64, columns: i64) -> Tensor {
         tch::manual_seed(4);
@@ -272,8 +347,47 @@ mod tests {
         let products = Products::Dequantised;
         let scheme = Scheme { form, kind: Kind::Float, skip: Vec::new(), products, after_start: false };
         for scale in [1.0, 0.5] {
-            let (a, b) = lost(&read("loftq.weight"), &scheme, 4, scale);
-            assert!(off(&(b.matmul(&a) * scale), &read("loftq.product")) < 1e-5);
+            for (iterations, name) in [(1, "loftq"), (5, "loftq.5")] {
+                let weight = read("loftq.weight");
+                let ((a, b), taken) = lost(&weight, &scheme, 4, scale, iterations);
+                assert!(off(&(b.matmul(&a) * scale), &read(&format!("{name}.product"))) < 1e-4, "{name} {scale}");
+                // What is left is quantised; a number at a bound between two codes may fall to either side.
+                let base = scheme.numbers(&left(&weight, (&taken.0, &taken.1), scale));
+                let differ = (base - read(&format!("{name}.base"))).abs().gt(1e-6).sum(Kind::Int64).int64_value(&[]);
+                assert!(differ <= 2, "{name} {scale}: {differ} numbers of the base differ");
+            }
+        }
+    }
+
+    #[test]
+    fn the_largest_singular_values_and_vectors_are_those_of_the_whole_decomposition_in_fp64() {
+        let r = 6;
+        let falling = |size: i64, base: f64| {
+            let exponents = Tensor::arange(size, (Kind::Float, Device::Cpu)) * base.ln();
+            weight(60, size).matmul(&(exponents.exp().unsqueeze(1) * weight(size, 90)))
+        };
+        // Of even values, of some that fall off, of such that their squares are lost in fp32, of fewer than are asked for, of none.
+        let nothing = Tensor::zeros([60, 90], (Kind::Float, Device::Cpu));
+        for (weight, what) in [
+            (weight(60, 90), "even"),
+            (falling(40, 0.7), "falling"),
+            (falling(40, 0.02), "steep"),
+            (falling(3, 0.5), "few"),
+            (nothing, "none"),
+        ] {
+            for weight in [weight.tr().contiguous(), weight] {
+                let ((u, s, vt), (exact_u, exact_s, exact_vt)) =
+                    (largest(&weight, r), svd(&weight.to_kind(Kind::Double)));
+                assert!(s.isfinite().all().int64_value(&[]) == 1, "{what}");
+                let cut = |u: &Tensor, s: &Tensor, vt: &Tensor| {
+                    (u.narrow(1, 0, r) * s.narrow(0, 0, r)).matmul(&vt.narrow(0, 0, r)).to_kind(Kind::Double)
+                };
+                let exact = cut(&exact_u, &exact_s, &exact_vt);
+                let off = (cut(&u, &s, &vt) - &exact).norm().double_value(&[]);
+                assert!(off <= 1e-5 * exact.norm().double_value(&[]), "{what}: off by {off:e}");
+                let values = (s.narrow(0, 0, r) - exact_s.narrow(0, 0, r)).abs().max().double_value(&[]);
+                assert!(values <= 1e-5 * exact_s.double_value(&[0]), "{what}: {values:e}");
+            }
         }
     }
 

@@ -7,8 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::config::{AdapterConfig, CONFIG, MERGE_IT, Ranks};
 use super::layout::Assembled;
-use super::saved::{self, Named, Saved, TOKENS};
-use super::targets::is_suffix;
+use super::saved::{self, BIAS, Named, Saved, TOKENS};
 use super::{Update, overview};
 use crate::model::names::Names;
 use crate::model::sites::{Role, Site};
@@ -138,31 +137,37 @@ impl LoadedAdapter {
             .map_err(|error| fault(CONFIG, error.to_string()))?;
         let mut taken = BTreeSet::new();
         let mut all = Vec::new();
-        for Named { module, shape, rows, shared_with } in named {
-            let end = if rows.is_some() { TOKENS } else { ".weight" };
-            let of_it = |(key, _): &&(String, Tensor)| {
-                let spelled = key.strip_suffix(end).into_iter().flat_map(|own| names.spec_names(own));
-                spelled
-                    .map(|name| names.module(&name))
-                    .any(|name| name == module || shared_with.as_ref() == Some(&name))
+        for Named { module, mut shape, bias, rows, shared_with } in named {
+            let mut part = |end: &str, expected: &[i64]| -> Result<Tensor> {
+                let of_it = |(key, _): &&(String, Tensor)| {
+                    let spelled = key.strip_suffix(end).into_iter().flat_map(|own| names.spec_names(own));
+                    spelled
+                        .map(|name| names.module(&name))
+                        .any(|name| name == module || shared_with.as_ref() == Some(&name))
+                };
+                let found: Vec<&(String, Tensor)> = self.whole.iter().filter(of_it).collect();
+                let Some((key, tensor)) = found.first() else {
+                    let missing = if end == BIAS { format!("{module}{end}") } else { module.clone() };
+                    return Err(fault(&missing, format!("is not there, but {CONFIG} says that it was trained")));
+                };
+                if tensor.size() != expected {
+                    let found = tensor.size();
+                    let what = format!("is {found:?} there, {expected:?} here: another base, or other tokens");
+                    return Err(fault(key, what));
+                }
+                taken.extend(found.iter().map(|(key, _)| key.as_str()));
+                Ok(tensor.shallow_clone())
             };
-            let found: Vec<&(String, Tensor)> = self.whole.iter().filter(of_it).collect();
-            let Some((key, tensor)) = found.first() else {
-                return Err(fault(&module, format!("is not there, but {CONFIG} says that it was trained")));
-            };
-            let expected = [rows.as_ref().map_or(shape.0, |rows| rows.len() as i64), shape.1];
-            if tensor.size() != expected {
-                let found = tensor.size();
-                return Err(fault(
-                    key,
-                    format!("is {found:?} there, {expected:?} here: another base, or other tokens"),
-                ));
-            }
-            taken.extend(found.iter().map(|(key, _)| key.as_str()));
-            let tensor = tensor.shallow_clone();
             let trained = match rows {
-                None => Trained::Whole(tensor),
-                Some(ids) => Trained::Rows { ids: Tensor::from_slice(&ids), rows: tensor },
+                None => {
+                    let weight = part(".weight", &shape)?;
+                    let bias = bias.then(|| part(BIAS, &shape[..1])).transpose()?;
+                    Trained::Whole { weight, bias }
+                }
+                Some(ids) => {
+                    shape[0] = ids.len() as i64;
+                    Trained::Rows { ids: Tensor::from_slice(&ids), rows: part(TOKENS, &shape)? }
+                }
             };
             all.push(Saved { module, trained, shared_with });
         }
@@ -302,7 +307,7 @@ fn sort(path: &Path, weights: &Checkpoint, config: &AdapterConfig) -> Result<Sor
     let mut base_layers = Vec::new();
     let mut whole = Vec::new();
     let saves = |module: &str| {
-        let named = config.modules_to_save.iter().flatten().any(|typed| is_suffix(typed, module));
+        let named = config.modules_to_save.iter().flatten().any(|typed| module.ends_with(typed.as_str()));
         // A head that shares the embedding's weight is stored without being named.
         named || (config.ensure_weight_tying && config.modules_to_save.is_some())
     };
@@ -322,7 +327,7 @@ fn sort(path: &Path, weights: &Checkpoint, config: &AdapterConfig) -> Result<Sor
             base_layers.push((module.to_string(), weights.shape(key).unwrap_or_default()));
             continue;
         } else if (config.trainable_token_indices.is_some() && plain.ends_with(TOKENS))
-            || plain.strip_suffix(".weight").is_some_and(&saves)
+            || [".weight", BIAS].iter().any(|end| plain.strip_suffix(end).is_some_and(&saves))
         {
             whole.push(key.to_string());
             continue;

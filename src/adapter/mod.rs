@@ -216,7 +216,9 @@ impl Adapters {
         config.ensure_weight_tying = saved.iter().any(|saved| saved.shared_with.is_some());
         let mut adapters = Self { config, notices, updates, saved, start: Vec::new() };
         if recipe.starts_from_weights() {
-            adapters.start = adapters.parameters().into_iter().map(|(name, t)| (name, t.detach().copy())).collect();
+            let began = adapters.parameters().into_iter().map(|(name, t)| (name, t.detach().copy()));
+            let taken = decompose::taken_otherwise(recipe, &adapters.updates);
+            adapters.start = began.chain(taken).collect();
         }
         Ok(adapters)
     }
@@ -287,6 +289,7 @@ impl Adapters {
             (linear.adapter, linear.trained) = (None, None);
         }
         model.embedding.trained = None;
+        model.norms_mut().into_iter().for_each(|norm| norm.trained = None);
     }
 
     /// What is trained, in checkpoint order, A before B, under the keys of PEFT's files
@@ -299,14 +302,14 @@ impl Adapters {
             };
             update.tensors().map(named).collect::<Vec<_>>()
         });
-        let saved = self.saved.iter().filter_map(|saved| saved.tensors().into_iter().next());
+        let saved = self.saved.iter().flat_map(Saved::leaves);
         parameters.chain(saved).collect()
     }
 
     /// How many numbers are trained.
     pub fn trainable(&self) -> usize {
         let low_rank = self.updates.iter().flat_map(Update::tensors).map(|(_, tensor)| tensor.numel());
-        low_rank.chain(self.saved.iter().map(|saved| saved.trained.leaf().numel())).sum()
+        low_rank.chain(self.saved.iter().flat_map(|saved| saved.trained.leaves()).map(Tensor::numel)).sum()
     }
 
     /// All that is trained.

@@ -40,8 +40,10 @@ pub struct PlannedUpdate {
 pub struct PlannedSaved {
     /// Module path.
     pub module: String,
-    /// (rows, in) of what is trained.
-    pub shape: (i64, i64),
+    /// Of what is trained of its weight: (rows, in), or (D) of a norm.
+    pub shape: Vec<i64>,
+    /// Whether its bias is trained, too.
+    pub bias: bool,
     /// Whether these are rows of a larger weight.
     pub rows: bool,
     /// The head, where it shares what is trained.
@@ -64,14 +66,12 @@ impl PlannedAdapters {
                 rank: update.rank(),
                 decomposed: update.lengths.is_some(),
             });
-            let saved = loaded.saved(spec)?.into_iter().map(|saved| {
-                let size = saved.trained.leaf().size();
-                PlannedSaved {
-                    module: saved.module,
-                    shape: (size[0], size[1]),
-                    rows: matches!(saved.trained, crate::model::Trained::Rows { .. }),
-                    shared_with: saved.shared_with,
-                }
+            let saved = loaded.saved(spec)?.into_iter().map(|saved| PlannedSaved {
+                shape: saved.trained.leaf().size(),
+                bias: saved.trained.leaves().count() > 1,
+                module: saved.module,
+                rows: matches!(saved.trained, crate::model::Trained::Rows { .. }),
+                shared_with: saved.shared_with,
             });
             return Ok(Self { updates: updates.collect(), saved: saved.collect(), keeps_start: false });
         }
@@ -88,11 +88,13 @@ impl PlannedAdapters {
                 decomposed: recipe.decomposes(),
             }
         });
-        let saved = saved::named(spec, &config, true)?.into_iter().map(|named| PlannedSaved {
-            module: named.module,
-            shape: (named.rows.as_ref().map_or(named.shape.0, |rows| rows.len() as i64), named.shape.1),
-            rows: named.rows.is_some(),
-            shared_with: named.shared_with,
+        let saved = saved::named(spec, &config, true)?.into_iter().map(|named| {
+            let mut shape = named.shape;
+            if let Some(rows) = &named.rows {
+                shape[0] = rows.len() as i64;
+            }
+            let rows = named.rows.is_some();
+            PlannedSaved { module: named.module, shape, bias: named.bias, rows, shared_with: named.shared_with }
         });
         Ok(Self { updates: updates.collect(), saved: saved.collect(), keeps_start: recipe.starts_from_weights() })
     }
@@ -106,9 +108,11 @@ impl PlannedAdapters {
             let factors = [("lora_A.weight", of([*rank, *columns])), ("lora_B.weight", of([*rows, *rank]))];
             factors.into_iter().chain(lengths).map(move |(name, shape)| (format!("{PREFIX}{module}.{name}"), shape))
         });
-        let saved = self.saved.iter().map(|saved| {
-            let end = if saved.rows { saved::TOKENS } else { ".weight" };
-            (format!("{PREFIX}{}{end}", saved.module), vec![saved.shape.0, saved.shape.1])
+        let saved = self.saved.iter().flat_map(|saved| {
+            let name = |end| format!("{PREFIX}{}{end}", saved.module);
+            let weight = name(if saved.rows { saved::TOKENS } else { ".weight" });
+            let bias = saved.bias.then(|| (name(saved::BIAS), vec![saved.shape[0]]));
+            std::iter::once((weight, saved.shape.clone())).chain(bias)
         });
         updates.chain(saved).collect()
     }

@@ -10,8 +10,9 @@ use tch::{Device, Kind, Tensor};
 use super::config::AdapterConfig;
 use super::load::PREFIX;
 use super::targets::{is_suffix, overview};
-use crate::model::sites::Role;
+use crate::model::sites::{Role, Site};
 use crate::model::{Decoder, Linear, ModelSpec, Trained};
+use crate::ops::{Norm, TrainedNorm};
 use crate::recipe::TokenIndices;
 use crate::{Error, Fault, Result};
 
@@ -38,7 +39,10 @@ impl Saved {
     /// The same as tensors to be trained on from here, on a device.
     pub(super) fn trainable(&self, device: Device) -> Self {
         let trained = match &self.trained {
-            Trained::Whole(weight) => Trained::Whole(leaf(&weight.to_device(device))),
+            Trained::Whole { weight, bias } => Trained::Whole {
+                weight: leaf(&weight.to_device(device)),
+                bias: bias.as_ref().map(|bias| leaf(&bias.to_device(device))),
+            },
             Trained::Rows { ids, rows } => {
                 Trained::Rows { ids: ids.to_device(device), rows: leaf(&rows.to_device(device)) }
             }
@@ -49,27 +53,37 @@ impl Saved {
     /// How its key ends in PEFT's files.
     pub(super) fn end(&self) -> &'static str {
         match &self.trained {
-            Trained::Whole(_) => ".weight",
+            Trained::Whole { .. } => ".weight",
             Trained::Rows { .. } => TOKENS,
         }
     }
 
-    /// Its tensors under the keys of PEFT's files: the one that is trained, and once more for a head that shares it whole.
+    /// What is trained under the keys of PEFT's files.
+    pub fn leaves(&self) -> impl Iterator<Item = (String, Tensor)> {
+        let ends = [self.end(), BIAS].into_iter().zip(self.trained.leaves());
+        ends.map(|(end, leaf)| (format!("{PREFIX}{}{end}", self.module), leaf.shallow_clone()))
+    }
+
+    /// Its tensors under the keys of PEFT's files: what is trained, and the weight once more for a head that shares it whole.
     pub fn tensors(&self) -> Vec<(String, Tensor)> {
-        let leaf = self.trained.leaf();
         // PEFT gives the head the embedding's rows by itself.
-        let shared = self.shared_with.as_ref().filter(|_| matches!(self.trained, Trained::Whole(_)));
-        let end = self.end();
-        let names = [Some(&self.module), shared].into_iter().flatten();
-        names.map(|module| (format!("{PREFIX}{module}{end}"), leaf.shallow_clone())).collect()
+        let shared = self.shared_with.as_ref().filter(|_| matches!(self.trained, Trained::Whole { .. }));
+        let again =
+            shared.map(|module| (format!("{PREFIX}{module}{}", self.end()), self.trained.leaf().shallow_clone()));
+        self.leaves().chain(again).collect()
     }
 }
+
+/// How the key of a bias ends.
+pub(super) const BIAS: &str = ".bias";
 
 /// A module that is named to be trained whole, or by some rows.
 pub(super) struct Named {
     pub(super) module: String,
-    /// (rows, columns) of its weight.
-    pub(super) shape: (i64, i64),
+    /// Of its weight.
+    pub(super) shape: Vec<i64>,
+    /// Whether it has a bias.
+    pub(super) bias: bool,
     /// Which rows; all where there is none.
     pub(super) rows: Option<Vec<i64>>,
     pub(super) shared_with: Option<String>,
@@ -84,16 +98,17 @@ pub(super) fn named(spec: &ModelSpec, config: &AdapterConfig, ensure_weight_tyin
     let mut all: Vec<Named> = Vec::new();
     for typed in config.modules_to_save.iter().flatten() {
         let known = known(spec);
-        let meant: Vec<_> = known.iter().filter(|(name, _)| is_suffix(typed, name)).collect();
+        // As PEFT has it, wherever the end begins: `norm` is every norm.
+        let (meant, others): (Vec<_>, Vec<_>) = known.into_iter().partition(|one| one.module.ends_with(typed.as_str()));
         if meant.is_empty() {
             let what = format!("'{typed}' is no module that can be trained whole");
-            let names: Vec<&str> = known.iter().map(|(name, _)| name.as_str()).collect();
+            let names: Vec<&str> = others.iter().map(|one| one.module.as_str()).collect();
             let hint = format!("those are: {}", overview(&names));
             return Err(Error::Recipe(vec![Fault::new(MODULES, what).hint(hint)]));
         }
-        for (module, shape) in meant {
-            if !all.iter().any(|other| other.module == *module) {
-                all.push(Named { module: module.clone(), shape: *shape, rows: None, shared_with: None });
+        for one in meant {
+            if !all.iter().any(|other| other.module == one.module) {
+                all.push(one);
             }
         }
     }
@@ -106,7 +121,8 @@ pub(super) fn named(spec: &ModelSpec, config: &AdapterConfig, ensure_weight_tyin
             let fault = Fault::new(MODULES, format!("{module} is to be trained whole and by its rows"));
             return Err(Error::Recipe(vec![fault.hint("name it in modules_to_save or in trainable_token_indices")]));
         }
-        all.push(Named { module, shape: (spec.vocab_size, spec.hidden_size), rows: Some(rows), shared_with: None });
+        let shape = vec![spec.vocab_size, spec.hidden_size];
+        all.push(Named { module, shape, bias: false, rows: Some(rows), shared_with: None });
     }
     let head = head(spec);
     if spec.head.tied && !all.iter().any(|other| other.module == head) {
@@ -162,13 +178,23 @@ fn rows(spec: &ModelSpec, indices: &TokenIndices) -> Result<Vec<(String, Vec<i64
 /// [`Error::Recipe`] where a module has a low-rank adapter, too.
 pub(super) fn attach(model: &mut Decoder, named: Vec<Named>) -> Result<Vec<Saved>> {
     let mut saved: Vec<Saved> = Vec::new();
-    for Named { module, rows, shared_with, .. } in named {
-        let weight = match module == model.embedding.name {
-            true => model.embedding.table.shallow_clone(),
-            false => linear(model, &module).weight.dense(),
+    for Named { module, shape, rows, shared_with, .. } in named {
+        if let Some(norm) = norm(model, &module) {
+            // As it is stored: without what the model adds to it.
+            let weight = leaf(&(&norm.weight - norm.offset).view(&shape[..]));
+            let trained = Trained::Whole { weight, bias: norm.bias.as_ref().map(leaf) };
+            saved.push(Saved { module, trained, shared_with });
+            continue;
+        }
+        let (weight, bias) = match module == model.embedding.name {
+            true => (model.embedding.table.shallow_clone(), None),
+            false => {
+                let linear = linear(model, &module);
+                (linear.weight.dense(), linear.bias.as_ref().map(Tensor::shallow_clone))
+            }
         };
         let trained = match rows {
-            None => Trained::Whole(leaf(&weight)),
+            None => Trained::Whole { weight: leaf(&weight), bias: bias.as_ref().map(leaf) },
             Some(ids) => {
                 let ids = Tensor::from_slice(&ids).to_device(weight.device());
                 Trained::Rows { rows: leaf(&weight.index_select(0, &ids)), ids }
@@ -191,6 +217,11 @@ pub(super) fn put(model: &mut Decoder, saved: &[Saved]) -> Result<()> {
                 model.embedding.trained = Some(one.trained.handle());
                 continue;
             }
+            if let Some(norm) = norm(model, module) {
+                let bias = one.trained.bias().map(Tensor::shallow_clone);
+                norm.trained = Some(TrainedNorm { weight: one.trained.leaf().shallow_clone(), bias });
+                continue;
+            }
             let linear = linear(model, module);
             if linear.adapter.is_some() {
                 let fault = Fault::new("adapter", format!("{module} is trained itself and has a low-rank adapter"));
@@ -207,11 +238,29 @@ fn linear<'a>(model: &'a mut Decoder, module: &str) -> &'a mut Linear {
     linears.find(|linear| linear.name == module).expect("every site has a linear")
 }
 
-/// Modules whose weights can be trained whole, and their shapes.
-fn known(spec: &ModelSpec) -> Vec<(String, (i64, i64))> {
+fn norm<'a>(model: &'a mut Decoder, module: &str) -> Option<&'a mut Norm> {
+    model.norms_mut().into_iter().find(|norm| norm.name == module)
+}
+
+/// Modules whose weights can be trained whole: the embedding, linears, norms.
+fn known(spec: &ModelSpec) -> Vec<Named> {
+    let tensors = spec.tensors();
+    let of = |module, shape, bias| Named { module, shape, bias, rows: None, shared_with: None };
+    let table = of(embedding(spec), vec![spec.vocab_size, spec.hidden_size], false);
     let linears = spec.sites().into_iter().filter(|site| matches!(site.role, Role::Linear | Role::Head));
-    let table = (embedding(spec), (spec.vocab_size, spec.hidden_size));
-    [table].into_iter().chain(linears.map(|site| (site.name, site.shape))).collect()
+    let biased = |module: &str| {
+        let biases = spec.names.spec_names(module).map(|name| format!("{name}{BIAS}"));
+        biases.into_iter().any(|bias| tensors.contains_key(&bias))
+    };
+    let linears = linears.map(|Site { name, shape, .. }| {
+        let bias = biased(&name);
+        of(name, vec![shape.0, shape.1], bias)
+    });
+    let norms = spec
+        .trainable_norms()
+        .into_iter()
+        .filter_map(|norm| Some(of(spec.names.module(norm.module()?), norm.shape.clone(), norm.bias.is_some())));
+    [table].into_iter().chain(linears).chain(norms).collect()
 }
 
 fn embedding(spec: &ModelSpec) -> String {

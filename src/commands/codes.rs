@@ -8,7 +8,7 @@ use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 use super::loading;
-use crate::cli::Codes;
+use crate::cli::{Codes, Quantizing};
 use crate::quant::four_bit::Absmax;
 use crate::quant::{Form, FourBit, Int8};
 use crate::weights::Checkpoint;
@@ -22,7 +22,8 @@ pub fn run(arguments: &Codes, out: &mut dyn Write) -> Result<()> {
     let checkpoint = Checkpoint::open_file(&arguments.tensors)?;
     let tensors = checkpoint.names().into_iter().map(|name| Ok((name, own(&checkpoint, name)?)));
     let tensors = tensors.collect::<Result<Vec<(&str, Tensor)>>>()?;
-    let form = loading::asked(arguments.form, &arguments.quantizing, Kind::Float).form;
+    let Quantizing { block_size, no_double_quant, .. } = arguments.quantizing;
+    let form = arguments.form.with(block_size.into(), !no_double_quant);
     if !matches!(form, Form::FourBit { .. } | Form::Int8) {
         return Err(Error::Recipe(vec![Fault::new("--type", "is not a form of bitsandbytes: write nf4, fp4 or int8")]));
     }

@@ -7,14 +7,14 @@ use std::thread::JoinHandle;
 use tch::{Device, Kind};
 
 use super::console::{Console, Unit};
-use crate::adapter::{Adapters, LoadedAdapter, Origin, trained_on};
+use crate::adapter::{Adapters, LoadedAdapter, Origin, overview, trained_on};
 use crate::cli::{ModelChoice, Quantizing};
 use crate::data::{Dataset, Encoder, Tokenizer, add_tokens, grow};
 use crate::export::manifest::{self, FileDigest};
 use crate::export::sidecars;
 use crate::model::{Decoder, ModelSpec, families};
 use crate::ops::cuda;
-use crate::quant::{Products, Scheme, fp8};
+use crate::quant::{Products, Scheme, ends_in, fp8};
 use crate::recipe::{
     AdapterRecipe, BaseSource, CacheDequantized, DataSource, DatasetRecipe, Dtype, Plan, QuantizationType, cache_dir,
 };
@@ -138,6 +138,11 @@ pub(super) fn scheme(
         }
         scheme.form = asked.unwrap_or(stored);
     }
+    if checkpoint.quantised_form() == Some(scheme.form) {
+        scheme.skip = spec.left_plain(checkpoint);
+    } else {
+        skips_something(&scheme, spec, "quantization.skip")?;
+    }
     if scheme.products == Products::Fp8 {
         if !fp8::multiplies(device) {
             console.say("note: this device does not multiply fp8; `compute: fp8` is made of fp32 products, slowly");
@@ -199,10 +204,28 @@ pub(super) fn stored_alike(adapter: &Path, trained_on: Option<&Scheme>, checkpoi
     Err(Error::Model(Fault::at(adapter, what).hint(hint)))
 }
 
-/// The scheme that options ask for, of numbers in `kind`.
-pub(super) fn asked(form: QuantizationType, how: &Quantizing, kind: Kind) -> Scheme {
+/// The scheme that options ask for, of numbers in `kind`, for a model of this spec.
+///
+/// Errors with [`Error::Recipe`]: a name under `--skip` that no linear has.
+pub(super) fn asked(form: QuantizationType, how: &Quantizing, kind: Kind, spec: &ModelSpec) -> Result<Scheme> {
     let form = form.with(how.block_size.into(), !how.no_double_quant);
-    Scheme { form, kind, skip: how.skip.clone(), products: Products::Dequantised, after_start: false }
+    let scheme = Scheme { form, kind, skip: how.skip.clone(), products: Products::Dequantised, after_start: false };
+    skips_something(&scheme, spec, "--skip")?;
+    Ok(scheme)
+}
+
+/// Refuses a name, said at `place`, that skips none of the model's linears.
+fn skips_something(scheme: &Scheme, spec: &ModelSpec, place: &str) -> Result<()> {
+    let sites = spec.sites();
+    let linears: Vec<&str> = sites.iter().map(|site| site.name.as_str()).collect();
+    let idle = |name: &&String| !linears.iter().any(|linear| ends_in(linear, name));
+    match scheme.skip.iter().find(idle) {
+        None => Ok(()),
+        Some(name) => {
+            let fault = Fault::new(place, format!("'{name}' is no linear, nor the end of the path of one"));
+            Err(Error::Recipe(vec![fault.hint(format!("those are: {}", overview(&linears)))]))
+        }
+    }
 }
 
 /// The tokenizer of a base.

@@ -42,13 +42,15 @@ pub fn run(arguments: &Merge, out: &mut dyn Write) -> Result<()> {
     }
     let mut spec = families::spec(&checkpoint)?;
     spec.grow(checkpoint.vocabulary)?;
+    let dtype = arguments.dtype.unwrap_or_else(|| own_dtype(&checkpoint.config));
+    let kind = dtype.kind();
+    let asked = |form| loading::asked(form, &arguments.quantizing, kind, &spec);
+    let scheme = arguments.quantize.map(asked).transpose()?;
     let updates: Vec<_> = adapter.fit(&spec.sites(), &spec.names)?.into_values().collect();
     let saved = adapter.saved(&spec)?;
     // The template it was trained with travels with an adapter.
     let template = adapter.chat_template()?;
     let sidecars = sidecars(&checkpoint, template.as_deref());
-    let dtype = arguments.dtype.unwrap_or_else(|| own_dtype(&checkpoint.config));
-    let kind = dtype.kind();
     let trained_on = adapter.scheme()?;
     loading::stored_alike(&adapter.folder, trained_on.as_ref(), &checkpoint)?;
     let onto = trained_on.as_ref().filter(|_| arguments.onto == Onto::Dequantized);
@@ -69,7 +71,6 @@ pub fn run(arguments: &Merge, out: &mut dyn Write) -> Result<()> {
         false => probes(arguments, &sidecars, &spec, elsewhere, &console)?,
     };
 
-    let scheme = arguments.quantize.map(|form| loading::asked(form, &arguments.quantizing, kind));
     let learned = Learned { updates: &updates, saved: &saved };
     let written = match &scheme {
         Some(scheme) => {

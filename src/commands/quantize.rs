@@ -7,6 +7,7 @@ use super::loading;
 use crate::adapter::Learned;
 use crate::cli::Quantize;
 use crate::export::quantised;
+use crate::model::families;
 use crate::recipe::BaseSource;
 use crate::{Error, Fault, Result};
 
@@ -18,7 +19,8 @@ pub fn run(arguments: &Quantize) -> Result<()> {
     let base = |fault: Fault| Error::Model(Fault { place: "--model".into(), ..fault });
     let source = BaseSource::find(&arguments.model, arguments.revision.as_deref(), Path::new("")).map_err(base)?;
     let checkpoint = loading::checkpoint(&source, &console)?;
-    let scheme = loading::asked(arguments.form, &arguments.quantizing, arguments.dtype.kind());
+    let scheme =
+        loading::asked(arguments.form, &arguments.quantizing, arguments.dtype.kind(), &families::spec(&checkpoint)?)?;
     if checkpoint.quantised_form().is_some_and(|stored| stored == scheme.form || !stored.may_become(scheme.form)) {
         return Err(base(Fault::new("", "is quantised already").hint("name the model it was made of")));
     }

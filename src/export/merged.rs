@@ -111,7 +111,9 @@ impl<'a> Merging<'a> {
     pub(super) fn tensor(&self, index: usize, kind: Kind) -> Result<Tensor> {
         let planned = &self.plan.tensors[index];
         let whole = self.checkpoint.whole_kind(planned.from);
-        let read_as = whole.unwrap_or_else(|| self.onto.map_or(self.kind, |scheme| scheme.kind));
+        let rounded_to =
+            self.onto.map_or(self.kind, |scheme| if planned.of_a_norm { Kind::Float } else { scheme.kind });
+        let read_as = whole.unwrap_or(rounded_to);
         let tensor = self.checkpoint.tensor(planned.from, read_as, Device::Cpu)?;
         let tensor = if planned.shape[..] == tensor.size()[..] { tensor } else { grown(tensor, planned.shape[0]) };
         let tensor = match &planned.update {
@@ -168,6 +170,8 @@ struct Planned<'a> {
     update: Option<Part<'a>>,
     /// How it lies in the file, where it was quantised before training.
     quantised: Option<Lies>,
+    /// Whether it is a norm's, whose numbers were never rounded.
+    of_a_norm: bool,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -180,8 +184,10 @@ enum Lies {
 
 /// An update, as far as it goes into one tensor.
 enum Part<'a> {
-    /// In its place.
+    /// In its place, in this shape.
     Trained(&'a Saved, Vec<i64>),
+    /// In the place of a bias.
+    TrainedBias(&'a Saved, &'a Tensor),
     Whole(&'a Update),
     Expert(&'a Update, i64),
     Experts {
@@ -210,6 +216,7 @@ impl<'a> Part<'a> {
     fn merged(&self, tensor: &Tensor, kind: Kind) -> Result<Tensor> {
         match self {
             Self::Trained(saved, _) => Ok(saved.trained.whole(&tensor.to_kind(kind))),
+            Self::TrainedBias(_, bias) => Ok(bias.detach().to_kind(kind)),
             Self::Whole(update) => merged(tensor, update, kind),
             Self::Expert(update, number) => merged(tensor, &update.of_expert(*number), kind),
             Self::Experts { update, transposed } => merged_experts(tensor, update, *transposed, kind),
@@ -219,7 +226,7 @@ impl<'a> Part<'a> {
     /// Whether something was taken off the weight before training.
     fn is_of_the_rest(&self) -> bool {
         match self {
-            Self::Trained(..) => false,
+            Self::Trained(..) | Self::TrainedBias(..) => false,
             Self::Whole(update) | Self::Expert(update, _) | Self::Experts { update, .. } => update.taken.is_some(),
         }
     }
@@ -227,7 +234,7 @@ impl<'a> Part<'a> {
     /// What was left of the weight when training began.
     fn left(&self, tensor: Tensor, kind: Kind) -> Tensor {
         match self {
-            Self::Trained(..) => None,
+            Self::Trained(..) | Self::TrainedBias(..) => None,
             Self::Whole(update) => update.left(&tensor).map(|left| left.to_kind(kind)),
             Self::Expert(update, number) => update.of_expert(*number).left(&tensor).map(|left| left.to_kind(kind)),
             Self::Experts { update, transposed: false } => update.left(&tensor).map(|left| left.to_kind(kind)),
@@ -243,6 +250,7 @@ impl<'a> Part<'a> {
     fn shape(&self) -> Vec<i64> {
         match self {
             Self::Trained(_, shape) => shape.clone(),
+            Self::TrainedBias(_, bias) => bias.size(),
             Self::Whole(update) | Self::Expert(update, _) => <[i64; 2]>::from(update.shape()).to_vec(),
             Self::Experts { update, transposed } => {
                 let (rows, columns) = update.shape();
@@ -254,7 +262,7 @@ impl<'a> Part<'a> {
 
     fn module(&self) -> &str {
         match self {
-            Self::Trained(saved, _) => &saved.module,
+            Self::Trained(saved, _) | Self::TrainedBias(saved, _) => &saved.module,
             Self::Whole(update) | Self::Expert(update, _) | Self::Experts { update, .. } => &update.module,
         }
     }
@@ -269,13 +277,14 @@ impl<'a> Plan<'a> {
         let embedding = spec.names.stored(&spec.embedding.weight);
         let stored = |path: &str| spec.names.stored_as(path, |name| name == head || checkpoint.shape(name).is_some());
         let Learned { updates, saved } = learned;
-        let trained = saved.iter().map(|saved| {
-            let columns = saved.trained.leaf().size()[1];
+        let trained = saved.iter().flat_map(|saved| {
             let shape = match &saved.trained {
-                Trained::Whole(weight) => weight.size(),
-                Trained::Rows { .. } => vec![spec.vocab_size, columns],
+                Trained::Whole { weight, .. } => weight.size(),
+                Trained::Rows { rows, .. } => vec![spec.vocab_size, rows.size()[1]],
             };
-            (format!("{}.weight", saved.module), Part::Trained(saved, shape))
+            let weight = (format!("{}.weight", saved.module), Part::Trained(saved, shape));
+            let bias = |bias| (format!("{}.bias", saved.module), Part::TrainedBias(saved, bias));
+            [weight].into_iter().chain(saved.trained.bias().map(bias))
         });
         let parts = updates.iter().flat_map(Part::of).chain(trained);
         let mut by_weight: BTreeMap<String, Part<'_>> = parts.map(|(name, part)| (stored(&name), part)).collect();
@@ -291,6 +300,7 @@ impl<'a> Plan<'a> {
         let parts_from_head = |part: &Part<'_>| matches!(part, Part::Trained(saved, _) if saved.shared_with.is_none());
         let unties =
             spec.head.tied && (by_weight.contains_key(&head) || by_weight.get(&embedding).is_some_and(parts_from_head));
+        let norms: HashSet<String> = spec.norm_tensors().iter().map(|name| spec.names.stored(name)).collect();
         let accounted: HashSet<String> = spec.tensors().keys().map(|name| spec.names.stored(name)).collect();
         let stored_so = onto.is_some_and(|scheme| checkpoint.quantised_form() == Some(scheme.form));
         let mut tensors = Vec::new();
@@ -314,10 +324,11 @@ impl<'a> Plan<'a> {
                     .copied()
                     .filter(|_| !stored_so || by_weight.get(from).is_some_and(Part::is_of_the_rest)),
                 update: by_weight.remove(from),
+                of_a_norm: norms.contains(from),
             });
             if unties && from == embedding {
                 let update = by_weight.remove(&head);
-                tensors.push(Planned { name: head.clone(), from, shape, update, quantised: None });
+                tensors.push(Planned { name: head.clone(), from, shape, update, quantised: None, of_a_norm: false });
             }
         }
         if let Some(update) = by_weight.values().next() {

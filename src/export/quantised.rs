@@ -150,7 +150,10 @@ pub fn write(
     let routers = sites.iter().filter(|site| matches!(site.role, Role::Router | Role::Blocks));
     let shared = sites.iter().filter(|site| site.role == Role::Head && !own_head && !scheme.skips(&site.name));
     let as_they_are = routers.chain(shared).map(|site| site.name.clone());
-    let skipped: Vec<String> = scheme.skip.iter().cloned().chain(as_they_are).collect();
+    let modules = scheme.skip.iter().cloned().chain(as_they_are).collect();
+    let there =
+        |part: &&&str| checkpoint.names().iter().any(|name| spec.names.is_other_part(name) && name.starts_with(**part));
+    let skipped = Skipped { modules, parts: spec.names.other_parts.iter().filter(there).copied().collect() };
     let mut config = merging.config();
     if let Some(fields) = config.as_object_mut() {
         fields.insert("quantization_config".into(), quantization_config(scheme, &skipped));
@@ -276,11 +279,23 @@ fn state(weight: &FourBit) -> Vec<u8> {
     text
 }
 
+/// What of the model is not quantised.
+struct Skipped {
+    /// Linears, by their paths or the ends of these.
+    modules: Vec<String>,
+    /// What the paths of other parts of a larger model begin with.
+    parts: Vec<&'static str>,
+}
+
 /// What transformers reads to build the model.
-fn quantization_config(scheme: &Scheme, skipped: &[String]) -> Value {
+fn quantization_config(scheme: &Scheme, skipped: &Skipped) -> Value {
+    // A part is known by how a path begins; transformers puts all of a larger model below `model`, whatever the files do.
+    let below = skipped.parts.iter().filter(|part| !part.starts_with("model.")).map(|part| format!("model.{part}"));
+    let parts = skipped.parts.iter().map(ToString::to_string).chain(below);
+    let all: Vec<String> = skipped.modules.iter().cloned().chain(parts).collect();
     let mut said = BTreeMap::from([
         ("quant_method", json!("bitsandbytes")),
-        ("llm_int8_skip_modules", json!(skipped)),
+        ("llm_int8_skip_modules", json!(all)),
         ("llm_int8_threshold", json!(6.0)),
         ("llm_int8_has_fp16_weight", json!(false)),
         ("llm_int8_enable_fp32_cpu_offload", json!(false)),
@@ -302,16 +317,44 @@ fn quantization_config(scheme: &Scheme, skipped: &[String]) -> Value {
 }
 
 /// The same for compressed-tensors, which leaves modules out by whole names or regular expressions for the beginning.
-fn fp8_config(skipped: &[String]) -> Value {
-    let ends: Vec<String> = skipped.iter().map(|name| format!("re:(.*\\.)?{}$", regex::escape(name))).collect();
+fn fp8_config(skipped: &Skipped) -> Value {
+    let ends = skipped.modules.iter().map(|name| format!("re:(.*\\.)?{}$", regex::escape(name)));
+    let parts = skipped.parts.iter().map(|part| format!("re:(.*\\.)?{}\\.", regex::escape(part)));
+    let ignored: Vec<String> = ends.chain(parts).collect();
     json!({
         "quant_method": "compressed-tensors",
         "format": "naive-quantized",
         "quantization_status": "compressed",
-        "ignore": ends,
+        "ignore": ignored,
         "config_groups": {"group_0": {
             "targets": ["Linear"],
             "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": true, "dynamic": false},
         }},
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quant::{FourBitType, Products};
+
+    /// transformers makes linears of every part of a larger model, and takes for quantised what the config does not leave out.
+    #[test]
+    fn parts_that_see_or_hear_are_left_out_below_model_too() {
+        let skipped = Skipped { modules: vec!["lm_head".into()], parts: vec!["vision_tower", "model.audio_tower"] };
+        let scheme = |form| Scheme {
+            form,
+            kind: Kind::BFloat16,
+            skip: Vec::new(),
+            products: Products::Dequantised,
+            after_start: false,
+        };
+        let nf4 = Form::FourBit { code: FourBitType::Nf4, block: 64, double_quant: true };
+        let said = quantization_config(&scheme(nf4), &skipped);
+        let expected = ["lm_head", "vision_tower", "model.audio_tower", "model.vision_tower"];
+        assert_eq!(said["llm_int8_skip_modules"], json!(expected));
+        let said = quantization_config(&scheme(Form::Fp8), &skipped);
+        let expected = [r"re:(.*\.)?lm_head$", r"re:(.*\.)?vision_tower\.", r"re:(.*\.)?model\.audio_tower\."];
+        assert_eq!(said["ignore"], json!(expected));
+    }
 }

@@ -234,27 +234,43 @@ impl Decoder {
         self.layers.iter_mut().flat_map(Layer::linears_mut).chain(inputs).chain([&mut self.head]).collect()
     }
 
+    /// Norms whose own numbers can be trained.
+    pub fn norms(&self) -> Vec<&Norm> {
+        let of_layers = self.layers.iter().flat_map(Layer::norms);
+        self.embedding_norm.iter().chain(of_layers).chain([&self.final_norm]).collect()
+    }
+
+    /// Norms whose own numbers can be trained.
+    pub fn norms_mut(&mut self) -> Vec<&mut Norm> {
+        let of_layers = self.layers.iter_mut().flat_map(Layer::norms_mut);
+        self.embedding_norm.iter_mut().chain(of_layers).chain([&mut self.final_norm]).collect()
+    }
+
     /// Everything that is trained, fp32 leaves with gradient, under stable names: of the embedding, then of the linears in checkpoint
-    /// order. A head that shares what is trained of the embedding does not name it again.
+    /// order, then of norms. A head that shares what is trained of the embedding does not name it again.
     pub fn trained(&self) -> Vec<(String, Tensor)> {
         let own = |name: &str, trained: &Trained| {
-            let part = if matches!(trained, Trained::Whole(_)) { "weight" } else { "rows" };
-            (format!("{name}.{part}"), trained.leaf().shallow_clone())
+            let part = if matches!(trained, Trained::Whole { .. }) { "weight" } else { "rows" };
+            let named = [part, "bias"].into_iter().zip(trained.leaves());
+            named.map(|(part, leaf)| (format!("{name}.{part}"), leaf.shallow_clone())).collect::<Vec<_>>()
         };
         let embedding = self.embedding.trained.as_ref();
         let mut all: Vec<(String, Tensor)> =
-            embedding.map(|trained| own(&self.embedding.name, trained)).into_iter().collect();
+            embedding.map(|trained| own(&self.embedding.name, trained)).unwrap_or_default();
         for linear in self.linears() {
             let shared = |trained: &&Trained| {
                 embedding.is_some_and(|other| other.leaf().data_ptr() == trained.leaf().data_ptr())
             };
-            all.extend(
-                linear.trained.as_ref().filter(|trained| !shared(trained)).map(|trained| own(&linear.name, trained)),
-            );
+            let trained = linear.trained.as_ref().filter(|trained| !shared(trained));
+            all.extend(trained.into_iter().flat_map(|trained| own(&linear.name, trained)));
             let Some(adapter) = &linear.adapter else { continue };
             let lengths = adapter.magnitude.as_ref().map(|magnitude| ("lengths", &magnitude.lengths));
             let parts = [("a", &adapter.a), ("b", &adapter.b)].into_iter().chain(lengths);
             all.extend(parts.map(|(part, tensor)| (format!("{}.{part}", linear.name), tensor.shallow_clone())));
+        }
+        for norm in self.norms() {
+            let parts = ["weight", "bias"].into_iter().zip(norm.leaves());
+            all.extend(parts.map(|(part, leaf)| (format!("{}.{part}", norm.name), leaf.shallow_clone())));
         }
         all
     }

@@ -58,7 +58,7 @@ impl Embedding {
     pub(super) fn look_up(&self, ids: &Tensor) -> Tensor {
         match &self.trained {
             None => self.table.index_select(0, ids),
-            Some(Trained::Whole(table)) => table.index_select(0, ids).to_kind(self.table.kind()),
+            Some(Trained::Whole { weight, .. }) => weight.index_select(0, ids).to_kind(self.table.kind()),
             Some(Trained::Rows { ids: trained, rows }) => {
                 let same = ids.unsqueeze(1).eq_tensor(&trained.unsqueeze(0)).to_kind(Kind::Uint8); // (T, K)
                 let (any, which) = same.max_dim(1, false); // (T) each

@@ -39,6 +39,46 @@ impl ModelSpec {
         sites
     }
 
+    /// The tensors of norms, which are computed with as they are stored, whatever type the other numbers are rounded to.
+    pub fn norm_tensors(&self) -> Vec<String> {
+        self.inventory().norms
+    }
+
+    /// Norms whose own numbers can be trained: those around the halves of blocks, of queries and keys, of the embedding, and the last.
+    pub fn trainable_norms(&self) -> Vec<&NormSpec> {
+        let of_layers = self.layers.iter().flat_map(|layer| {
+            let around = match &layer.residual {
+                Residual::Sequential { attention, feed_forward, .. } => {
+                    vec![&attention.before, &attention.after, &feed_forward.before, &feed_forward.after]
+                        .into_iter()
+                        .flatten()
+                        .collect()
+                }
+                Residual::Parallel { norm, feed_forward_norm } => [norm].into_iter().chain(feed_forward_norm).collect(),
+                Residual::Streams { .. } => Vec::new(),
+            };
+            let of_heads = match &layer.attention {
+                Attention::Grouped(grouped) => grouped.query_key_norm.as_ref(),
+                Attention::Latent(_) | Attention::DeltaNet(_) | Attention::Compressed(_) => None,
+            };
+            around
+                .into_iter()
+                .chain(of_heads.into_iter().flat_map(|norms| [&norms.query].into_iter().chain(&norms.key)))
+        });
+        let all = self.embedding.norm.iter().chain(of_layers).chain([&self.final_norm]);
+        all.filter(|norm| norm.module().is_some()).collect()
+    }
+
+    /// Of a checkpoint that is stored quantised, the linears whose weights are plain numbers there.
+    pub fn left_plain(&self, checkpoint: &Checkpoint) -> Vec<String> {
+        let plain = |path: &String| {
+            let stored = self.names.stored_as(path, |name| checkpoint.shape(name).is_some());
+            !checkpoint.is_quantised(&stored)
+        };
+        let sites = self.sites().into_iter().filter(|site| site.role != Role::Router);
+        sites.filter(|site| site.parameters().iter().any(plain)).map(|site| site.name).collect()
+    }
+
     fn inventory(&self) -> Inventory {
         let mut all = Inventory::default();
         all.add(self.embedding.weight.clone(), &[self.vocab_size, self.hidden_size]);
@@ -147,6 +187,7 @@ impl ModelSpec {
 #[derive(Default)]
 struct Inventory {
     tensors: BTreeMap<String, Vec<i64>>,
+    norms: Vec<String>,
     sites: Vec<Site>,
 }
 
@@ -315,6 +356,7 @@ impl Inventory {
     }
 
     fn norm(&mut self, spec: &NormSpec) {
+        self.norms.extend(spec.weights.iter().chain(&spec.bias).cloned());
         spec.weights.iter().for_each(|weight| self.add(weight.clone(), &spec.shape));
         if let Some(bias) = &spec.bias {
             self.add(bias.clone(), &spec.shape);

@@ -139,14 +139,14 @@ impl Layer {
                 feed_forward.add(&h, *multiplier, |stream| self.feed_forward.forward(stream, context))
             }
             Residual::Parallel { norm, feed_forward_norm } => {
-                let attended = self.attention.forward(
-                    Stream { h, norm: Some(norm), residual: Some(h) },
-                    context,
-                    handed_on,
-                    cache,
-                );
-                let norm = feed_forward_norm.as_ref().unwrap_or(norm);
-                self.feed_forward.forward(Stream { h, norm: Some(norm), residual: Some(&attended) }, context)
+                let (input, own) = Norm::ahead(Some(norm), h);
+                let stream = Stream { h: &input, norm: own, residual: Some(h) };
+                let attended = self.attention.forward(stream, context, handed_on, cache);
+                let (input, own) = match feed_forward_norm {
+                    Some(norm) => Norm::ahead(Some(norm), h),
+                    None => (input, own),
+                };
+                self.feed_forward.forward(Stream { h: &input, norm: own, residual: Some(&attended) }, context)
             }
             Residual::Streams { attention, feed_forward } => {
                 let attend = |stream: Stream<'_>| self.attention.forward(stream, context, handed_on, cache);
@@ -158,7 +158,8 @@ impl Layer {
 
     /// [`Layer::forward`], keeping only what it reads and running again in backward.
     pub(super) fn forward_recomputed(&self, h: &Tensor, context: &Context<'_>, handed_on: &mut HandedOn) -> Tensor {
-        let trained: Vec<&Tensor> = self.linears().into_iter().flat_map(Linear::leaves).collect();
+        let of_linears = self.linears().into_iter().flat_map(Linear::leaves);
+        let trained: Vec<&Tensor> = of_linears.chain(self.norms().into_iter().flat_map(Norm::leaves)).collect();
         let layer = self.clone();
         let documents = context.documents.clone();
         let (ids, positions) = (context.ids.shallow_clone(), context.positions.shallow_clone());
@@ -217,6 +218,35 @@ impl Layer {
         all
     }
 
+    /// Norms whose own numbers can be trained.
+    pub(super) fn norms(&self) -> Vec<&Norm> {
+        let around: Vec<&Norm> = match &self.residual {
+            Residual::Sequential { attention, feed_forward, .. } => {
+                [&attention.before, &attention.after, &feed_forward.before, &feed_forward.after]
+                    .into_iter()
+                    .flatten()
+                    .collect()
+            }
+            Residual::Parallel { norm, feed_forward_norm } => [norm].into_iter().chain(feed_forward_norm).collect(),
+            Residual::Streams { .. } => Vec::new(),
+        };
+        [around, self.attention.norms()].concat()
+    }
+
+    /// Norms whose own numbers can be trained.
+    pub(super) fn norms_mut(&mut self) -> Vec<&mut Norm> {
+        let mut all: Vec<&mut Norm> = match &mut self.residual {
+            Residual::Sequential { attention, feed_forward, .. } => {
+                let around = [attention, feed_forward].into_iter().flat_map(|half| [&mut half.before, &mut half.after]);
+                around.flatten().collect()
+            }
+            Residual::Parallel { norm, feed_forward_norm } => [norm].into_iter().chain(feed_forward_norm).collect(),
+            Residual::Streams { .. } => Vec::new(),
+        };
+        all.extend(self.attention.norms_mut());
+        all
+    }
+
     /// An empty cache for `sequences` sequences, unless this block reads that of another.
     pub(super) fn cache(&self, sequences: i64, options: (Kind, Device)) -> Option<LayerCache> {
         self.attention.reads().is_none().then(|| self.attention.cache(sequences, options))
@@ -230,7 +260,8 @@ impl Around {
 
     /// What `half` gives for `h` (T, D), both norms around it.
     pub(super) fn around(&self, h: &Tensor, half: impl FnOnce(Stream<'_>) -> Tensor) -> Tensor {
-        let y = half(Stream { h, norm: self.before.as_ref(), residual: None });
+        let (h, norm) = Norm::ahead(self.before.as_ref(), h);
+        let y = half(Stream { h: &h, norm, residual: None });
         match &self.after {
             Some(norm) => norm.apply(&y),
             None => y,
@@ -240,7 +271,8 @@ impl Around {
     /// The stream `h` (T, D) with what `half` gives added: in one go where nothing comes between.
     fn add(&self, h: &Tensor, multiplier: f64, half: impl FnOnce(Stream<'_>) -> Tensor) -> Tensor {
         if self.after.is_none() && multiplier == 1.0 {
-            return half(Stream { h, norm: self.before.as_ref(), residual: Some(h) });
+            let (input, norm) = Norm::ahead(self.before.as_ref(), h);
+            return half(Stream { h: &input, norm, residual: Some(h) });
         }
         let y = self.around(h, half);
         if multiplier == 1.0 { h + y } else { h + y * multiplier }

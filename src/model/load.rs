@@ -28,11 +28,12 @@ pub(super) struct Reader<'a> {
 impl Reader<'_> {
     /// In the model's number type; of the numbers that a scheme's type leaves of what is stored, where there is a scheme.
     pub(super) fn tensor(&self, name: &str) -> Result<Tensor> {
-        Ok(self.tensor_as(name, self.rounded_to())?.to_kind(self.kind))
+        Ok(self.rounded(name)?.to_kind(self.kind))
     }
 
-    fn rounded_to(&self) -> Kind {
-        self.scheme.map_or(self.kind, |scheme| scheme.kind)
+    /// In the scheme's number type, where there is a scheme.
+    fn rounded(&self, name: &str) -> Result<Tensor> {
+        self.tensor_as(name, self.scheme.map_or(self.kind, |scheme| scheme.kind))
     }
 
     /// In fp32, for what is computed in it.
@@ -87,26 +88,25 @@ impl Reader<'_> {
             && let Some(stored) = self.checkpoint.quantised(&self.names.stored(name), scheme.kind, self.device)?
         {
             (self.read)(stored.size().iter().product::<i64>() as u64);
-            return Ok(match scheme.kind == self.kind {
-                true => scheme.store(stored),
-                false => Weight::Dense(stored.dequantised().to_kind(self.kind)),
-            });
+            return Ok(scheme.store(stored, self.kind));
         }
-        let tensor = self.tensor(name)?;
-        Ok(self.kept(module, tensor))
+        Ok(self.kept(module, self.rounded(name)?))
     }
 
-    pub(super) fn kept(&self, module: &str, tensor: Tensor) -> Weight {
-        // What a base that is stored quantised has left as it was stays so.
-        match self.scheme.filter(|scheme| !self.stored && !scheme.skips(module)) {
-            Some(scheme) if scheme.kind == self.kind => scheme.keep(&tensor),
-            // Computed in another type, the numbers stay those of the scheme's.
-            Some(scheme) => Weight::Dense(scheme.numbers(&tensor).to_kind(self.kind)),
-            None => Weight::Dense(tensor),
+    fn kept(&self, module: &str, tensor: Tensor) -> Weight {
+        match self.makes(module) {
+            Some(scheme) => scheme.keep(&tensor, self.kind),
+            None => Weight::Dense(tensor.to_kind(self.kind)),
         }
     }
 
-    /// One linear of every expert: (E, out, in), whatever the checkpoint has. Tensors stored apart are put in place one by one.
+    /// The scheme, where it quantises a module's weight as it is read: what a base that is stored quantised has left as it was stays so.
+    fn makes(&self, module: &str) -> Option<&Scheme> {
+        self.scheme.filter(|scheme| !self.stored && !scheme.skips(module))
+    }
+
+    /// One linear of every expert: (E, out, in), whatever the checkpoint has. Tensors stored apart are quantised, or put in place, one by
+    /// one: only one is whole at a time.
     pub(super) fn experts(&self, spec: &ExpertLinear) -> Result<Linear> {
         let ExpertLinear { name, experts, input, output, .. } = spec;
         if let Some(weight) = self.stored_experts(spec)? {
@@ -119,34 +119,42 @@ impl Reader<'_> {
             };
             return Ok(Linear { name: self.names.module(name), weight, trained: None, bias, adapter: None });
         }
+        let module = self.names.module(name);
         let (weight, bias) = match spec.stored {
             Stored::Apart => {
+                let each = |end: &str, number| self.rounded(&format!("{}.{end}", expert(name, number)));
                 let gather = |end: &str, shape: &[i64]| -> Result<Tensor> {
                     let all = Tensor::empty(shape, (self.kind, self.device));
                     for number in 0..*experts {
-                        let own = self.tensor(&format!("{}.{end}", expert(name, number)))?;
-                        all.select(0, number).copy_(&own);
+                        all.select(0, number).copy_(&each(end, number)?);
                     }
                     Ok(all)
                 };
-                let weight = gather("weight", &[*experts, *output, *input])?;
+                let weight = match self.makes(&module) {
+                    Some(scheme) => {
+                        let quantised =
+                            |number| -> Result<Quantised> { Ok(scheme.quantised(&each("weight", number)?)) };
+                        let all = (0..*experts).map(quantised).collect::<Result<Vec<_>>>()?;
+                        scheme.store(Quantised::Experts(all), self.kind)
+                    }
+                    None => Weight::Dense(gather("weight", &[*experts, *output, *input])?),
+                };
                 (weight, spec.bias.then(|| gather("bias", &[*experts, *output])).transpose()?)
             }
             Stored::Together | Stored::Transposed { .. } => {
-                let weight = self.tensor(name)?;
+                let weight = self.rounded(name)?;
                 let weight = if spec.stored == Stored::Together { weight } else { weight.transpose(1, 2).contiguous() };
+                let weight = self.kept(&module, weight);
                 (weight, spec.bias.then(|| self.tensor(&format!("{name}_bias"))).transpose()?)
             }
         };
-        let name = self.names.module(name);
-        let weight = self.kept(&name, weight);
-        Ok(Linear { name, weight, trained: None, bias, adapter: None })
+        Ok(Linear { name: module, weight, trained: None, bias, adapter: None })
     }
 
     /// The weights of all experts as they are stored, where the scheme keeps them so.
     fn stored_experts(&self, spec: &ExpertLinear) -> Result<Option<Weight>> {
         let Some(scheme) = self.scheme.filter(|_| self.stored) else { return Ok(None) };
-        let read = |name: &str| self.checkpoint.quantised(&self.names.stored(name), self.kind, self.device);
+        let read = |name: &str| self.checkpoint.quantised(&self.names.stored(name), scheme.kind, self.device);
         let found = match spec.stored {
             Stored::Apart => {
                 let each = (0..spec.experts).map(|number| read(&format!("{}.weight", expert(&spec.name, number))));
@@ -156,7 +164,7 @@ impl Reader<'_> {
             Stored::Together | Stored::Transposed { .. } => read(&spec.name)?,
         };
         let found = found.inspect(|stored| (self.read)(stored.size().iter().product::<i64>() as u64));
-        Ok(found.map(|stored| scheme.store(stored)))
+        Ok(found.map(|stored| scheme.store(stored, self.kind)))
     }
 
     /// Norms compute in fp32, so their weights are kept in it: `1 + w` would not survive in bf16.
@@ -167,8 +175,12 @@ impl Reader<'_> {
             [] => Tensor::ones([1, width], (Kind::Float, self.device)),
             _ => Tensor::cat(&weights, 0).view([-1, width]), // (P, D)
         };
+        let offset = if spec.kind == NormKind::RmsOffset { 1.0 } else { 0.0 };
         Ok(Norm {
-            weight: if spec.kind == NormKind::RmsOffset { weight + 1.0 } else { weight },
+            name: spec.module().map(|name| self.names.module(name)).unwrap_or_default(),
+            weight: if offset == 0.0 { weight } else { weight + offset },
+            offset,
+            trained: None,
             bias: spec.bias.as_ref().map(|name| self.wide(name)).transpose()?,
             eps: spec.eps,
             centred: spec.kind == NormKind::Layer,

@@ -37,7 +37,7 @@ pub use experts::{ExpertInput, Experts, Weighted, experts};
 pub use gated::{Activation, gated_projection};
 pub use latent::keys_values;
 pub use magnitude::Magnitude;
-pub use norm::Norm;
+pub use norm::{Norm, TrainedNorm};
 pub use projection::{LowRank, Operand, Trained, projection};
 pub use recompute::recompute;
 pub use rope::{RopeLayout, rope, rope_last};

@@ -6,9 +6,11 @@ use tch::{Kind, Tensor};
 use super::{cpu, cuda};
 use crate::torch_ext::custom;
 
-/// A frozen norm.
+/// A norm: frozen, but for what is trained in its place.
 #[derive(Debug)]
 pub struct Norm {
+    /// Module path as transformers has it; empty where its weights are several modules'.
+    pub name: String,
     /// w (P, D), fp32: row i of what is normed is multiplied by w[i mod P]. P is 1 but for norms with a weight for each head.
     pub weight: Tensor,
     /// b (D), fp32, where there is one.
@@ -17,16 +19,42 @@ pub struct Norm {
     pub eps: f64,
     /// Whether the mean is taken away first: LayerNorm, else RMSNorm.
     pub centred: bool,
+    /// w is what is stored and this.
+    pub offset: f64,
+    /// What is trained in place of w and b.
+    pub trained: Option<TrainedNorm>,
+}
+
+/// A norm's own numbers, trained.
+#[derive(Debug)]
+pub struct TrainedNorm {
+    /// As it is stored, without the offset: (D) or (P, D), fp32, a leaf with gradient.
+    pub weight: Tensor,
+    /// (D), fp32, a leaf with gradient, where the norm has a bias.
+    pub bias: Option<Tensor>,
+}
+
+impl TrainedNorm {
+    /// Another handle to the same tensors.
+    pub fn handle(&self) -> Self {
+        Self { weight: self.weight.shallow_clone(), bias: self.bias.as_ref().map(Tensor::shallow_clone) }
+    }
+
+    /// The leaves.
+    pub fn leaves(&self) -> impl Iterator<Item = &Tensor> {
+        [&self.weight].into_iter().chain(&self.bias)
+    }
 }
 
 impl Clone for Norm {
     /// Another handle to the same tensors.
     fn clone(&self) -> Self {
         Self {
+            name: self.name.clone(),
             weight: self.weight.shallow_clone(),
             bias: self.bias.as_ref().map(Tensor::shallow_clone),
-            eps: self.eps,
-            centred: self.centred,
+            trained: self.trained.as_ref().map(TrainedNorm::handle),
+            ..*self
         }
     }
 }
@@ -82,12 +110,48 @@ impl Norm {
         ((through - n * dot) * stats.narrow(1, 1, 1)).to_kind(x.kind())
     }
 
-    /// The norm alone, differentiable in x (T, D).
+    /// The norm alone, differentiable in x (T, D) and in what is trained of it.
     pub fn apply(&self, x: &Tensor) -> Tensor {
-        let (y, stats) = tch::no_grad(|| self.forward(x));
-        let (norm, saved) = (self.clone(), x.detach());
-        custom(c"engraft::norm", &[x], vec![y], move |grads| vec![Some(norm.backward(&grads[0], &saved, &stats))])
-            .remove(0)
+        let norm = self.as_it_is();
+        let (y, stats) = tch::no_grad(|| norm.forward(x));
+        let saved = x.detach();
+        let inputs: Vec<&Tensor> = [x].into_iter().chain(self.leaves()).collect();
+        let trained = self.trained.as_ref().map(|trained| (trained.weight.size(), trained.bias.is_some()));
+        custom(c"engraft::norm", &inputs, vec![y], move |grads| {
+            let mut all = vec![Some(norm.backward(&grads[0], &saved, &stats))];
+            if let Some((shape, biased)) = &trained {
+                // Each row's own, summed over the rows that share a weight.
+                let dy = grads[0].to_kind(Kind::Float);
+                let turns = [-1, norm.weight.size()[0], norm.weight.size()[1]];
+                let dweight =
+                    (&dy * normed(&saved, &stats)).view(turns).sum_dim_intlist([0i64].as_slice(), false, Kind::Float);
+                all.push(Some(dweight.view(&shape[..])));
+                all.extend(biased.then(|| Some(dy.sum_dim_intlist([0i64].as_slice(), false, Kind::Float))));
+            }
+            all
+        })
+        .remove(0)
+    }
+
+    /// x (T, D), and `norm` where it is frozen; where it is trained, x normed by it: what fuses a norm makes no gradients of its numbers.
+    pub fn ahead<'a>(norm: Option<&'a Self>, x: &Tensor) -> (Tensor, Option<&'a Self>) {
+        match norm.filter(|norm| norm.trained.is_some()) {
+            Some(norm) => (norm.apply(x), None),
+            None => (x.shallow_clone(), norm),
+        }
+    }
+
+    /// What is trained of it.
+    pub fn leaves(&self) -> impl Iterator<Item = &Tensor> {
+        self.trained.iter().flat_map(TrainedNorm::leaves)
+    }
+
+    /// With what is trained in place. No graph.
+    fn as_it_is(&self) -> Self {
+        let Some(trained) = &self.trained else { return self.clone() };
+        let weight = trained.weight.detach().view([-1, self.weight.size()[1]]) + self.offset;
+        let bias = trained.bias.as_ref().map(Tensor::detach);
+        Self { weight, bias, trained: None, name: self.name.clone(), ..*self }
     }
 
     /// [`Norm::apply`] along the last dimension of x (T, N, H), a head at a time.
@@ -128,7 +192,11 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn rms(width: i64, eps: f64) -> Norm {
-        Norm { weight: (randn(&[1, width], 2) * 0.1 + 1.0), bias: None, eps, centred: false }
+        frozen(randn(&[1, width], 2) * 0.1 + 1.0, None, eps, false)
+    }
+
+    pub(crate) fn frozen(weight: Tensor, bias: Option<Tensor>, eps: f64, centred: bool) -> Norm {
+        Norm { name: String::new(), weight, bias, eps, centred, offset: 0.0, trained: None }
     }
 
     #[test]
@@ -151,6 +219,42 @@ pub(crate) mod tests {
                 },
             );
         }
+    }
+
+    #[test]
+    fn what_is_trained_of_a_norm_learns_as_by_plain_autograd() {
+        let (rows, heads, head, eps) = (7, 3, 10, 1e-5);
+        let wide = heads * head;
+        check(
+            &[randn(&[rows, wide], 1) + 0.7, randn(&[wide], 2), randn(&[wide], 3), randn(&[heads, head], 4)],
+            |_, x| {
+                let fp32 = |t: &Tensor| t.to_kind(Kind::Float);
+                let trained = Some(TrainedNorm { weight: fp32(&x[1]), bias: Some(fp32(&x[2])) });
+                let layer =
+                    Norm { trained, ..frozen(Tensor::ones([1, wide], (Kind::Float, x[0].device())), None, eps, true) };
+                let trained = Some(TrainedNorm { weight: fp32(&x[3]), bias: None });
+                let of_heads = Norm {
+                    trained,
+                    offset: 1.0,
+                    ..frozen(Tensor::ones([heads, head], (Kind::Float, x[0].device())), None, eps, false)
+                };
+                vec![layer.apply(&x[0]), of_heads.apply_to_heads(&x[0].view([rows, heads, head]))]
+            },
+            |_, x| {
+                let wide_x = x[0].to_kind(Kind::Float);
+                let layer = wide_x.layer_norm(
+                    [wide],
+                    Some(&x[1].to_kind(Kind::Float)),
+                    Some(&x[2].to_kind(Kind::Float)),
+                    eps,
+                    false,
+                );
+                let own = wide_x.view([rows, heads, head]);
+                let rms = (own.square().mean_dim([-1i64].as_slice(), true, Kind::Float) + eps).sqrt();
+                let of_heads = own / rms * (x[3].to_kind(Kind::Float) + 1.0);
+                vec![layer.to_kind(x[0].kind()), of_heads.to_kind(x[0].kind())]
+            },
+        );
     }
 
     #[test]

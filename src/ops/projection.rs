@@ -47,8 +47,13 @@ impl LowRank {
 /// What is trained of a weight itself.
 #[derive(Debug)]
 pub enum Trained {
-    /// All of it: (out, in), fp32, a leaf with gradient.
-    Whole(Tensor),
+    /// All of it.
+    Whole {
+        /// (out, in), fp32, a leaf with gradient; (D) or (P, D) where a norm is trained.
+        weight: Tensor,
+        /// (out), fp32, a leaf with gradient, where there is a bias.
+        bias: Option<Tensor>,
+    },
     /// Some of its rows.
     Rows {
         /// Which (K), i64.
@@ -62,7 +67,9 @@ impl Trained {
     /// Another handle to the same tensors.
     pub fn handle(&self) -> Self {
         match self {
-            Self::Whole(weight) => Self::Whole(weight.shallow_clone()),
+            Self::Whole { weight, bias } => {
+                Self::Whole { weight: weight.shallow_clone(), bias: bias.as_ref().map(Tensor::shallow_clone) }
+            }
             Self::Rows { ids, rows } => Self::Rows { ids: ids.shallow_clone(), rows: rows.shallow_clone() },
         }
     }
@@ -70,17 +77,30 @@ impl Trained {
     /// A weight (out, in) with it in place, in the weight's number type. No graph.
     pub fn whole(&self, weight: &Tensor) -> Tensor {
         match self {
-            Self::Whole(trained) => trained.detach().to_kind(weight.kind()),
+            Self::Whole { weight: trained, .. } => trained.detach().to_kind(weight.kind()),
             Self::Rows { ids, rows } => weight.index_copy(0, ids, &rows.detach().to_kind(weight.kind())),
         }
     }
 
-    /// The leaf.
+    /// The leaf that is the weight, or its rows.
     pub fn leaf(&self) -> &Tensor {
         match self {
-            Self::Whole(weight) => weight,
+            Self::Whole { weight, .. } => weight,
             Self::Rows { rows, .. } => rows,
         }
+    }
+
+    /// The bias, where that is trained, too.
+    pub fn bias(&self) -> Option<&Tensor> {
+        match self {
+            Self::Whole { bias, .. } => bias.as_ref(),
+            Self::Rows { .. } => None,
+        }
+    }
+
+    /// All leaves, that of the weight first.
+    pub fn leaves(&self) -> impl Iterator<Item = &Tensor> {
+        [self.leaf()].into_iter().chain(self.bias())
     }
 }
 
@@ -108,12 +128,12 @@ impl<'a> Operand<'a> {
 
     /// Everything of it that is trained, in the order in which gradients are returned.
     pub(crate) fn factors(&self) -> impl Iterator<Item = &'a Tensor> + use<'a> {
-        let weight = self.trained.map(Trained::leaf);
+        let own = self.trained.into_iter().flat_map(Trained::leaves);
         let factors = self.low_rank.into_iter().flat_map(|l| {
             let lengths = l.magnitude.as_ref().map(|magnitude| &magnitude.lengths);
             [&l.a, &l.b].into_iter().chain(lengths)
         });
-        weight.into_iter().chain(factors)
+        own.chain(factors)
     }
 }
 
@@ -186,7 +206,8 @@ struct Member {
 /// How much of a weight is trained.
 enum Part {
     Nothing,
-    Whole,
+    /// All, and whether the bias is.
+    Whole(bool),
     /// Rows by number (K), as they are now (K, in) in the compute type.
     Rows(Tensor, Tensor),
 }
@@ -206,14 +227,18 @@ impl Group {
             let kind = operand.weight.kind();
             let (weight, trained) = match operand.trained {
                 None => (operand.weight.handle(), Part::Nothing),
-                Some(Trained::Whole(weight)) => (Weight::Dense(weight.detach().to_kind(kind)), Part::Whole),
+                Some(Trained::Whole { weight, bias }) => {
+                    (Weight::Dense(weight.detach().to_kind(kind)), Part::Whole(bias.is_some()))
+                }
                 Some(Trained::Rows { ids, rows }) => {
                     let rows = Part::Rows(ids.shallow_clone(), rows.detach().to_kind(kind));
                     (operand.weight.handle(), rows)
                 }
             };
             let decomposed = operand.low_rank.and_then(Decomposed::of);
-            Member { weight, trained, bias: operand.bias.map(Tensor::shallow_clone), update, decomposed }
+            let trained_bias = operand.trained.and_then(Trained::bias).map(|bias| bias.detach().to_kind(kind));
+            let bias = trained_bias.or_else(|| operand.bias.map(Tensor::shallow_clone));
+            Member { weight, trained, bias, update, decomposed }
         };
         Self { members: operands.iter().zip(updates).map(member).collect(), a }
     }
@@ -277,6 +302,7 @@ impl Group {
         let mut factors = Vec::new();
         for (side, du) in sides.iter().zip(&du) {
             factors.extend(side.dweight(&x));
+            factors.extend(side.dbias());
             let (Some(update), Some(du), Some(u)) = (side.update(), du, &kept.u) else { continue };
             let da = match &all_da {
                 Some(all_da) => update.rows_of(all_da),
@@ -361,8 +387,8 @@ impl<'a> Side<'a> {
                 let onto = weight.product_back(&self.dy.index_fill(1, ids, 0.0), onto);
                 with_product(Some(onto), &self.dy.index_select(1, ids), rows)
             }
-            Part::Nothing | Part::Whole if self.drops() => weight.product_back(self.dy, onto),
-            Part::Nothing | Part::Whole => weight.product_back(&self.dz, onto),
+            Part::Nothing | Part::Whole(_) if self.drops() => weight.product_back(self.dy, onto),
+            Part::Nothing | Part::Whole(_) => weight.product_back(&self.dz, onto),
         }
     }
 
@@ -378,14 +404,20 @@ impl<'a> Side<'a> {
         self.update().is_some_and(|update| update.dropout.is_some())
     }
 
-    /// dW (out, in), or of its trained rows (K, in), fp32.
+    /// The gradient of the weight (out, in), or of its trained rows (K, in), fp32.
     fn dweight(&self, x: &Tensor) -> Option<Tensor> {
         let dy = match &self.member.trained {
             Part::Nothing => return None,
-            Part::Whole => self.dy.shallow_clone(),
+            Part::Whole(_) => self.dy.shallow_clone(),
             Part::Rows(ids, _) => self.dy.index_select(1, ids),
         };
         Some(dy.tr().mm(x).to_kind(Kind::Float))
+    }
+
+    /// The gradient of the bias (out), fp32, where it is trained.
+    fn dbias(&self) -> Option<Tensor> {
+        let trained = matches!(self.member.trained, Part::Whole(true));
+        trained.then(|| self.dy.sum_dim_intlist([0i64].as_slice(), false, Kind::Float))
     }
 
     /// dm (out), fp32.
@@ -606,15 +638,18 @@ mod tests {
     fn a_weight_or_some_of_its_rows_are_trained_as_by_plain_autograd() {
         let (ids, third) = (Tensor::from_slice(&[5i64, 0, 17]), 3);
         check(
-            &[randn(&[T, D], 1), randn(&[OUT[0], D], 2) * 0.2, randn(&[third, D], 3) * 0.2],
+            &[randn(&[T, D], 1), randn(&[OUT[0], D], 2) * 0.2, randn(&[third, D], 3) * 0.2, randn(&[OUT[0]], 4)],
             |kind, x| {
                 let weights: Vec<Weight> = (0..2).map(|i| weight(i, kind).into()).collect();
-                let whole = Trained::Whole(x[1].to_kind(Kind::Float));
-                let rows = Trained::Rows { ids: ids.shallow_clone(), rows: x[2].to_kind(Kind::Float) };
+                let fp32 = |t: &Tensor| t.to_kind(Kind::Float);
+                let whole = Trained::Whole { weight: fp32(&x[1]), bias: None };
+                let with_bias = Trained::Whole { weight: fp32(&x[1]), bias: Some(fp32(&x[3])) };
+                let rows = Trained::Rows { ids: ids.shallow_clone(), rows: fp32(&x[2]) };
                 let bias = bias(0, kind);
                 let of = |weight, trained, bias| Operand { weight, trained, bias, low_rank: None, dropout_seed: None };
                 let [whole, mixed] = [of(&weights[0], Some(&whole), Some(&bias)), of(&weights[0], Some(&rows), None)];
-                projection(&x[0], None, &[whole, mixed, of(&weights[1], None, None)], None)
+                let with_bias = of(&weights[0], Some(&with_bias), Some(&bias));
+                projection(&x[0], None, &[whole, mixed, of(&weights[1], None, None), with_bias], None)
             },
             |kind, x| {
                 let mixed = weight(0, kind).index_copy(0, &ids, &x[2].to_kind(kind));
@@ -622,6 +657,7 @@ mod tests {
                     x[0].matmul(&x[1].to_kind(kind).tr()) + bias(0, kind),
                     x[0].matmul(&mixed.tr()),
                     x[0].matmul(&weight(1, kind).tr()),
+                    x[0].matmul(&x[1].to_kind(kind).tr()) + x[3].to_kind(kind),
                 ]
             },
         );

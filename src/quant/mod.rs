@@ -23,5 +23,5 @@ pub use grouped::Grouped;
 pub use int8::Int8;
 pub use mxfp4::Mxfp4;
 pub use rounding::Rounding;
-pub use scheme::{Form, Layout, Products, Scheme};
+pub use scheme::{Form, Layout, Products, Scheme, ends_in};
 pub use weight::{Quantised, Weight};

@@ -160,19 +160,19 @@ impl Scheme {
 
     /// Whether a module stays as it is.
     pub fn skips(&self, module: &str) -> bool {
-        let ends_in =
-            |name: &String| module.strip_suffix(name.as_str()).map(|rest| rest.is_empty() || rest.ends_with('.'));
-        self.skip.iter().filter_map(ends_in).any(|whole_name| whole_name)
+        self.skip.iter().any(|name| ends_in(module, name))
     }
 
-    /// A weight (out, in), or (E, out, in) whose experts are quantised one by one, as this keeps it.
-    pub fn keep(&self, weight: &Tensor) -> Weight {
-        self.store(self.quantised(weight))
+    /// A weight (out, in), or (E, out, in) whose experts are quantised one by one, as this keeps it for products in `kind`.
+    pub fn keep(&self, weight: &Tensor, kind: Kind) -> Weight {
+        self.store(self.quantised(&weight.to_kind(self.kind)), kind)
     }
 
-    /// A weight that is quantised already, as this keeps it.
-    pub fn store(&self, quantised: Quantised) -> Weight {
+    /// A weight that is quantised already, to be made whole in the scheme's type, as this keeps it for products in `kind`. Those of
+    /// another type than the scheme's read plain numbers, which are still the scheme's.
+    pub fn store(&self, quantised: Quantised, kind: Kind) -> Weight {
         match (self.products, quantised) {
+            (_, quantised) if kind != self.kind => Weight::Dense(quantised.dequantised().to_kind(kind)),
             (Products::Cached, quantised) => Weight::Dense(quantised.dequantised()),
             (Products::Fp8, Quantised::Fp8(weight)) => {
                 Weight::from(Quantised::Fp8(Fp8 { multiplied: weight.has_rows(), ..weight }))
@@ -186,7 +186,8 @@ impl Scheme {
         self.quantised(&weight.to_kind(self.kind)).dequantised()
     }
 
-    fn quantised(&self, weight: &Tensor) -> Quantised {
+    /// A weight of numbers in the scheme's type, quantised: (out, in), or (E, out, in) whose experts are quantised one by one.
+    pub fn quantised(&self, weight: &Tensor) -> Quantised {
         if weight.dim() == 3 {
             return Quantised::Experts(weight.unbind(0).iter().map(|expert| self.quantised(expert)).collect());
         }
@@ -218,6 +219,11 @@ impl Scheme {
         let said: Said = serde_json::from_slice(text).map_err(|error| error.to_string())?;
         Self::try_from(said)
     }
+}
+
+/// Whether the path of a module is `name`, or ends in `.name`.
+pub fn ends_in(module: &str, name: &str) -> bool {
+    module.strip_suffix(name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }
 
 /// A scheme as its file says it.

@@ -52,6 +52,12 @@ pub(super) fn check(tree: &Node) -> Vec<Problem> {
         let what = "`adapter.pissa_niter` needs `adapter.init_lora_weights: pissa`";
         problems.push(Problem::new(&node.place, what, "leave it out, or choose that start"));
     }
+    // 1 is what it is where nothing is said.
+    let iterations = given(tree, "adapter.loftq_iter").filter(|node| !matches!(node.value, Value::Integer(1)));
+    if let (Some(node), false) = (iterations, start_is("loftq")) {
+        let what = "`adapter.loftq_iter` needs `adapter.init_lora_weights: loftq`";
+        problems.push(Problem::new(&node.place, what, "leave it out, or choose that start"));
+    }
     if let (Some(node), Some(_)) = (given(tree, "adapter.new_tokens"), given(tree, "adapter.adapter_name_or_path")) {
         let what = "`adapter.new_tokens` cannot be added to an adapter that is continued";
         problems.push(Problem::new(&node.place, what, "leave one of both out"));

@@ -113,8 +113,13 @@ pub struct AdapterRecipe {
     /// out, which takes seconds for each large weight.
     #[schemars(range(min = 0, max = 1000))]
     pub pissa_niter: Option<u32>,
-    /// Modules trained whole, in fp32, by the ends of their paths: the embedding, the head, linears. A head that shares the
-    /// embedding's weight shares what is trained (PEFT's `ensure_weight_tying`), unless both are named.
+    /// For `loftq`: how often quantising and making good take turns, as PEFT's `loftq_iter`. From 2 on the base that is trained on is
+    /// what is left of it, as with `pissa`.
+    #[schemars(range(min = 1, max = 1000))]
+    pub loftq_iter: u32,
+    /// Modules trained whole, in fp32, with their biases, by the ends of their paths: the embedding, the head, linears, norms (`norm` is
+    /// all that end so). A head that shares the embedding's weight shares what is trained (PEFT's `ensure_weight_tying`), unless both
+    /// are named.
     #[schemars(length(min = 1), inner(length(min = 1)))]
     pub modules_to_save: Option<Vec<String>>,
     /// Tokens trained by their rows alone: ids for the embedding (and a head that shares it), or lists of ids by module.
@@ -144,6 +149,7 @@ impl Default for AdapterRecipe {
             use_dora: false,
             init_lora_weights: InitLora::Kaiming,
             pissa_niter: None,
+            loftq_iter: 1,
             modules_to_save: None,
             trainable_token_indices: None,
             new_tokens: None,
@@ -203,7 +209,12 @@ impl AdapterRecipe {
 
     /// Whether what A and B start with is taken off the weights.
     pub fn takes_off(&self) -> bool {
-        self.adapter_name_or_path.is_none() && matches!(self.init_lora_weights, InitLora::Pissa | InitLora::Olora)
+        let taken = match self.init_lora_weights {
+            InitLora::Pissa | InitLora::Olora => true,
+            InitLora::Loftq => self.loftq_iter > 1,
+            InitLora::Kaiming | InitLora::Gaussian => false,
+        };
+        self.adapter_name_or_path.is_none() && taken
     }
 }
 
@@ -334,7 +345,7 @@ pub enum InitLora {
     Pissa,
     /// The first columns of its QR decomposition, which are taken off it (arXiv:2406.01775).
     Olora,
-    /// What quantising the weight lost, with `method: qlora`; one iteration (arXiv:2310.08659).
+    /// What quantising the weight lost, with `method: qlora` (arXiv:2310.08659); see `loftq_iter`.
     Loftq,
 }
 

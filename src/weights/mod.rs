@@ -298,6 +298,11 @@ impl Checkpoint {
         self.find(name).is_some_and(|stored| stored.spare)
     }
 
+    /// Whether a tensor is in a form that [`Checkpoint::quantised`] keeps.
+    pub fn is_quantised(&self, name: &str) -> bool {
+        self.find(name).is_some_and(|stored| !matches!(stored.form, Form::Plain(_) | Form::Blocks(..)))
+    }
+
     /// The form of the first weight that [`Checkpoint::quantised`] keeps.
     pub fn quantised_form(&self) -> Option<quant::Form> {
         self.tensors.iter().find_map(|tensor| match &tensor.form {

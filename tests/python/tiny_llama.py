@@ -101,6 +101,7 @@ MODELS = {
     "whole-untied": {"tie_word_embeddings": False},
     "tokens-tied": None,
     "tokens-untied": None,
+    "whole-norms": {"attention_bias": True, "tie_word_embeddings": False},
 }
 # Whose base an adapter is of that has none of its own.
 BASES = {"whole-tied": "grouped-tied", "tokens-tied": "grouped-tied", "tokens-untied": "whole-untied"}
@@ -109,6 +110,7 @@ ADAPTERS = {
     "dora": {"use_dora": True},
     "whole-tied": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     "whole-untied": {"modules_to_save": ["lm_head", "embed_tokens"], "target_modules": ["q_proj", "down_proj"]},
+    "whole-norms": {"modules_to_save": ["model.norm", "input_layernorm", "v_proj"], "target_modules": ["q_proj", "down_proj"]},
     "tokens-tied": {"trainable_token_indices": [3, 40, 17]},
     "tokens-untied": {"trainable_token_indices": {"lm_head": [5, 60], "embed_tokens": [8, 60, 1]}},
 }

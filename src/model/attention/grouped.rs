@@ -241,6 +241,17 @@ impl GroupedAttention {
         all
     }
 
+    /// Norms whose own numbers can be trained.
+    pub(super) fn norms(&self) -> Vec<&Norm> {
+        [&self.query_norm, &self.key_norm, &self.value_norm].into_iter().flatten().map(|own| &own.norm).collect()
+    }
+
+    /// Norms whose own numbers can be trained.
+    pub(super) fn norms_mut(&mut self) -> Vec<&mut Norm> {
+        let all = [&mut self.query_norm, &mut self.key_norm, &mut self.value_norm];
+        all.into_iter().flatten().map(|own| &mut own.norm).collect()
+    }
+
     /// An empty cache for `sequences` sequences.
     pub(super) fn cache(&self, sequences: i64, options: (Kind, Device)) -> KeysValues {
         KeysValues::new(sequences, self.kv_heads, self.head_size, options)

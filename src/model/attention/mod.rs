@@ -14,6 +14,7 @@ use super::linear::Linear;
 use super::load::Reader;
 use super::spec::{self, LayerSpec};
 use crate::Result;
+use crate::ops::Norm;
 use compressed::CompressedAttention;
 use delta_net::DeltaNet;
 use grouped::GroupedAttention;
@@ -112,6 +113,22 @@ impl Attention {
             Self::Latent(latent) => latent.linears_mut(),
             Self::DeltaNet(net) => net.linears_mut(),
             Self::Compressed(compressed) => compressed.linears_mut(),
+        }
+    }
+
+    /// Norms whose own numbers can be trained.
+    pub(super) fn norms(&self) -> Vec<&Norm> {
+        match self {
+            Self::Grouped(grouped) => grouped.norms(),
+            Self::Latent(_) | Self::DeltaNet(_) | Self::Compressed(_) => Vec::new(),
+        }
+    }
+
+    /// Norms whose own numbers can be trained.
+    pub(super) fn norms_mut(&mut self) -> Vec<&mut Norm> {
+        match self {
+            Self::Grouped(grouped) => grouped.norms_mut(),
+            Self::Latent(_) | Self::DeltaNet(_) | Self::Compressed(_) => Vec::new(),
         }
     }
 

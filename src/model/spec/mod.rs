@@ -115,6 +115,16 @@ pub struct NormSpec {
     pub kind: NormKind,
 }
 
+impl NormSpec {
+    /// The path of the module that has its weight; `None` where it has none, or those of several modules.
+    pub fn module(&self) -> Option<&str> {
+        match &self.weights[..] {
+            [one] => one.strip_suffix(".weight"),
+            _ => None,
+        }
+    }
+}
+
 /// What a norm computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NormKind {

@@ -10,6 +10,7 @@ use super::emulator::{gpu, names, on_gpus, plainly};
 use super::*;
 use crate::ops::LogitMap;
 use crate::ops::cross_entropy::softmax;
+use crate::ops::norm::tests::frozen;
 use crate::ops::rope::{RopeLayout, Rotation};
 use crate::ops::testing::randn;
 use crate::ops::{Activation, Norm};
@@ -171,11 +172,9 @@ fn norms_equal_their_twins_at_every_width() {
         for (rows, width, turns) in [(9, 4, 3), (5, 35, 1), (6, 128, 2), (3, 576, 1), (2, 4104, 1), (2, 4099, 1)] {
             for (centred, biased) in [(false, false), (true, true), (true, false)] {
                 let ((x, wide_x), (dy, wide_dy)) = (both(&[rows, width], 1, kind), both(&[rows, width], 2, kind));
-                let norm = |device| Norm {
-                    weight: (randn(&[turns, width], 3) * 0.2 + 1.0).to_device(device),
-                    bias: biased.then(|| randn(&[width], 4).to_device(device)),
-                    eps: 1e-5,
-                    centred,
+                let norm = |device| {
+                    let weight = (randn(&[turns, width], 3) * 0.2 + 1.0).to_device(device);
+                    frozen(weight, biased.then(|| randn(&[width], 4).to_device(device)), 1e-5, centred)
                 };
                 let (y, stats) = plainly(|| norm(Device::Cpu).forward(&wide_x));
                 let dx = plainly(|| norm(Device::Cpu).backward(&wide_dy, &wide_x, &stats));
@@ -372,7 +371,7 @@ fn speed_beside_a_copy() {
     row("fp8 rows made whole", numbers * 3.0, &|| drop(fp8.dequantised()));
     row("fp8 rows made", numbers * 3.0, &|| drop(Fp8::of(&weight)));
     let (x, dy) = (bf16(&[tokens, width]), bf16(&[tokens, width]));
-    let norm = Norm { weight: Tensor::ones([1, width], (Kind::Float, device)), bias: None, eps: 1e-5, centred: false };
+    let norm = frozen(Tensor::ones([1, width], (Kind::Float, device)), None, 1e-5, false);
     let elements = x.numel() as f64;
     let (_, stats) = norm.forward(&x);
     row("RMSNorm", elements * 4.0, &|| drop(norm.forward(&x)));

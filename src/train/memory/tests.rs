@@ -46,7 +46,8 @@ fn a_block_that_is_gone_through_twice_keeps_twice_as_much() {
     let plan = |spec: &ModelSpec, recomputed_layers| {
         let (adapters, training) = (PlannedAdapters::default(), TrainingRecipe::default());
         let (kind, device) = (Kind::BFloat16, Device::Cuda(0));
-        let planned = Planned { spec, checkpoint: None, kind, device, scheme: None, adapters: &adapters, training: &training };
+        let planned =
+            Planned { spec, checkpoint: None, kind, device, scheme: None, adapters: &adapters, training: &training };
         RunMemory::new(planned).plan(step(16_384, recomputed_layers)).activations as f64
     };
     for recomputed_layers in [0, 32] {
