@@ -151,8 +151,8 @@ void engraft_allocate_on_cpu() {
 
 // Of every shape that products have, and each micro-batch has its own, oneDNN keeps what it compiled, and so does the layer between it
 // and libtorch, which is asked first: of 1024 shapes each unless told otherwise, and about 270 KB of each.
-void engraft_keep_shapes(int few) {
-  if (few) setenv("LRU_CACHE_CAPACITY", "64", /*overwrite=*/0);
+void engraft_keep_few_shapes() {
+  setenv("LRU_CACHE_CAPACITY", "64", /*overwrite=*/0);
   setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64", /*overwrite=*/0);
 }
 
