@@ -18,7 +18,7 @@ use crate::quant::{Products, Scheme, ends_in, fp8};
 use crate::recipe::{
     AdapterRecipe, BaseSource, CacheDequantized, DataSource, DatasetRecipe, Dtype, Plan, QuantizationType, cache_dir,
 };
-use crate::torch_ext::{catching, keep_few_shapes, keep_freed_memory};
+use crate::torch_ext::{FEW_SHAPES, MANY_SHAPES, catching, keep_freed_memory, keep_shapes};
 use crate::train::caches_dequantised;
 use crate::weights::Checkpoint;
 use crate::{Error, Fault, Result};
@@ -110,9 +110,7 @@ pub(super) fn decoder(
     if let Err(error) = made {
         console.say(format_args!("note: without engraft's CUDA kernels, libtorch's operations serve: {error}"));
     }
-    if spec.has_few_shapes() {
-        keep_few_shapes();
-    }
+    keep_shapes(if spec.has_few_shapes() { FEW_SHAPES } else { MANY_SHAPES });
     let stage = console.stage("loading the base", Unit::Bytes);
     let progress = |done, total| stage.at(done, total);
     catching("loading the base", || Decoder::load_as(spec, checkpoint, kind, device, scheme, &progress))

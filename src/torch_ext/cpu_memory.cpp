@@ -19,6 +19,7 @@
 #include <cstdlib>
 #include <map>
 #include <mutex>
+#include <string>
 #include <set>
 #include <unordered_map>
 #include <utility>
@@ -151,9 +152,10 @@ void engraft_allocate_on_cpu() {
 
 // Of every shape that products have, and each micro-batch has its own, oneDNN keeps what it compiled, and so does the layer between it
 // and libtorch, which is asked first: of 1024 shapes each unless told otherwise, and about 270 KB of each.
-void engraft_keep_few_shapes() {
-  setenv("LRU_CACHE_CAPACITY", "64", /*overwrite=*/0);
-  setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64", /*overwrite=*/0);
+void engraft_keep_shapes(int count) {
+  const std::string text = std::to_string(count);
+  setenv("LRU_CACHE_CAPACITY", text.c_str(), /*overwrite=*/0);
+  setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", text.c_str(), /*overwrite=*/0);
 }
 
 void engraft_cpu_memory(int64_t* allocated, int64_t* peak, int64_t* used) {

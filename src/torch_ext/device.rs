@@ -18,7 +18,7 @@ unsafe extern "C" {
     ) -> *mut c_char;
     fn engraft_cuda_stream(index: c_int, stream: *mut *mut c_void) -> *mut c_char;
     fn engraft_allocate_on_cpu();
-    fn engraft_keep_few_shapes();
+    fn engraft_keep_shapes(count: c_int);
     fn engraft_cpu_memory(allocated: *mut i64, peak: *mut i64, used: *mut i64);
     fn engraft_cpu_capability() -> *const c_char;
     fn engraft_torch_version() -> *const c_char;
@@ -85,18 +85,17 @@ pub fn keep_freed_memory() {
     }
 }
 
-/// Of how many shapes of products what oneDNN compiled is kept: above it, and by itself.
-pub const KEPT_SHAPES: [u64; 2] = [64, 64];
+/// Of how many shapes of products what oneDNN compiled is kept, above it and by itself: those of about two steps.
+pub const FEW_SHAPES: u32 = 64;
 
-/// The same as libtorch has it, for models whose steps have many: those of experts, whose rows are as many as they are sent.
-pub const KEPT_SHAPES_OF_MANY: [u64; 2] = [1024, 1024];
+/// The same for models whose steps have many: those of experts, whose rows are as many as they are sent. One too few, and all of
+/// them are compiled anew in every step, which takes up to half of the time.
+pub const MANY_SHAPES: u32 = 4096;
 
-/// Has libtorch keep what oneDNN compiles of [`KEPT_SHAPES`], those of about two steps; not for models whose steps have many shapes:
-/// they would compile most of them anew in every step, which with fewer in either place takes up to half of the time. To be called
-/// before the first product.
-pub fn keep_few_shapes() {
+/// Has libtorch keep what oneDNN compiles of so many shapes. To be called before the first product.
+pub fn keep_shapes(count: u32) {
     // SAFETY: sets variables that nothing else reads before oneDNN is first used.
-    unsafe { engraft_keep_few_shapes() };
+    unsafe { engraft_keep_shapes(count as c_int) };
 }
 
 /// Memory of tensors on the CPU, in bytes, of those of at least 4 KiB.

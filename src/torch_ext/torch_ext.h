@@ -62,7 +62,7 @@ char* engraft_cuda_stream(int index, void** stream);
 // From now on tensors on the CPU lie in a region of their own (cpu_memory.cpp).
 void engraft_allocate_on_cpu();
 // From now on what oneDNN compiles is kept of few shapes. Before the first product.
-void engraft_keep_few_shapes(void);
+void engraft_keep_shapes(int count);
 // Bytes that such tensors hold now, the most they held at once, and how much of the region was ever used.
 void engraft_cpu_memory(int64_t* allocated, int64_t* peak, int64_t* used);
 

@@ -23,7 +23,7 @@ use crate::model::spec::Position;
 use crate::ops::LOGITS_AT_ONCE;
 use crate::quant::{Products, Scheme};
 use crate::recipe::TrainingRecipe;
-use crate::torch_ext::{KEPT_SHAPES, KEPT_SHAPES_OF_MANY};
+use crate::torch_ext::FEW_SHAPES;
 use crate::weights::Checkpoint;
 
 use blocks::{Block, Costs};
@@ -36,6 +36,9 @@ const OF_LIBTORCH: u64 = 8 << 20;
 
 /// Bytes of what oneDNN compiled for the shape of a product: measured, as its size is not told.
 const OF_A_SHAPE: u64 = 270_000;
+
+/// Shapes that steps with experts have met by the time they repeat, about; more are kept where there are more.
+const SHAPES_OF_EXPERTS: u64 = 1024;
 
 /// Bytes that a step is expected to take, by what they are for: each at its most, which need not be at the same moment.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
@@ -173,8 +176,8 @@ impl<'a> RunMemory<'a> {
             whole: whole.collect(),
             quantised,
         };
-        let shapes = if spec.has_few_shapes() { KEPT_SHAPES } else { KEPT_SHAPES_OF_MANY };
-        let libtorch = OF_LIBTORCH + OF_A_SHAPE * shapes.iter().sum::<u64>();
+        let shapes = if spec.has_few_shapes() { u64::from(FEW_SHAPES) } else { SHAPES_OF_EXPERTS };
+        let libtorch = OF_LIBTORCH + OF_A_SHAPE * 2 * shapes;
         // The adapter's file, then the optimizer's: tensor by tensor, and once more as a file.
         let file = 4 * numbers;
         let saving = (2 * file).max(file + 2 * optimizer);
