@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use engraft::adapter::{Adapters, LoadedAdapter, Update, layout};
 use engraft::export::{merged, peft};
 use engraft::model::{Balance, Decoder, Documents, Forward, Sampling, families};
+use engraft::quant::{Form, FourBitType, Products, Scheme};
 use engraft::recipe::BaseSource;
 use engraft::weights::Checkpoint;
 use engraft::weights::writer::{self, TensorSpec};
@@ -443,6 +444,26 @@ fn adapters_and_merged_models_read_back_as_what_was_written() {
         let merged = Checkpoint::open(&BaseSource::Folder(place("merged"))).unwrap();
         let logits = fixture.logits(&load(&merged, fixture.name));
         fixture.assert_close("merged logits", &logits, &fixture.reference["logits"], TOLERANCE);
+    }
+}
+
+/// What is computed in fp32 is merged as it is stored: rounded to the type of the quantised numbers it would be another model.
+#[test]
+fn a_model_merged_onto_quantised_numbers_answers_as_the_quantised_one() {
+    let form = Form::FourBit { code: FourBitType::Nf4, block: 64, double_quant: true };
+    let kind = Kind::BFloat16;
+    let products = Products::Dequantised;
+    let scheme = Scheme { form, kind, skip: vec!["lm_head".into()], products, after_start: false };
+    for fixture in VERIFIED.iter().map(|name| Fixture::new(name)) {
+        let checkpoint = fixture.checkpoint();
+        let load_kept = Decoder::load_kept(&checkpoint, Kind::Float, Device::Cpu, Some(&scheme), &|_, _| ());
+        let expected = fixture.logits(&load_kept.unwrap_or_else(|error| panic!("{}: {error}", fixture.name)));
+        let folder = fixture.folder.path().join("merged");
+        let config = BTreeMap::from([("config.json".to_string(), checkpoint.sidecars["config.json"].clone())]);
+        let nothing: &[Update] = &[];
+        merged::write(&folder, &checkpoint, nothing.into(), Some(&scheme), Kind::Float, &config, &|_, _| ()).unwrap();
+        let merged = Checkpoint::open(&BaseSource::Folder(folder)).unwrap();
+        fixture.assert_close("merged", &fixture.logits(&load(&merged, fixture.name)), &expected, 1e-5);
     }
 }
 

@@ -111,8 +111,7 @@ impl<'a> Merging<'a> {
     pub(super) fn tensor(&self, index: usize, kind: Kind) -> Result<Tensor> {
         let planned = &self.plan.tensors[index];
         let whole = self.checkpoint.whole_kind(planned.from);
-        let rounded_to =
-            self.onto.map_or(self.kind, |scheme| if planned.of_a_norm { Kind::Float } else { scheme.kind });
+        let rounded_to = self.onto.map_or(self.kind, |scheme| if planned.wide { Kind::Float } else { scheme.kind });
         let read_as = whole.unwrap_or(rounded_to);
         let tensor = self.checkpoint.tensor(planned.from, read_as, Device::Cpu)?;
         let tensor = if planned.shape[..] == tensor.size()[..] { tensor } else { grown(tensor, planned.shape[0]) };
@@ -170,8 +169,8 @@ struct Planned<'a> {
     update: Option<Part<'a>>,
     /// How it lies in the file, where it was quantised before training.
     quantised: Option<Lies>,
-    /// Whether it is a norm's, whose numbers were never rounded.
-    of_a_norm: bool,
+    /// Whether it was computed with in fp32, so that its numbers were never rounded.
+    wide: bool,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -300,7 +299,7 @@ impl<'a> Plan<'a> {
         let parts_from_head = |part: &Part<'_>| matches!(part, Part::Trained(saved, _) if saved.shared_with.is_none());
         let unties =
             spec.head.tied && (by_weight.contains_key(&head) || by_weight.get(&embedding).is_some_and(parts_from_head));
-        let norms: HashSet<String> = spec.norm_tensors().iter().map(|name| spec.names.stored(name)).collect();
+        let wide: HashSet<String> = spec.wide_tensors().iter().map(|name| spec.names.stored(name)).collect();
         let accounted: HashSet<String> = spec.tensors().keys().map(|name| spec.names.stored(name)).collect();
         let stored_so = onto.is_some_and(|scheme| checkpoint.quantised_form() == Some(scheme.form));
         let mut tensors = Vec::new();
@@ -324,11 +323,11 @@ impl<'a> Plan<'a> {
                     .copied()
                     .filter(|_| !stored_so || by_weight.get(from).is_some_and(Part::is_of_the_rest)),
                 update: by_weight.remove(from),
-                of_a_norm: norms.contains(from),
+                wide: wide.contains(from),
             });
             if unties && from == embedding {
                 let update = by_weight.remove(&head);
-                tensors.push(Planned { name: head.clone(), from, shape, update, quantised: None, of_a_norm: false });
+                tensors.push(Planned { name: head.clone(), from, shape, update, quantised: None, wide: false });
             }
         }
         if let Some(update) = by_weight.values().next() {

@@ -142,6 +142,7 @@ pub fn write(
         let name = merging.spec(source.index).name;
         let exact = merging.tensor(source.index, Kind::Float)?;
         let weight = exact.to_kind(scheme.kind);
+        scheme.form.holds(&name, &weight)?;
         losses.insert(name.clone(), relative_error(&scheme.numbers(&weight), &exact));
         waiting.extend(made(scheme, &name, &weight));
         told(&exact, &mut done);

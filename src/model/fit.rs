@@ -39,9 +39,10 @@ impl ModelSpec {
         sites
     }
 
-    /// The tensors of norms, which are computed with as they are stored, whatever type the other numbers are rounded to.
-    pub fn norm_tensors(&self) -> Vec<String> {
-        self.inventory().norms
+    /// The tensors that are computed with in fp32, as they are stored, whatever type the other numbers are rounded to: norms, sinks, what
+    /// paces a recurrence, maps of streams, and routers where the model has them so.
+    pub fn wide_tensors(&self) -> Vec<String> {
+        self.inventory().wide
     }
 
     /// Norms whose own numbers can be trained: those around the halves of blocks, of queries and keys, of the embedding, and the last.
@@ -187,13 +188,19 @@ impl ModelSpec {
 #[derive(Default)]
 struct Inventory {
     tensors: BTreeMap<String, Vec<i64>>,
-    norms: Vec<String>,
+    /// Those of [`ModelSpec::wide_tensors`].
+    wide: Vec<String>,
     sites: Vec<Site>,
 }
 
 impl Inventory {
     fn add(&mut self, name: String, shape: &[i64]) {
         self.tensors.insert(name, shape.to_vec());
+    }
+
+    fn add_wide(&mut self, name: String, shape: &[i64]) {
+        self.wide.push(name.clone());
+        self.add(name, shape);
     }
 
     fn feed_forward(&mut self, spec: &FeedForward, vocab_size: i64) {
@@ -218,11 +225,15 @@ impl Inventory {
 
     fn experts(&mut self, Experts { router, projection, down, shared, .. }: &Experts, vocab_size: i64) {
         self.linear_as(&router.linear, Role::Router);
+        if router.wide {
+            self.wide.push(format!("{}.weight", router.linear.name));
+            self.wide.extend(router.linear.bias.then(|| format!("{}.bias", router.linear.name)));
+        }
         router.norm.iter().for_each(|own| self.norm(&own.norm));
         match &router.routing {
             Routing::Largest { correction, expert_scale, .. } => {
                 let of_experts = [correction, expert_scale].into_iter().flatten();
-                of_experts.for_each(|name| self.add(name.clone(), &[router.linear.output]));
+                of_experts.for_each(|name| self.add_wide(name.clone(), &[router.linear.output]));
             }
             Routing::OfToken { chosen, table, .. } => self.add(table.clone(), &[vocab_size, *chosen]),
             Routing::SparseMixer { .. } => {}
@@ -295,16 +306,16 @@ impl Inventory {
     /// Numbers of so many `kinds`, each with a factor of its own, of `input` numbers.
     fn stream_map(&mut self, spec: &StreamMap, kinds: &[i64], input: i64) {
         let numbers = kinds.iter().sum();
-        self.add(spec.function.clone(), &[numbers, input]);
-        self.add(spec.base.clone(), &[numbers]);
-        self.add(spec.scale.clone(), &[kinds.len() as i64]);
+        self.add_wide(spec.function.clone(), &[numbers, input]);
+        self.add_wide(spec.base.clone(), &[numbers]);
+        self.add_wide(spec.scale.clone(), &[kinds.len() as i64]);
     }
 
     fn compressed(&mut self, spec: &CompressedAttention) {
         [&spec.query_down, &spec.query_up, &spec.key_value].into_iter().for_each(|linear| self.linear(linear));
         let norms = [&spec.query_norm, &spec.query_head_norm, &spec.key_value_norm];
         norms.into_iter().for_each(|norm| self.norm(norm));
-        self.add(spec.sinks.clone(), &[spec.heads]);
+        self.add_wide(spec.sinks.clone(), &[spec.heads]);
         match &spec.entries {
             Entries::None => {}
             Entries::All(compressor) => self.compressor(compressor, Role::Linear),
@@ -321,7 +332,7 @@ impl Inventory {
     fn compressor(&mut self, spec: &Compressor, role: Role) {
         self.linear_as(&spec.key_value, role.clone());
         self.linear_as(&spec.gate, role);
-        self.add(spec.bias.clone(), &[spec.rate, spec.gate.output]);
+        self.add_wide(spec.bias.clone(), &[spec.rate, spec.gate.output]);
         self.norm(&spec.norm);
     }
 
@@ -342,24 +353,20 @@ impl Inventory {
             [Some(query), key.as_ref()].into_iter().flatten().for_each(|norm| self.norm(norm));
         }
         spec.value_norm.iter().for_each(|norm| self.norm(norm));
-        spec.sinks.iter().for_each(|sinks| self.add(sinks.clone(), &[spec.heads]));
+        spec.sinks.iter().for_each(|sinks| self.add_wide(sinks.clone(), &[spec.heads]));
     }
 
     fn delta_net(&mut self, spec: &DeltaNet) {
         spec.projection.linears().into_iter().for_each(|linear| self.linear(linear));
         let channels = 2 * spec.key_heads * spec.key_size + spec.value_heads * spec.value_size;
-        self.add(spec.convolution.clone(), &[channels, 1, spec.taps]);
-        self.add(spec.pace.clone(), &[spec.value_heads]);
-        self.add(spec.bias.clone(), &[spec.value_heads]);
+        self.add_wide(spec.convolution.clone(), &[channels, 1, spec.taps]);
+        self.add_wide(spec.pace.clone(), &[spec.value_heads]);
+        self.add_wide(spec.bias.clone(), &[spec.value_heads]);
         self.norm(&spec.norm);
         self.linear(&spec.output);
     }
 
     fn norm(&mut self, spec: &NormSpec) {
-        self.norms.extend(spec.weights.iter().chain(&spec.bias).cloned());
-        spec.weights.iter().for_each(|weight| self.add(weight.clone(), &spec.shape));
-        if let Some(bias) = &spec.bias {
-            self.add(bias.clone(), &spec.shape);
-        }
+        spec.weights.iter().chain(&spec.bias).for_each(|name| self.add_wide(name.clone(), &spec.shape));
     }
 }

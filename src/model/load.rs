@@ -75,10 +75,11 @@ impl Reader<'_> {
         Ok(Linear { name, weight, trained: None, bias, adapter: None })
     }
 
-    /// A linear whose weight is never quantised.
-    pub(super) fn linear_as(&self, spec: &LinearSpec, kind: Kind) -> Result<Linear> {
-        let weight = Weight::Dense(self.tensor_as(&format!("{}.weight", spec.name), kind)?);
-        let bias = if spec.bias { Some(self.tensor_as(&format!("{}.bias", spec.name), kind)?) } else { None };
+    /// A linear whose weight is never quantised: in fp32 as it is stored where it is `wide`.
+    pub(super) fn linear_unquantised(&self, spec: &LinearSpec, wide: bool) -> Result<Linear> {
+        let read = |name: String| if wide { self.wide(&name) } else { self.tensor(&name) };
+        let weight = Weight::Dense(read(format!("{}.weight", spec.name))?);
+        let bias = if spec.bias { Some(read(format!("{}.bias", spec.name))?) } else { None };
         Ok(Linear { name: self.names.module(&spec.name), weight, trained: None, bias, adapter: None })
     }
 
@@ -90,14 +91,13 @@ impl Reader<'_> {
             (self.read)(stored.size().iter().product::<i64>() as u64);
             return Ok(scheme.store(stored, self.kind));
         }
-        Ok(self.kept(module, self.rounded(name)?))
+        self.kept(module, self.rounded(name)?)
     }
 
-    fn kept(&self, module: &str, tensor: Tensor) -> Weight {
-        match self.makes(module) {
-            Some(scheme) => scheme.keep(&tensor, self.kind),
-            None => Weight::Dense(tensor.to_kind(self.kind)),
-        }
+    fn kept(&self, module: &str, tensor: Tensor) -> Result<Weight> {
+        let Some(scheme) = self.makes(module) else { return Ok(Weight::Dense(tensor.to_kind(self.kind))) };
+        scheme.form.holds(module, &tensor)?;
+        Ok(scheme.keep(&tensor, self.kind))
     }
 
     /// The scheme, where it quantises a module's weight as it is read: what a base that is stored quantised has left as it was stays so.
@@ -132,8 +132,11 @@ impl Reader<'_> {
                 };
                 let weight = match self.makes(&module) {
                     Some(scheme) => {
-                        let quantised =
-                            |number| -> Result<Quantised> { Ok(scheme.quantised(&each("weight", number)?)) };
+                        let quantised = |number| -> Result<Quantised> {
+                            let weight = each("weight", number)?;
+                            scheme.form.holds(&expert(name, number), &weight)?;
+                            Ok(scheme.quantised(&weight))
+                        };
                         let all = (0..*experts).map(quantised).collect::<Result<Vec<_>>>()?;
                         scheme.store(Quantised::Experts(all), self.kind)
                     }
@@ -144,7 +147,7 @@ impl Reader<'_> {
             Stored::Together | Stored::Transposed { .. } => {
                 let weight = self.rounded(name)?;
                 let weight = if spec.stored == Stored::Together { weight } else { weight.transpose(1, 2).contiguous() };
-                let weight = self.kept(&module, weight);
+                let weight = self.kept(&module, weight)?;
                 (weight, spec.bias.then(|| self.tensor(&format!("{name}_bias"))).transpose()?)
             }
         };

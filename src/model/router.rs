@@ -46,7 +46,6 @@ impl Clone for Router {
 
 impl Router {
     pub(super) fn load(spec: &spec::Router, read: &Reader<'_>) -> Result<Self> {
-        let kind = if spec.wide { Kind::Float } else { read.kind };
         let (correction, expert_scale) = match &spec.routing {
             Routing::Largest { correction, expert_scale, .. } => (correction.as_ref(), expert_scale.as_ref()),
             Routing::OfToken { .. } | Routing::SparseMixer { .. } => (None, None),
@@ -62,7 +61,7 @@ impl Router {
         });
         Ok(Self {
             norm: norm.transpose()?,
-            linear: read.linear_as(&spec.linear, kind)?,
+            linear: read.linear_unquantised(&spec.linear, spec.wide)?,
             wide: spec.wide,
             routing: spec.routing.clone(),
             correction: of_experts(correction)?,

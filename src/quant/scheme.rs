@@ -8,6 +8,10 @@ use tch::{Kind, Tensor};
 
 use super::four_bit::NESTED_BLOCK;
 use super::{FourBit, FourBitType, Fp8, Int8, Quantised, Weight};
+use crate::{Error, Fault, Result};
+
+/// The first number that fp16 rounds to infinity.
+const FIRST_BEYOND_HALF: f64 = 65_520.0;
 
 /// What becomes of the weights of linears, and of which.
 #[derive(Debug, Clone, PartialEq)]
@@ -126,6 +130,22 @@ impl Form {
         Some(experts.iter().product::<i64>() as u64 * of_one)
     }
 
+    /// Refuses a weight with numbers that this form cannot hold: integers of eight bits are made of fp16 numbers.
+    ///
+    /// # Errors
+    /// [`Error::Model`], with the number and `name`.
+    pub fn holds(self, name: &str, weight: &Tensor) -> Result<()> {
+        if self != Self::Int8 || weight.numel() == 0 {
+            return Ok(());
+        }
+        let largest = weight.abs().max().double_value(&[]);
+        if largest < FIRST_BEYOND_HALF {
+            return Ok(());
+        }
+        let fault = Fault::new(name, format!("holds {largest}, but int8 is made of fp16 numbers, which end at 65504"));
+        Err(Error::Model(fault.hint("quantise it to nf4 or fp8, or name its module in `quantization.skip`")))
+    }
+
     /// Whether a base that is stored so may be quantised to `asked`: to fewer bits, at least.
     pub fn may_become(self, asked: Self) -> bool {
         let eight = matches!(self, Self::Stored(Layout::Fp8));
@@ -215,7 +235,7 @@ impl Scheme {
     ///
     /// # Errors
     /// What is wrong with it, in a sentence.
-    pub fn from_json(text: &[u8]) -> Result<Self, String> {
+    pub fn from_json(text: &[u8]) -> std::result::Result<Self, String> {
         let said: Said = serde_json::from_slice(text).map_err(|error| error.to_string())?;
         Self::try_from(said)
     }
@@ -269,7 +289,7 @@ impl From<&Scheme> for Said {
 impl TryFrom<Said> for Scheme {
     type Error = String;
 
-    fn try_from(said: Said) -> Result<Self, String> {
+    fn try_from(said: Said) -> std::result::Result<Self, String> {
         let four_bit = |code| {
             let block = said.block_size.ok_or("block_size is missing")?;
             if !super::four_bit::BLOCKS.contains(&block) {
@@ -308,6 +328,20 @@ mod tests {
             products: Products::Dequantised,
             after_start: false,
         }
+    }
+
+    #[test]
+    fn what_int8_cannot_hold_is_refused_and_other_forms_hold_it() {
+        let weight = |largest: f64| Tensor::from_slice(&[1.0, -largest, 0.5, 2.0]).to_kind(Kind::Float).view([2, 2]);
+        let nf4 = Form::FourBit { code: FourBitType::Nf4, block: 64, double_quant: true };
+        for form in [nf4, Form::Fp8] {
+            assert!(form.holds("q_proj", &weight(1e6)).is_ok());
+        }
+        assert!(Form::Int8.holds("q_proj", &weight(65_519.0)).is_ok());
+        assert!(Int8::of(&weight(65_519.0)).dequantised().isfinite().all().int64_value(&[]) == 1);
+        assert!(Int8::of(&weight(65_520.0)).dequantised().isfinite().all().int64_value(&[]) == 0);
+        let error = Form::Int8.holds("q_proj", &weight(65_520.0)).unwrap_err().to_string();
+        assert!(error.contains("q_proj") && error.contains("65520") && error.contains("65504"), "{error}");
     }
 
     #[test]
