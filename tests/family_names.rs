@@ -24,7 +24,7 @@ fn folder(fixture: &str, change: impl Fn(&mut Value), spell: impl Fn(&str) -> St
         .map(|((name, shape), index)| {
             // Not libtorch's generator, which tests that run at the same time share.
             let numbers = Tensor::arange(shape.iter().product::<i64>(), (Kind::Double, Device::Cpu));
-            let scattered = ((numbers + index * 1000) * 12.9898).sin() * 43_758.5453;
+            let scattered = ((numbers + index * 1000) * 12.9898).sin() * 43758.5453;
             let tensor = ((&scattered - scattered.floor() - 0.5) * 0.7).to_kind(Kind::Float).view(&shape[..]);
             // A table of experts.
             let tensor = if name.ends_with("tid2eid") { tensor.abs().to_kind(Kind::Int64) } else { tensor };
