@@ -111,7 +111,7 @@ device-check: ## CUDA kernels beside their twins, and their speed, on a real GPU
 	nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 	cargo build --release --locked
 	$(ENGRAFT) doctor
-	cargo test --release --locked --lib -- ops:: quant:: model::kernels_tests --nocapture
+	cargo test --release --locked --lib -- ops:: quant:: model::families::kernels_tests --nocapture
 	cargo test --release --locked --lib -- ops::cuda::tests::speed_beside_a_copy --ignored --exact --nocapture
 
 datasets: ## The datasets, from their programs

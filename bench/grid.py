@@ -36,6 +36,8 @@ import sys
 import tempfile
 import time
 
+from run import quantile, watched
+
 HERE = pathlib.Path(__file__).resolve().parent
 RANK, ALPHA, RATE = 16, 32, 1e-4
 WARMUP, STEPS = 10, 30
@@ -131,7 +133,8 @@ def prepare(folder):
         texts = documents_of(work) * (WARMUP + STEPS)
         pq.write_table(pa.table({"text": texts}), folder / f"{work}.parquet")
     if folder.resolve() != HERE:
-        shutil.copy(__file__, folder / "grid.py")
+        for file in ("grid.py", "run.py"):
+            shutil.copy(HERE / file, folder / file)
     print(f"{folder} is ready: copy it to the machine with the GPU, then `python grid.py run --engraft BINARY`")
 
 
@@ -471,30 +474,19 @@ def engraft(arguments, model, work, packed, four_bit):
             f"output: {{dir: {run}, tensorboard: false}}",
         ]
         (folder / "recipe.yaml").write_text("\n".join(recipe) + "\n")
-        with open(folder / "log", "w+") as log:
-            launched = time.time()
-            process = subprocess.Popen([arguments.engraft, "train", folder / "recipe.yaml"], stdout=log, stderr=subprocess.STDOUT)
-            first, metrics = None, run / "metrics.jsonl"
-            while True:
-                pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-                if first is None and metrics.exists() and '"loss"' in metrics.read_text():
-                    first = time.time() - launched
-                if pid:
-                    break
-                time.sleep(0.02)
-            code = os.waitstatus_to_exitcode(status)
-            if code == 8:
-                raise Absent("out of memory")
-            if code:
-                log.seek(0)
-                sys.exit(f"engraft ended with {code}\n{log.read()}")
+        metrics = run / "metrics.jsonl"
+        code, said, first, resident = watched([arguments.engraft, "train", folder / "recipe.yaml"], metrics)
+        if code == 8:
+            raise Absent("out of memory")
+        if code:
+            sys.exit(f"engraft ended with {code}\n{said}")
         logged = [m for m in map(json.loads, metrics.read_text().splitlines()) if "loss" in m]
     elapsed = [m["elapsed_seconds"] for m in logged]
     return {
         "seconds": [elapsed[0]] + [b - a for a, b in zip(elapsed, elapsed[1:])], "losses": [m["loss"] for m in logged],
         "smallest_norm": min(m["grad_norm"] for m in logged), "first_step": first,
         "allocated": max((m.get("peak_memory_bytes") or 0 for m in logged)) if arguments.device == "cuda" else None,
-        "resident": usage.ru_maxrss * 1024,
+        "resident": resident,
     }  # fmt: skip
 
 
@@ -550,14 +542,6 @@ def measured(arguments, model, work, packed, four_bit, say):
             absent[kind] = str(why)
             cells.pop(kind, None)
     return cells, absent
-
-
-def quantile(values, q):
-    """The q-quantile, linear between neighbours."""
-    values = sorted(values)
-    at = q * (len(values) - 1)
-    low = int(at)
-    return values[low] + (at - low) * (values[min(low + 1, len(values) - 1)] - values[low])
 
 
 def row(machine, model, work, four_bit, kind, cells):

@@ -278,6 +278,23 @@ def child(command):
     return out, usage.ru_maxrss * 1024
 
 
+def watched(command, metrics):
+    """Runs `engraft train` to its end: the exit code, what was said, seconds to the first logged step, peak resident bytes."""
+    with tempfile.TemporaryFile("w+") as log:
+        launched, first = time.time(), None
+        process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=subprocess.STDOUT)
+        while True:
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if first is None and metrics.exists() and '"loss"' in metrics.read_text():
+                first = time.time() - launched
+            if pid:
+                break
+            time.sleep(0.02)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        log.seek(0)
+        return process.returncode, log.read(), first, usage.ru_maxrss * 1024
+
+
 def cell(arguments, name, **options):
     """One of the Python cells in a process of its own."""
     command = [sys.executable, "-B", __file__, "--cell", name, "--model", arguments.model, "--threads", arguments.threads]
@@ -306,21 +323,10 @@ def engraft(arguments, name, *more):
         ]  # fmt: skip
         command = [str(arguments.engraft), "train", str(ROOT / "recipes/quickstart.yaml")]
         command += [part for setting in settings for part in ("--set", setting)]
-        log = open(pathlib.Path(folder) / "log", "w+")
-        launched = time.time()
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        first, metrics = None, run / "metrics.jsonl"
-        while True:
-            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-            if first is None and metrics.exists() and '"loss"' in metrics.read_text():
-                first = time.time() - launched
-            if pid:
-                break
-            time.sleep(0.02)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            log.seek(0)
-            sys.exit(f"{' '.join(command)}\nended with {process.returncode}\n{log.read()}")
+        metrics = run / "metrics.jsonl"
+        code, said, first, peak = watched(command, metrics)
+        if code:
+            sys.exit(f"{' '.join(command)}\nended with {code}\n{said}")
         logged = [m for m in map(json.loads, metrics.read_text().splitlines()) if "loss" in m]
     if len(logged) != arguments.warmup + arguments.steps:
         sys.exit(f"engraft logged {len(logged)} steps on {rows} rows, expected {arguments.warmup + arguments.steps}")
@@ -332,7 +338,7 @@ def engraft(arguments, name, *more):
         "trained": per_step([m["trained_tokens"] for m in logged]),
         "losses": [m["loss"] for m in logged],
         "first_step": first,
-        "peak_memory": usage.ru_maxrss * 1024,
+        "peak_memory": peak,
     }
 
 

@@ -13,8 +13,8 @@ use crate::objective::Supervised;
 use crate::recipe::{DataSource, MicroBatch, Recipe, TrainingRecipe};
 use crate::torch_ext::cpu_memory;
 use crate::train::{
-    self, Chosen, Datasets, Event, Events, Identity, Interrupts, Planned, Progress, Run, RunFolder, RunMemory, Start,
-    Trainer, Wish, device_name, memory_bytes, peak_memory_bytes,
+    self, Chosen, Cut, Datasets, Event, Events, Identity, Interrupts, Planned, Progress, Run, RunFolder, RunMemory,
+    Start, Trainer, Wish, device_name, memory_bytes, peak_memory_bytes,
 };
 use crate::{Error, Fault, Result};
 
@@ -68,9 +68,8 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
         adapters: &planned_adapters,
         training: &plan.training,
     });
-    let largest = |rows: u32, count: u32| {
-        train.largest_micro_batch(rows.into(), micro_batches(&plan.training, &train, rows, count))
-    };
+    let cut = Cut { training: &plan.training, max_length: plan.dataset.max_length, dataset: Some(&train) };
+    let largest = |rows, count| cut.largest(rows, count);
     let free = train::free_bytes(device);
     let begun_with = if plan.training.micro_batch_size.rows().is_none() { folder.chosen()? } else { None };
     let sizes = match begun_with {
@@ -201,15 +200,4 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
     }
     console.say(format_args!("report: {}", plan.output.dir.join("report.html").display()));
     Ok(())
-}
-
-/// Micro-batches of `rows` rows of a run, `count` to a step, as far as its recipe tells.
-fn micro_batches(training: &TrainingRecipe, train: &Dataset, rows: u32, count: u32) -> u64 {
-    match training.max_steps {
-        Some(steps) => steps * u64::from(count),
-        None => {
-            let pass = train.micro_batches_in_epoch(0, rows.into());
-            (training.epochs * pass as f64).ceil() as u64
-        }
-    }
 }

@@ -20,8 +20,6 @@ mod experts;
 mod feed_forward;
 mod fit;
 mod generate;
-#[cfg(test)]
-mod kernels_tests;
 mod layer;
 mod layer_inputs;
 mod linear;

@@ -4,6 +4,7 @@
 //! A run is a function of its recipe, data, base and device: dropout is drawn from the seed and the step, so a
 //! [`State`] holds no random generator and a resumed run equals the one that was never stopped, bit for bit.
 
+mod cut;
 mod device;
 mod disk;
 mod folder;
@@ -13,6 +14,7 @@ mod memory;
 mod metrics;
 mod optimizer;
 mod outcome;
+mod page;
 mod progress;
 mod report;
 mod scaler;
@@ -24,6 +26,7 @@ mod state;
 mod tensorboard;
 mod trainer;
 
+pub use cut::Cut;
 pub use device::device_name;
 pub use folder::{RunFolder, Start};
 pub use ledger::{Best, Chosen, Identity, Ledger, LossSum};
@@ -35,6 +38,7 @@ pub use memory::{
 pub use metrics::{EvalRecord, Event, Events, Metrics, StepRecord, memory_bytes, peak_memory_bytes};
 pub use optimizer::{Optimizer, bytes_of_state, restore};
 pub use outcome::Outcome;
+pub use page::Page;
 pub use progress::Progress;
 pub use scaler::Scaler;
 pub use schedule::Schedule;

@@ -152,6 +152,8 @@ fn unknown_features(config: &Config<'_>) -> Vec<String> {
 }
 
 #[cfg(test)]
+mod kernels_tests;
+#[cfg(test)]
 mod published;
 #[cfg(test)]
 mod tests;

@@ -9,7 +9,7 @@ mod choice;
 mod room;
 mod weights;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 
 use serde::Serialize;
@@ -113,7 +113,7 @@ pub struct RunMemory<'a> {
 pub(super) struct Tuned<'a> {
     updates: HashMap<&'a str, &'a PlannedUpdate>,
     whole: Vec<&'a str>,
-    quantised: HashMap<String, ()>,
+    quantised: HashSet<String>,
 }
 
 impl Tuned<'_> {
@@ -131,7 +131,7 @@ impl Tuned<'_> {
 
     /// Whether products make its weight whole.
     fn is_quantised(&self, module: &str) -> bool {
-        self.quantised.contains_key(module)
+        self.quantised.contains(module)
     }
 
     /// Bytes of every A and B in the activations' type and of their gradients; and the rank.
@@ -166,10 +166,10 @@ impl<'a> RunMemory<'a> {
             };
             scheme.kind == kind && whole
         };
-        let quantised = scheme.filter(|scheme| kept_quantised(scheme)).map_or_else(HashMap::new, |scheme| {
+        let quantised = scheme.filter(|scheme| kept_quantised(scheme)).map_or_else(HashSet::new, |scheme| {
             let sites = spec.sites().into_iter();
             let kept = sites.filter(|site| site.quantisable(spec.head.tied) && !scheme.skips(&site.name));
-            kept.map(|site| (site.name, ())).collect()
+            kept.map(|site| site.name).collect()
         });
         let tuned = Tuned {
             updates: adapters.updates.iter().map(|update| (update.module.as_str(), update)).collect(),

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use super::{Decoder, Documents, Forward, LowRank, families};
+use super::super::{Decoder, Documents, Forward, LowRank, families};
 use crate::ops::cuda::emulator::{emulated, gpu, launched};
 use crate::ops::testing::randn;
 use crate::quant::{Form, FourBitType, Products, Scheme};
