@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::recipe::{DeviceChoice, Dtype, QuantizationType, Save};
+use crate::train::Card;
 
 /// Graft low-rank adapters onto open language models: one recipe, one executable, exact results.
 #[derive(Debug, Clone, PartialEq, Parser)]
@@ -102,8 +103,8 @@ pub struct Plan {
     #[command(flatten)]
     pub overrides: Overrides,
     /// Plan for this GPU, by its published figures [default: the recipe's device]
-    #[arg(long, value_name = "GPU")]
-    pub gpu: Option<String>,
+    #[arg(long, value_name = "GPU", value_parser = Card::find)]
+    pub gpu: Option<Card>,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,

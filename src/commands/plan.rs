@@ -16,7 +16,7 @@ use crate::{Error, Fault, Result};
 
 /// Runs the verb; the plan goes to `out`.
 pub fn run(arguments: &cli::Plan, out: &mut dyn Write) -> Result<()> {
-    let asked = arguments.gpu.as_deref().map(Card::find).transpose()?;
+    let asked = arguments.gpu;
     let plan = Recipe::read(&arguments.recipe, &arguments.overrides.set)?.plan()?;
     let device = if asked.is_some() { Device::Cuda(0) } else { plan.device()? };
     loading::use_cpu(plan.training.threads);

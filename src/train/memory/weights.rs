@@ -1,6 +1,6 @@
 //! What a base takes of memory, known from its files' headers: each tensor as it is kept, in the order in which it is read.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use tch::Kind;
 
@@ -37,10 +37,11 @@ impl Weights {
         });
         let mut found = Self::default();
         let mut gathered: HashMap<&str, u64> = HashMap::new();
+        let wide: HashSet<String> = spec.wide_tensors().into_iter().collect();
         for (name, shape) in tensors {
             let numbers = shape.iter().product::<i64>() as u64;
             let site = site_of(&name).copied();
-            let dense = numbers * if shape.len() == 1 && site.is_none() { 4 } else { element };
+            let dense = numbers * if wide.contains(&name) { 4 } else { element };
             let whole_numbers = checkpoint.and_then(|checkpoint| checkpoint.whole_kind(&stored(&name)));
             let kept = match (scheme, site) {
                 _ if whole_numbers.is_some() => 8 * numbers,
@@ -60,17 +61,17 @@ impl Weights {
                 }
                 _ => dense,
             };
-            // What is not kept as it is read is there whole for a moment; experts that are stored apart are put together first.
+            // What is not kept as it is read is there whole for a moment, and so are all experts where they are made whole again.
             let together = site.filter(|site| matches!(site.role, Role::Experts { .. })).map_or(0, |site| {
                 let before = gathered.entry(&site.name).or_default();
                 *before += numbers * element;
                 *before
             });
             let read = checkpoint.map_or(0, |checkpoint| checkpoint.bytes_while_read(&stored(&name), kind));
-            let whole = if kept < dense || scheme.is_some_and(|scheme| scheme.products == Products::Cached) {
-                dense.max(together)
-            } else {
-                0
+            let whole = match scheme.map(|scheme| scheme.products) {
+                Some(Products::Cached) => dense.max(together),
+                _ if kept < dense => dense,
+                _ => 0,
             };
             found.loading = found.loading.max(found.kept + kept + whole + read);
             found.kept += kept;
