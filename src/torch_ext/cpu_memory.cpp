@@ -5,7 +5,10 @@
 // of the same size. And whatever else is allocated in between and stays (compiled products of oneDNN, above all) keeps the holes
 // around it from being joined. Here nothing lies between tensors but tensors.
 //
-// The region takes addresses, not memory: a page is taken when it is first written, and kept for the next step.
+// Small ones have a region of slabs, each of blocks of one size: a step has thousands of them, and of aligned memory the C library
+// keeps no list by size.
+//
+// Regions take addresses, not memory: a page is taken when it is first written, and kept for the next step.
 #include "torch_ext.h"
 
 #include <c10/core/Allocator.h>
@@ -16,11 +19,14 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
+#include <cstdint>
 #include <cstdlib>
 #include <map>
+#include <memory_resource>
 #include <mutex>
-#include <string>
 #include <set>
+#include <string>
 #include <unordered_map>
 #include <utility>
 
@@ -30,21 +36,75 @@ namespace {
 constexpr size_t ALIGNMENT = 64;
 // Sizes are multiples of this: what is left over of a hole is worth keeping.
 constexpr size_t GRAIN = 512;
-// What is smaller comes from the C library.
+// What is smaller lies in slabs.
 constexpr size_t SMALL = 4096;
+constexpr size_t SLAB = 64 << 10;
+constexpr size_t SLABS = 16384;
+
+size_t rounded_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
+
+// Addresses without memory; null where the system refuses.
+char* addresses(size_t bytes) {
+  void* first = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  return first == MAP_FAILED ? nullptr : static_cast<char*>(first);
+}
+
+// Blocks of fewer than SMALL bytes. A free one holds the address of the next of its size.
+class Slabs {
+ public:
+  // Null where all slabs are in use.
+  void* take(size_t bytes) {
+    const size_t kind = rounded_up(bytes, ALIGNMENT) / ALIGNMENT;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (free_[kind] == nullptr && !cut(kind)) return nullptr;
+    void* block = free_[kind];
+    free_[kind] = *static_cast<void**>(block);
+    return block;
+  }
+
+  void give(void* block) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    void*& next = free_[kinds_[(static_cast<char*>(block) - first_) / SLAB]];
+    *static_cast<void**>(block) = next;
+    next = block;
+  }
+
+  bool holds(const void* data) const {
+    const auto* place = static_cast<const char*>(data);
+    return first_ != nullptr && place >= first_ && place < first_ + SLABS * SLAB;
+  }
+
+ private:
+  // Makes a slab into blocks.
+  bool cut(size_t kind) {
+    if (first_ == nullptr || slabs_ == SLABS) return false;
+    char* slab = first_ + slabs_ * SLAB;
+    kinds_[slabs_++] = static_cast<uint8_t>(kind);
+    const size_t bytes = kind * ALIGNMENT;
+    for (size_t at = SLAB / bytes; at-- > 0;) {
+      *reinterpret_cast<void**>(slab + at * bytes) = free_[kind];
+      free_[kind] = slab + at * bytes;
+    }
+    return true;
+  }
+
+  std::mutex mutex_;
+  char* first_ = addresses(SLABS * SLAB);
+  size_t slabs_ = 0;
+  // Of a slab, its blocks' size in units of ALIGNMENT.
+  std::array<uint8_t, SLABS> kinds_{};
+  std::array<void*, SMALL / ALIGNMENT + 1> free_{};
+};
 
 class Region {
  public:
-  explicit Region(size_t bytes) : size_(bytes) {
-    void* first = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (first == MAP_FAILED) return;
-    first_ = static_cast<char*>(first);
-    add(first_, size_);
+  explicit Region(size_t bytes) : size_(bytes), first_(addresses(bytes)) {
+    if (first_ != nullptr) add(first_, size_);
   }
 
   // Null where no hole is large enough.
   void* take(size_t bytes) {
-    bytes = (bytes + GRAIN - 1) / GRAIN * GRAIN;
+    bytes = rounded_up(bytes, GRAIN);
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto hole = by_size_.lower_bound({bytes, nullptr});
     if (hole == by_size_.end()) return nullptr;
@@ -88,8 +148,6 @@ class Region {
     return first_ != nullptr && place >= first_ && place < first_ + size_;
   }
 
-  bool there() const { return first_ != nullptr; }
-
   int64_t allocated = 0, peak = 0, used = 0;
 
  private:
@@ -105,10 +163,12 @@ class Region {
 
   std::mutex mutex_;
   size_t size_;
-  char* first_ = nullptr;
-  std::map<char*, size_t> holes_;
-  std::set<std::pair<size_t, char*>> by_size_;
-  std::unordered_map<char*, size_t> taken_;
+  char* first_;
+  // Entries come and go with every tensor: their memory is kept, too.
+  std::pmr::unsynchronized_pool_resource entries_;
+  std::pmr::map<char*, size_t> holes_{&entries_};
+  std::pmr::set<std::pair<size_t, char*>> by_size_{&entries_};
+  std::pmr::unordered_map<char*, size_t> taken_{&entries_};
 };
 
 // Twice the memory of the machine, for holes; never destroyed, as tensors may outlive everything.
@@ -117,8 +177,15 @@ Region& region() {
   return region;
 }
 
+Slabs& slabs() {
+  static Slabs& slabs = *new Slabs();
+  return slabs;
+}
+
 void give_back(void* data) {
-  if (region().holds(data)) {
+  if (slabs().holds(data)) {
+    slabs().give(data);
+  } else if (region().holds(data)) {
     region().give(data);
   } else {
     std::free(data);
@@ -129,8 +196,8 @@ struct CpuAllocator final : public c10::Allocator {
   at::DataPtr allocate(size_t bytes) override {
     void* data = nullptr;
     if (bytes > 0) {
-      const bool apart = bytes >= SMALL && region().there();
-      data = apart ? region().take(bytes) : std::aligned_alloc(ALIGNMENT, (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+      data = bytes < SMALL ? slabs().take(bytes) : region().take(bytes);
+      if (data == nullptr) data = std::aligned_alloc(ALIGNMENT, rounded_up(bytes, ALIGNMENT));
       TORCH_CHECK(data != nullptr, "DefaultCPUAllocator: can't allocate memory: you tried to allocate ", bytes, " bytes.");
     }
     return {data, data, &give_back, c10::Device(c10::kCPU)};

@@ -40,13 +40,9 @@ pub(super) fn round_transposed(sums: &[f32], (rows, width): (usize, usize), stri
 }
 
 /// A right operand (width, rows) from x (rows, width): pairs of a row's elements side by side, (width/2, rows, 2).
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 pub(super) fn pack_transposed(x: Rows<'_>, rows: usize, width: usize, packed: &mut [bf16]) {
-    for row in 0..rows {
-        let x = &x.elements[row * x.stride..][..width];
-        for (pair, x) in x.chunks_exact(2).enumerate() {
-            packed[(pair * rows + row) * 2..][..2].copy_from_slice(x);
-        }
-    }
+    across::<2>(x, (rows, width), rows, packed.as_chunks_mut().0);
 }
 
 /// A right operand (rows, width) from x (rows, width): pairs of rows side by side, (rows/2, width, 2); an odd last row is
@@ -71,10 +67,28 @@ pub(super) fn pack_rows(x: Rows<'_>, rows: usize, width: usize, packed: &mut [bf
 }
 
 /// x (rows, width) as (width, rows), rows of it [`BLOCK`] apart; what lies beyond `rows` stays as it is (zero).
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 pub(super) fn transpose(x: Rows<'_>, rows: usize, width: usize, transposed: &mut [bf16]) {
-    for row in 0..rows {
-        for (column, x) in x.elements[row * x.stride..][..width].iter().enumerate() {
-            transposed[column * BLOCK + row] = *x;
+    across::<1>(x, (rows, width), BLOCK, transposed.as_chunks_mut().0);
+}
+
+/// x (rows, width / N, N) as (width / N, rows, N), rows of it `pitch` apart. Rows of x are read side by side, so that memory is
+/// waited for once for all of them.
+#[inline(always)]
+fn across<const N: usize>(x: Rows<'_>, (rows, width): (usize, usize), pitch: usize, out: &mut [[bf16; N]]) {
+    let (stride, whole) = (x.stride, rows - rows % LANES);
+    for first in (0..whole).step_by(LANES) {
+        let x = &x.elements[first * stride..];
+        for column in 0..width / N {
+            let out = out[column * pitch + first..].first_chunk_mut::<LANES>().expect("rows of a tile");
+            for (row, out) in out.iter_mut().enumerate() {
+                *out = *x[row * stride + column * N..].first_chunk().expect("a row's elements");
+            }
+        }
+    }
+    for row in whole..rows {
+        for (column, x) in x.elements[row * stride..][..width].as_chunks().0.iter().enumerate() {
+            out[column * pitch + row] = *x;
         }
     }
 }
