@@ -331,6 +331,19 @@ fn a_run_killed_at_random_moments_ends_bit_identical() {
 
 /// What an adapter may be beside plain LoRA, all at once: what is worked out of the weights, quantised, trained whole.
 #[test]
+fn two_deterministic_runs_are_one_bit_for_bit() {
+    let bench = Bench::new("max_steps: 6, eval_steps: 3, threads: 2, deterministic: true");
+    let runs = ["one", "other"].map(|run| {
+        let said = bench.engraft(&["train", "recipe.yaml", "--set", &format!("output.dir={run}")]);
+        let said = String::from_utf8_lossy(&said.stderr).into_owned();
+        assert!(said.contains("deterministic: nothing: on the CPU every run is"), "{said}");
+        bench.result(run)
+    });
+    assert!(runs[0] == runs[1]);
+    assert!(bench.succeed(&["plan", "recipe.yaml"]).contains("deterministic at no cost"));
+}
+
+#[test]
 fn an_adapter_of_every_kind_goes_on_where_it_was_and_is_the_same_to_export_eval_and_merge() {
     let bench = Bench::new("max_steps: 12, save_steps: 2, threads: 1");
     let kinds = [

@@ -78,6 +78,7 @@ pub fn run(arguments: &cli::Plan, out: &mut dyn Write) -> Result<()> {
         from_cache: dataset.is_some(),
         lengths,
         machine,
+        deterministic: plan.training.deterministic.then_some(device == Device::Cpu),
         prediction,
     };
     let text = if arguments.json { format!("{}\n", planned.facts()) } else { planned.text() };

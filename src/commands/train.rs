@@ -11,7 +11,7 @@ use crate::export::manifest;
 use crate::export::run::{self, Finished};
 use crate::objective::Supervised;
 use crate::recipe::{DataSource, MicroBatch, Recipe, TrainingRecipe};
-use crate::torch_ext::cpu_memory;
+use crate::torch_ext::{cpu_memory, set_deterministic};
 use crate::train::{
     self, Chosen, Cut, Datasets, Event, Events, Identity, Interrupts, Planned, Progress, Run, RunFolder, RunMemory,
     Start, Trainer, Wish, device_name, memory_bytes, peak_memory_bytes,
@@ -30,6 +30,9 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
     let silent = arguments.quiet || arguments.json;
     let console = Console::new(silent);
     loading::use_cpu(plan.training.threads);
+    if plan.training.deterministic && device != Device::Cpu {
+        set_deterministic(true);
+    }
     let start = match (arguments.resume, arguments.overwrite) {
         (true, _) => Start::Resume,
         (_, true) => Start::Overwrite,

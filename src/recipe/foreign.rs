@@ -222,6 +222,7 @@ pub(super) const KEYS: &[ForeignKey] = &[
     noted("activation_checkpointing", "training.recompute", ": `full` for true, `none` for false, or `auto`"),
     noted("activation_checkpointing_mode", "training.recompute", ": `full`, `none` or `auto`"),
     noted("enable_activation_checkpointing", "training.recompute", ": `full` for true, `none` for false, or `auto`"),
+    same("full_determinism", "training.deterministic"),
     same("random_seed", "training.seed"),
     same("data_seed", "training.seed"),
     same("log_steps", "training.logging_steps"),

@@ -584,6 +584,9 @@ pub struct TrainingRecipe {
     /// Stop after this many steps in a row with a non-finite loss or gradient.
     #[schemars(range(min = 1))]
     pub max_nonfinite_steps: u32,
+    /// Equal runs on the same GPU are equal bit for bit; what that costs is measured as the run begins, and said. On the CPU they always
+    /// are, with as many threads.
+    pub deterministic: bool,
     /// CPU threads; absent: all the machine (or its cgroup) allows.
     #[schemars(range(min = 1, max = 1024))]
     pub threads: Option<u32>,
@@ -623,6 +626,7 @@ impl Default for TrainingRecipe {
             neftune_noise_alpha: None,
             router_aux_loss_coef: None,
             max_nonfinite_steps: 3,
+            deterministic: false,
             threads: None,
         }
     }

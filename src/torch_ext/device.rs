@@ -18,6 +18,8 @@ unsafe extern "C" {
     ) -> *mut c_char;
     fn engraft_cuda_stream(index: c_int, stream: *mut *mut c_void) -> *mut c_char;
     fn engraft_allocate_on_cpu();
+    fn engraft_set_deterministic(on: c_int);
+    fn engraft_deterministic() -> c_int;
     fn engraft_keep_shapes(count: c_int);
     fn engraft_cpu_memory(allocated: *mut i64, peak: *mut i64, used: *mut i64);
     fn engraft_cpu_capability() -> *const c_char;
@@ -60,6 +62,19 @@ pub fn cuda_stream(index: usize) -> Result<*mut c_void> {
     // SAFETY: one place to write to.
     checked(unsafe { engraft_cuda_stream(index as c_int, &mut stream) })?;
     Ok(stream)
+}
+
+/// Has libtorch compute the same bits from the same numbers on a GPU, too, or as it is fastest. An operation that has no such form fails
+/// then. To be called before the first product, which makes cuBLAS read its settings.
+pub fn set_deterministic(on: bool) {
+    // SAFETY: sets libtorch's own flags, and a variable that nothing else reads before cuBLAS is first used.
+    unsafe { engraft_set_deterministic(c_int::from(on)) };
+}
+
+/// Whether [`set_deterministic`] is on.
+pub fn deterministic() -> bool {
+    // SAFETY: reads a flag.
+    unsafe { engraft_deterministic() != 0 }
 }
 
 /// Where a device is, as an index libtorch understands.

@@ -21,6 +21,13 @@ pub fn catching<T>(place: &str, body: impl FnOnce() -> Result<T>) -> Result<T> {
                      training.recompute: full, a lower dataset.max_length or a lower adapter.r; everything does with a smaller base or dtype",
                 )));
             }
+            if let Some((before, _)) = text.split_once(" does not have a deterministic implementation") {
+                let operation =
+                    before.rsplit(|sign: char| !sign.is_alphanumeric() && sign != '_').next().unwrap_or(before);
+                let what = format!("{operation} cannot be computed in one order on this device");
+                let hint = "leave training.deterministic out, or train on the CPU, where every run is deterministic";
+                return Err(Error::Device(Fault::new(place, what).hint(hint)));
+            }
             std::panic::resume_unwind(panic)
         }
     }
@@ -71,6 +78,25 @@ mod tests {
     use tch::{Device, Kind, Tensor};
 
     use super::*;
+
+    #[test]
+    fn what_has_no_order_is_an_error_where_one_is_asked_for() {
+        use crate::torch_ext::{deterministic, set_deterministic};
+        let put = || {
+            let (mut to, at) = (Tensor::zeros([4], (Kind::Float, Device::Cpu)), Tensor::from_slice(&[1i64, 1]));
+            catching("a place", || Ok(to.put_(&at, &Tensor::from_slice(&[1f32, 2.0]), false))).map(drop)
+        };
+        put().unwrap();
+        set_deterministic(true);
+        let (on, refused) = (deterministic(), put());
+        set_deterministic(false);
+        let error = refused.unwrap_err();
+        assert!(on && !deterministic());
+        assert_eq!(error.exit_code(), 8);
+        let text = error.to_string();
+        assert!(text.starts_with("a place: put_") && text.contains("training.deterministic"), "{text}");
+        assert_eq!(std::env::var("CUBLAS_WORKSPACE_CONFIG").as_deref(), Ok(":4096:8"));
+    }
 
     #[test]
     fn running_out_of_memory_is_one_line_without_libtorchs_stack() {

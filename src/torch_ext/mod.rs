@@ -20,7 +20,7 @@ use torch_sys::C_tensor;
 pub use autograd::{custom, gradients, records_graph};
 pub use device::{
     CpuMemory, CudaMemory, FEW_SHAPES, MANY_SHAPES, cpu_capability, cpu_memory, cuda_index, cuda_memory, cuda_stream,
-    keep_freed_memory, keep_shapes, libtorch_folder, torch_version,
+    deterministic, keep_freed_memory, keep_shapes, libtorch_folder, set_deterministic, torch_version,
 };
 pub use elements::{
     Element, elements, elements_mut, filled, filled_beside, filled_many, filled_pair, filled_pair_worth,

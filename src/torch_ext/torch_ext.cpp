@@ -15,6 +15,7 @@
 #include <torch/csrc/autograd/grad_mode.h>
 #include <torch/version.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <utility>
@@ -193,6 +194,23 @@ char* engraft_cuda_memory(int index, int64_t* allocated, int64_t* peak, int64_t*
     *total = static_cast<int64_t>(all);
   });
 }
+
+void engraft_set_deterministic(int on) {
+  auto& context = at::globalContext();
+  if (on) {
+    // The two settings with which cuBLAS sums in one order; libtorch refuses products under any other.
+    const char* workspace = std::getenv("CUBLAS_WORKSPACE_CONFIG");
+    const std::string set = workspace ? workspace : "";
+    if (set != ":4096:8" && set != ":16:8") setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/1);
+  }
+  // With a warning only, FlashAttention's backward would stay as it is.
+  context.setDeterministicAlgorithms(on != 0, /*warn_only=*/false);
+  context.setDeterministicCuDNN(on != 0);
+  // It is on by itself and fills every new tensor, which is no part of an order.
+  context.setDeterministicFillUninitializedMemory(false);
+}
+
+int engraft_deterministic() { return at::globalContext().deterministicAlgorithms(); }
 
 char* engraft_cuda_stream(int index, void** stream) {
   return guarded([&] {

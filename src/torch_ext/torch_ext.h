@@ -56,6 +56,11 @@ char* engraft_flash_varlen_backward(at::Tensor* grad, at::Tensor* q, at::Tensor*
 // Bytes: currently allocated, peak allocated, free and total on CUDA device `index`.
 char* engraft_cuda_memory(int index, int64_t* allocated, int64_t* peak, int64_t* free, int64_t* total);
 
+// Has libtorch and what it calls on a GPU compute the same bits from the same numbers, or as it is fastest. The first time it is turned
+// on, cuBLAS is told so by its variable, which it reads as it begins.
+void engraft_set_deterministic(int on);
+int engraft_deterministic();
+
 // The CUDA stream that this thread puts work of device `index` on; nullptr is the default one.
 char* engraft_cuda_stream(int index, void** stream);
 

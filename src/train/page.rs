@@ -28,6 +28,8 @@ pub struct Page<'a> {
     pub lengths: Lengths,
     /// What it is to run on.
     pub machine: Option<Machine>,
+    /// Where equal runs are asked to be equal bit for bit: whether that costs nothing on this device.
+    pub deterministic: Option<bool>,
     /// How fast.
     pub prediction: Option<Prediction>,
 }
@@ -46,6 +48,7 @@ impl Page<'_> {
             "largest_micro_batch": self.largest_that_fits,
             "lengths": self.lengths,
             "lengths_from": if self.from_cache { "token cache" } else { "dataset.max_length" },
+            "deterministic": self.deterministic.is_some(),
             "speed": self.prediction,
         })
     }
@@ -139,6 +142,13 @@ impl Page<'_> {
                 None => "none fits".into(),
             },
         );
+        if let Some(free) = self.deterministic {
+            let cost = match free {
+                true => "at no cost: on the CPU every run is, with as many threads",
+                false => "slower by what the run measures and says as it begins; the speed below is without it",
+            };
+            line("deterministic", format!(" {cost}"));
+        }
         if let Some(prediction) = &self.prediction {
             let Prediction {
                 tokens_per_second, trained_tokens_per_second, seconds_per_step, total_seconds, steps, ..

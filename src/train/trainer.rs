@@ -1,5 +1,6 @@
 //! The training loop.
 
+mod determinism;
 mod due;
 mod saving;
 mod seed;
@@ -120,7 +121,8 @@ impl<'a> Trainer<'a> {
         let total = self.total_steps(source)?;
         let schedule = Schedule::new(&self.run.training, total);
         let mut metrics = self.begin(&schedule, total)?;
-        self.steps(source, &schedule, total, &mut metrics).map_err(|error| match error {
+        let outcome = self.say_what_determinism_costs(source, &mut metrics);
+        outcome.and_then(|()| self.steps(source, &schedule, total, &mut metrics)).map_err(|error| match error {
             Error::Diverged(fault) => self.diverged(fault, &mut metrics),
             Error::Device(fault) => self.out_of_memory(fault, source, &mut metrics),
             error => error,

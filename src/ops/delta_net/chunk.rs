@@ -22,6 +22,7 @@
 use tch::{Kind, Tensor};
 
 use super::{CHUNK, EPS};
+use crate::torch_ext::deterministic;
 
 /// Who sees whom in a run of chunks: 0, or minus infinity where documents differ.
 pub(super) struct Sight {
@@ -106,7 +107,7 @@ impl Chunks {
         let _ = k.g_mul_(&k_scale);
 
         let beta = scalars(beta).unsqueeze(-1); // (M, N, C, 1)
-        let sums = scalars(log_decay).cumsum(-1, Kind::Float); // (M, N, C)
+        let sums = running_sums(&scalars(log_decay)); // (M, N, C)
         let total = sums.narrow(-1, CHUNK - 1, 1); // (M, N, 1)
         let passing = (&total + sight.passing.unsqueeze(-1)).exp().unsqueeze(-1); // (M, N, 1, 1)
         let entering = (&sums + &sight.entering).exp().unsqueeze(-1); // (M, N, C, 1)
@@ -250,7 +251,7 @@ impl Chunks {
         // The last sum is also that of the state after the chunk, in which what was written is counted.
         let dsums = dsums.squeeze_dim(3); // (M, N, C)
         let _ = dsums.narrow(2, CHUNK - 1, 1).g_add_(&dtotal.unsqueeze(-1));
-        let dlog_decay = dsums.flip([2]).cumsum(2, Kind::Float).flip([2]).unsqueeze(-1);
+        let dlog_decay = running_sums(&dsums.flip([2])).flip([2]).unsqueeze(-1);
 
         let known = by_group(dremoving) * k.unsqueeze(2); // (M, K, G, C, P)
         let known = sum(&known, 4).view_as(&self.entering) * &self.entering; // (M, N, C, 1)
@@ -274,6 +275,17 @@ pub(super) fn normed(x: &Tensor) -> Tensor {
 
 fn inverse_length(x: &Tensor) -> Tensor {
     (x.linalg_norm(2.0, [-1i64].as_slice(), true, None).square() + EPS).rsqrt()
+}
+
+/// The sums of x (M, N, C) up to each of C. libtorch's own has no fixed order on a GPU and refuses where one is asked for.
+fn running_sums(x: &Tensor) -> Tensor {
+    if deterministic() && x.device().is_cuda() { by_triangle(x) } else { x.cumsum(-1, Kind::Float) }
+}
+
+/// [`running_sums`] as a product with a triangle of ones.
+fn by_triangle(x: &Tensor) -> Tensor {
+    let count = x.size()[2];
+    x.matmul(&Tensor::ones([count, count], (x.kind(), x.device())).triu(0))
 }
 
 /// The first two dimensions as one.
@@ -303,5 +315,17 @@ pub(super) fn put(x: &Tensor, out: &Tensor, (start, count): (i64, i64)) {
         out.view([chunks, CHUNK, heads, width]).copy_(&x);
     } else {
         out.copy_(&x.reshape([-1, heads, width]).narrow(0, 0, count));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::randn;
+
+    #[test]
+    fn a_product_with_a_triangle_sums_as_libtorch_does() {
+        let x = randn(&[3, 2, CHUNK], 1);
+        assert!(by_triangle(&x).allclose(&running_sums(&x), 1e-5, 1e-5, false));
     }
 }

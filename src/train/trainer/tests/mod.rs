@@ -1,5 +1,6 @@
 //! The trainer on a toy.
 
+mod deterministic;
 mod finite;
 mod optimizers;
 mod resuming;
