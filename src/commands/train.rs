@@ -50,8 +50,16 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
         events.dataset(set, dataset.report());
         Ok(dataset)
     };
-    let train = open("training", &plan.train)?;
-    let eval = (!plan.eval.is_empty()).then(|| open("eval", &plan.eval)).transpose()?;
+    let mut train = open("training", &plan.train)?;
+    let mut eval = (!plan.eval.is_empty()).then(|| open("eval", &plan.eval)).transpose()?;
+    if device != Device::Cpu {
+        let pinned = [Some(&mut train), eval.as_mut()].into_iter().flatten().try_for_each(Dataset::pin_batches);
+        if let Err(error) = pinned {
+            console.say(format_args!(
+                "note: micro-batches are copied while the host waits, as no memory can be pinned: {error}"
+            ));
+        }
+    }
 
     let scheme = loading::scheme(&plan, &checkpoint, &spec, device, &console)?;
     if let Some(continued) = &plan.adapter.adapter_name_or_path {

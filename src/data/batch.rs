@@ -10,6 +10,7 @@ use super::dataset::Shelf;
 use super::pack::Epoch;
 use super::{Batch, Cursor, Document, RowId};
 use crate::model::Documents;
+use crate::torch_ext::pinned;
 use crate::{Error, Fault, Result};
 
 /// Micro-batches kept ready.
@@ -43,7 +44,18 @@ pub(super) fn assemble(documents: &[(RowId, Document)]) -> Batch {
     }
 }
 
-/// Micro-batches, made ahead by a thread of their own; each comes with the cursor after it. An error is the last item.
+impl Batch {
+    /// The same in pinned memory, or as it is where there is no more of that.
+    fn pinned(self) -> Self {
+        let pinned = |tensor: Tensor| pinned(&tensor).unwrap_or(tensor);
+        let Self { ids, positions, rows, targets, .. } = self;
+        let [ids, positions, rows, targets] = [ids, positions, rows, targets].map(pinned);
+        Self { ids, positions, rows, targets, documents: self.documents, origins: self.origins }
+    }
+}
+
+/// Micro-batches, at most [`AHEAD`] of them made ahead by a thread of their own; each comes with the cursor after it. An error is the
+/// last item, and a panic of the thread is one of [`Iterator::next`].
 pub struct Batches {
     /// None once dropped, which stops the thread.
     receiver: Option<Receiver<Result<(Batch, Cursor)>>>,
@@ -52,10 +64,10 @@ pub struct Batches {
 
 impl Batches {
     /// Goes on from `cursor` over the epochs without end.
-    pub(super) fn endless(shelf: Arc<Shelf>, cursor: Cursor, size: u64) -> Self {
+    pub(super) fn endless(shelf: Arc<Shelf>, cursor: Cursor, size: u64, pinned: bool) -> Self {
         let mut cursor = cursor;
         let mut epoch: Option<Epoch> = None;
-        Self::ahead(move || {
+        Self::ahead(pinned, move || {
             loop {
                 let order = shelf.order();
                 let order = order.as_order();
@@ -94,10 +106,10 @@ impl Batches {
 
     /// One pass in file order, each document once whatever its weight: `size` documents at a time, or as many as fit
     /// into `tokens` where that is given.
-    pub(super) fn once(shelf: Arc<Shelf>, size: u64, tokens: Option<u64>) -> Self {
+    pub(super) fn once(shelf: Arc<Shelf>, size: u64, tokens: Option<u64>, pinned: bool) -> Self {
         let mut next: u32 = 0;
         let mut done = 0;
-        Self::ahead(move || {
+        Self::ahead(pinned, move || {
             let mut documents = Vec::new();
             let mut filled = 0;
             while next < shelf.documents() {
@@ -121,11 +133,12 @@ impl Batches {
         })
     }
 
-    fn ahead(mut make: impl FnMut() -> Option<Result<(Batch, Cursor)>> + Send + 'static) -> Self {
+    fn ahead(pinned: bool, mut make: impl FnMut() -> Option<Result<(Batch, Cursor)>> + Send + 'static) -> Self {
         let (sender, receiver) = sync_channel(AHEAD);
         let work = move || {
             while let Some(item) = make() {
                 let last = item.is_err();
+                let item = item.map(|(batch, cursor)| (if pinned { batch.pinned() } else { batch }, cursor));
                 if sender.send(item).is_err() || last {
                     return;
                 }
@@ -148,7 +161,14 @@ impl Iterator for Batches {
     type Item = Result<(Batch, Cursor)>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        self.receiver.as_ref()?.recv().ok()
+        let item = self.receiver.as_ref()?.recv().ok();
+        // The thread is over: having made all, or having panicked, which is then the panic of whoever asks.
+        if item.is_none()
+            && let Some(Err(panic)) = self.thread.take().map(JoinHandle::join)
+        {
+            std::panic::resume_unwind(panic);
+        }
+        item
     }
 }
 
@@ -156,8 +176,64 @@ impl Drop for Batches {
     fn drop(&mut self) {
         self.receiver = None;
         if let Some(thread) = self.thread.take() {
-            // A panic there was already seen as an early end.
+            // A panic there of micro-batches that nobody asked for is nobody's.
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::time::Duration;
+
+    use super::*;
+
+    fn item(number: u64) -> Option<Result<(Batch, Cursor)>> {
+        let document = Document { ids: vec![1, 2, 3], trained: vec![false, true, true] };
+        Some(Ok((assemble(&[(RowId { file: 0, row: number }, document)]), Cursor { epoch: 0, micro_batch: number })))
+    }
+
+    #[test]
+    fn a_few_are_made_ahead_and_no_more() {
+        let made = Arc::new(AtomicU64::new(0));
+        let count = made.clone();
+        let mut batches = Batches::ahead(false, move || item(count.fetch_add(1, Ordering::SeqCst)));
+        for taken in 0..3 {
+            assert_eq!(batches.next().unwrap().unwrap().1.micro_batch, taken);
+            std::thread::sleep(Duration::from_millis(50));
+            let made = made.load(Ordering::SeqCst);
+            // One more waits to be put there.
+            assert!(made > taken + 1 && made <= taken + 1 + AHEAD as u64 + 1, "{made} made, {} taken", taken + 1);
+        }
+    }
+
+    #[test]
+    fn a_panic_of_the_thread_is_one_of_whoever_asks_after_what_was_made() {
+        let mut made = 0;
+        let mut batches = Batches::ahead(false, move || {
+            made += 1;
+            if made == 3 { panic!("the reason") } else { item(made) }
+        });
+        assert!(batches.by_ref().take(2).all(|item| item.is_ok()));
+        let panic = catch_unwind(AssertUnwindSafe(|| batches.next().is_none())).unwrap_err();
+        assert_eq!(panic.downcast_ref::<&str>(), Some(&"the reason"));
+        assert!(batches.next().is_none());
+    }
+
+    #[test]
+    fn an_error_is_the_last_and_a_pinned_batch_holds_the_same() {
+        let mut made = 0;
+        let mut batches = Batches::ahead(true, move || {
+            made += 1;
+            if made == 2 { Some(Err(Error::Data(Fault::new("here", "is wrong")))) } else { item(made) }
+        });
+        let (found, expected) = (batches.next().unwrap().unwrap().0, item(1).unwrap().unwrap().0);
+        assert!(found.ids.equal(&expected.ids) && found.positions.equal(&expected.positions));
+        assert!(found.rows.equal(&expected.rows) && found.targets.equal(&expected.targets));
+        assert_eq!((found.origins, found.documents.offsets), (expected.origins, expected.documents.offsets));
+        assert_eq!(batches.next().unwrap().unwrap_err().to_string(), "here: is wrong");
+        assert!(batches.next().is_none());
     }
 }

@@ -15,7 +15,7 @@ use super::spec::{ModelSpec, Position, Rope};
 use super::streams::Copies;
 use crate::ops::{self, Documents, Norm, rope::Rotation};
 use crate::quant::Scheme;
-use crate::torch_ext::uniform;
+use crate::torch_ext::{sent, uniform};
 use crate::weights::Checkpoint;
 use crate::{Error, Fault, Result};
 
@@ -294,7 +294,7 @@ impl Decoder {
         let h = self.embedding.look_up(ids); // (T, D)
         let h = match self.spec.embedding.scale {
             1.0 => h,
-            scale => h * Tensor::from(scale).to_kind(self.kind).to_device(self.device),
+            scale => h * sent(&Tensor::from(scale).to_kind(self.kind), self.device),
         };
         let h = self.embedding_norm.as_ref().map_or_else(|| h.shallow_clone(), |norm| norm.apply(&h));
         let Some(seed) = forward.seed.filter(|_| forward.noise_alpha > 0.0) else { return h };

@@ -8,6 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::spec::{Rope, RopeScaling};
 use crate::ops::{Documents, rope::Rotation};
+use crate::torch_ext::sent;
 
 impl Rope {
     /// Cosines and sines (T, rotated/2), fp32, of `positions` (T).
@@ -60,7 +61,7 @@ impl Rope {
         match self.scaling {
             RopeScaling::LongRope { ref short, ref long, original, .. } => {
                 let factors = if length > original { long } else { short };
-                let factors = Tensor::from_slice(factors).to_kind(Kind::Float).to_device(device);
+                let factors = sent(&Tensor::from_slice(factors).to_kind(Kind::Float), device);
                 (factors * powers(self.theta, self.rotated, device)).reciprocal()
             }
             RopeScaling::None => plain(self.theta),

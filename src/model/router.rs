@@ -10,7 +10,7 @@ use super::load::Reader;
 use super::spec::{self, Groups, Routing, Scores};
 use crate::Result;
 use crate::ops::{self, Documents, Norm};
-use crate::torch_ext::custom;
+use crate::torch_ext::{custom, sent};
 
 /// A router with its weights.
 #[derive(Debug)]
@@ -224,7 +224,7 @@ struct Sums {
 impl Balance {
     /// Empty; the loss is the sum over documents of `weight * loss`.
     pub fn new(weights: &[f32], device: Device) -> Self {
-        let weights = Mutex::new(Tensor::from_slice(weights).unsqueeze(1).to_device(device));
+        let weights = Mutex::new(sent(&Tensor::from_slice(weights), device).unsqueeze(1));
         Self(Arc::new(Shared { weights, sums: Mutex::default() }))
     }
 
@@ -298,11 +298,11 @@ impl Balance {
 /// The length of each document: (documents, 1), fp32.
 fn lengths(documents: &Documents, device: Device) -> Tensor {
     let lengths: Vec<f32> = documents.spans().map(|(_, length)| length as f32).collect();
-    Tensor::from_slice(&lengths).unsqueeze(1).to_device(device)
+    sent(&Tensor::from_slice(&lengths), device).unsqueeze(1)
 }
 
 /// Which document each token belongs to: (T), i64.
 fn token_documents(documents: &Documents, device: Device) -> Tensor {
     let of = documents.spans().enumerate().flat_map(|(i, (_, length))| std::iter::repeat_n(i as i64, length as usize));
-    Tensor::from_slice(&of.collect::<Vec<i64>>()).to_device(device)
+    sent(&Tensor::from_slice(&of.collect::<Vec<i64>>()), device)
 }

@@ -4,6 +4,7 @@ use tch::{Device, Tensor};
 
 use crate::data::Batch;
 use crate::model::{Balance, Decoder, Forward};
+use crate::torch_ext::placed;
 
 /// What the trainer trains: some tensors and a loss over them.
 pub trait Learner {
@@ -77,7 +78,7 @@ fn balance(batch: &Batch, device: Device, scale: f64) -> Balance {
 ///
 /// Only the trained rows reach the head.
 pub fn supervised(model: &Decoder, batch: &Batch, forward: Forward<'_>, scale: f64) -> Tensor {
-    let here = |tensor: &Tensor| tensor.to_device(model.device);
+    let here = |tensor: &Tensor| placed(tensor, model.device);
     let hidden = model.hidden(&here(&batch.ids), &here(&batch.positions), &batch.documents, forward); // (T, D)
     let rows = hidden.index_select(0, &here(&batch.rows)); // (S, D)
     model.cross_entropy(&rows, &here(&batch.targets), forward, scale)

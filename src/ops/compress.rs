@@ -6,7 +6,7 @@
 use tch::{Kind, Tensor};
 
 use super::{Documents, cpu};
-use crate::torch_ext::custom;
+use crate::torch_ext::{custom, sent};
 
 /// Entries (W, H) of the complete windows of every document, one document after the other, from k and g (T, H), or (T, 2 H) where
 /// windows overlap; `bias` (m, width of g), fp32.
@@ -77,7 +77,7 @@ impl Windows {
         }
         let count = before.len() as i64;
         before.iter_mut().filter(|w| **w < 0).for_each(|w| *w = count);
-        let index = |list: &[i64]| Tensor::from_slice(list).to_device(like.device());
+        let index = |list: &[i64]| sent(&Tensor::from_slice(list), like.device());
         Self { rate, count, tokens: index(&tokens), before: overlapping.then(|| index(&before)) }
     }
 

@@ -10,7 +10,7 @@ use tch::{Kind, Tensor};
 
 use super::Documents;
 use super::cpu::{self, Stored, by_kind, multiply_add, sigmoid};
-use crate::torch_ext::{custom, elements, filled};
+use crate::torch_ext::{custom, elements, filled, sent};
 
 /// A frozen convolution of W channels.
 #[derive(Debug)]
@@ -73,7 +73,7 @@ impl Convolution {
     fn lags(&self, reach: &Reach, x: &Tensor) -> impl Iterator<Item = (i64, Tensor, Tensor, i64)> {
         let (taps, tokens) = (self.weight.size()[0], x.size()[0]);
         let lengths: Vec<i64> = reach.0.iter().map(|length| *length as i64).collect();
-        let reach = Tensor::from_slice(&lengths).to_device(x.device()).unsqueeze(1); // (T, 1)
+        let reach = sent(&Tensor::from_slice(&lengths), x.device()).unsqueeze(1); // (T, 1)
         (0..taps.min(tokens)).map(move |lag| {
             let rest = tokens - lag;
             let seen = reach.narrow(0, lag, rest).ge(lag).to_kind(Kind::Float);

@@ -12,6 +12,7 @@ mod gemm;
 mod number;
 mod optimizer;
 mod parallel;
+mod placed;
 mod random;
 
 use tch::Tensor;
@@ -33,6 +34,7 @@ pub use number::Lanes;
 pub use number::Number;
 pub use optimizer::{AdamW, add_scaled, clear_gradients, fused_adamw_, global_norm};
 pub use parallel::{parallel_for, parallel_tasks, parallel_tasks_with};
+pub use placed::{pinned, placed, sent};
 pub use random::{keep_mask, uniform};
 
 type Raw = *mut C_tensor;

@@ -212,6 +212,17 @@ void engraft_set_deterministic(int on) {
 
 int engraft_deterministic() { return at::globalContext().deterministicAlgorithms(); }
 
+char* engraft_pinned(at::Tensor* tensor, at::Tensor** out) {
+  return guarded([&] { *out = new at::Tensor(tensor->pin_memory()); });
+}
+
+char* engraft_placed(at::Tensor* tensor, int index, at::Tensor** out) {
+  return guarded([&] {
+    const at::Device device(at::kCUDA, static_cast<c10::DeviceIndex>(index));
+    *out = new at::Tensor(tensor->to(device, tensor->scalar_type(), /*non_blocking=*/true));
+  });
+}
+
 char* engraft_cuda_stream(int index, void** stream) {
   return guarded([&] {
     TORCH_CHECK(at::getAccelerator() == at::kCUDA, "this libtorch has no CUDA, or the machine no GPU");

@@ -61,6 +61,12 @@ char* engraft_cuda_memory(int index, int64_t* allocated, int64_t* peak, int64_t*
 void engraft_set_deterministic(int on);
 int engraft_deterministic();
 
+// A copy of the CPU tensor in memory that the GPU reads by itself.
+char* engraft_pinned(at::Tensor* tensor, at::Tensor** out);
+// `tensor` on the CUDA device `index`: the same where it is there, else a copy that this thread does not wait for where the tensor is
+// pinned.
+char* engraft_placed(at::Tensor* tensor, int index, at::Tensor** out);
+
 // The CUDA stream that this thread puts work of device `index` on; nullptr is the default one.
 char* engraft_cuda_stream(int index, void** stream);
 

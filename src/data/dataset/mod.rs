@@ -16,6 +16,7 @@ use super::report::DatasetReport;
 use super::tokenize::{self, Job};
 use super::{BadRow, Batches, Cursor, Document, Encode, Example, RowId};
 use crate::recipe::{DataSource, DatasetRecipe};
+use crate::torch_ext::pinned;
 use crate::{Error, Fault, Result};
 pub(super) use shelf::Shelf;
 
@@ -46,6 +47,8 @@ pub struct Dataset {
     packing: bool,
     /// Packed rows of the epochs asked about so far.
     bins: Mutex<BTreeMap<u64, u64>>,
+    /// Whether micro-batches are made in pinned memory.
+    pinned: bool,
 }
 
 /// A file of a dataset, for a run's manifest.
@@ -155,6 +158,7 @@ impl Dataset {
             max_length: recipe.max_length,
             packing: recipe.packing,
             bins: Mutex::default(),
+            pinned: false,
         };
         Ok(Some(dataset.with_packing_reported()))
     }
@@ -170,6 +174,16 @@ impl Dataset {
             self.report.packing_efficiency = Some(tokens as f64 / (bins as f64 * f64::from(self.max_length)));
         }
         self
+    }
+
+    /// From now on micro-batches are made in pinned memory, from which a GPU takes them while the host goes on. They hold the same.
+    ///
+    /// # Errors
+    /// Where no memory can be pinned: micro-batches are then made as before.
+    pub fn pin_batches(&mut self) -> Result<()> {
+        pinned(&tch::Tensor::from_slice(&[0i64])).map(drop)?;
+        self.pinned = true;
+        Ok(())
     }
 
     /// What the dataset holds.
@@ -201,7 +215,7 @@ impl Dataset {
     ///
     /// Resuming from a cursor gives exactly the batches that followed it, for the same dataset, seed and size.
     pub fn batches(&self, cursor: Cursor, micro_batch_size: u64) -> Batches {
-        Batches::endless(self.shelf.clone(), cursor, micro_batch_size.max(1))
+        Batches::endless(self.shelf.clone(), cursor, micro_batch_size.max(1), self.pinned)
     }
 
     /// The most tokens of a micro-batch of `micro_batch_size` rows, and the most trained ones, among the first `count` of a run.
@@ -246,7 +260,8 @@ impl Dataset {
     /// `packing` as many as fit into `micro_batch_size` times `max_length` tokens.
     pub fn eval_batches(&self, micro_batch_size: u64) -> Batches {
         let size = micro_batch_size.max(1);
-        Batches::once(self.shelf.clone(), size, self.packing.then_some(size * u64::from(self.max_length)))
+        let tokens = self.packing.then_some(size * u64::from(self.max_length));
+        Batches::once(self.shelf.clone(), size, tokens, self.pinned)
     }
 
     /// The documents made of a row: none where it was left out.

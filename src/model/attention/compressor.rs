@@ -8,6 +8,7 @@ use crate::model::load::Reader;
 use crate::model::spec::{self, Rope};
 use crate::ops::rope::Rotation;
 use crate::ops::{self, Documents, Norm, choose_entries};
+use crate::torch_ext::sent;
 
 /// Makes entries.
 #[derive(Debug, Clone)]
@@ -80,7 +81,7 @@ impl Compressor {
         }
         let entries = self.norm.apply(&entries).view([-1, 1, self.width]);
         let positions: Vec<i64> = numbers.iter().map(|number| number * self.rate).collect();
-        let positions = Tensor::from_slice(&positions).to_device(k.device());
+        let positions = sent(&Tensor::from_slice(&positions), k.device());
         let rotation = rope.rotation(&positions, &Documents::one(positions.size()[0]));
         let [rotated] = ops::rope_last([&entries], &rotation);
         rotated.view([-1, self.width])

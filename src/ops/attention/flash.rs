@@ -8,7 +8,7 @@ use crate::torch_ext::{self, custom};
 
 /// Attention in half precision on CUDA, all documents in one call.
 pub(super) fn cuda(q: &Tensor, k: &Tensor, v: &Tensor, documents: &Documents, scoring: &Scoring) -> Tensor {
-    let offsets = Tensor::from_slice(&documents.offsets).to_kind(Kind::Int).to_device(q.device());
+    let offsets = torch_ext::sent(&Tensor::from_slice(&documents.offsets).to_kind(Kind::Int), q.device());
     let (longest, scale) = (documents.longest(), scoring.scale);
     let left = scoring.window.map(|w| w - 1);
     let forward = tch::no_grad(|| torch_ext::flash_varlen((q, k, v), &offsets, longest, scale, left));

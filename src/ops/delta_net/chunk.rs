@@ -22,7 +22,7 @@
 use tch::{Kind, Tensor};
 
 use super::{CHUNK, EPS};
-use crate::torch_ext::deterministic;
+use crate::torch_ext::{deterministic, sent};
 
 /// Who sees whom in a run of chunks: 0, or minus infinity where documents differ.
 pub(super) struct Sight {
@@ -79,8 +79,8 @@ impl Sight {
         let of =
             |i: i64| Tensor::from_slice(&(0..chunks).map(|m| at((start + m * CHUNK + i).max(0))).collect::<Vec<_>>());
         let own: Vec<i64> = (start..start + chunks * CHUNK).map(at).collect();
-        let own = Tensor::from_slice(&own).to_device(device).view([chunks, CHUNK]); // (M, C)
-        let (before, last) = (of(-1).to_device(device).view([-1, 1]), of(CHUNK - 1).to_device(device).view([-1, 1]));
+        let own = sent(&Tensor::from_slice(&own), device).view([chunks, CHUNK]); // (M, C)
+        let (before, last) = (sent(&of(-1), device).view([-1, 1]), sent(&of(CHUNK - 1), device).view([-1, 1]));
         let hidden = |seen: Tensor| {
             Tensor::zeros(seen.size(), (Kind::Float, device)).masked_fill(&seen.logical_not(), f64::NEG_INFINITY)
         };
