@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use engraft::adapter::{Adapters, LoadedAdapter, Update, layout};
 use engraft::export::{merged, peft};
-use engraft::model::{Balance, Decoder, Documents, Forward, Sampling, families};
+use engraft::model::{Balance, Decoder, Documents, Forward, Sampling, Thrift, families};
 use engraft::quant::{Form, FourBitType, Products, Scheme};
 use engraft::recipe::BaseSource;
 use engraft::weights::Checkpoint;
@@ -205,10 +205,11 @@ fn logits_are_those_of_transformers_and_peft() {
 fn the_loss_and_every_adapter_gradient_are_those_of_peft_also_when_recomputed() {
     for fixture in VERIFIED.iter().map(|name| Fixture::new(name)) {
         let layers = fixture.base().spec.layers.len();
-        for recomputed_layers in [0, layers.div_ceil(2), layers] {
+        let tiled = Thrift { recomputed_layers: layers, feed_forward_tile: Some(3) };
+        for thrift in [0, layers.div_ceil(2), layers].map(Thrift::recomputing).into_iter().chain([tiled]) {
             let mut model = fixture.base();
             let adapters = Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0, None).unwrap();
-            let forward = Forward { recomputed_layers, ..Forward::default() };
+            let forward = Forward { thrift, ..Forward::default() };
             let targets_at = fixture.reference["mask"].nonzero().squeeze_dim(1);
             let rows = fixture.hidden(&model, forward).index_select(0, &(&targets_at - 1));
             let targets = fixture.reference["ids"].index_select(0, &targets_at);
@@ -283,7 +284,11 @@ fn the_balancing_loss_of_routers_and_its_gradient_are_those_of_transformers() {
             let (_, length) = fixture.documents().spans().next().unwrap();
             let documents = Documents::one(length);
             let balance = Balance::new(&[1.0], Device::Cpu);
-            let forward = Forward { recomputed_layers, balance: Some(&balance), ..Forward::default() };
+            let forward = Forward {
+                thrift: Thrift::recomputing(recomputed_layers),
+                balance: Some(&balance),
+                ..Forward::default()
+            };
             let ids = fixture.reference["ids"].narrow(0, 0, length);
             let positions = Tensor::arange(length, (Kind::Int64, Device::Cpu));
             let hidden = model.hidden(&ids, &positions, &documents, forward);

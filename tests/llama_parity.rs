@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use engraft::adapter::{Adapters, Learned, LoadedAdapter, Origin, Update};
 use engraft::data::{Batch, Cursor, RowId};
-use engraft::model::{Decoder, Documents, Forward, Sampling};
+use engraft::model::{Decoder, Documents, Forward, Sampling, Thrift};
 use engraft::objective::Supervised;
 use engraft::quant::{Form, FourBitType, Layout, Products, Scheme, Weight};
 use engraft::recipe::{AdapterRecipe, BaseSource, InitLora, Scheduler, TrainingRecipe};
@@ -175,7 +175,8 @@ fn the_loss_and_every_adapter_gradient_are_those_of_peft_also_when_recomputed() 
         for recomputed_layers in [0, 1, 100] {
             let mut model = load(name);
             let leaves = graft(&mut model, name);
-            let loss = loss(&model, &batch, Forward { recomputed_layers, ..Forward::default() });
+            let loss =
+                loss(&model, &batch, Forward { thrift: Thrift::recomputing(recomputed_layers), ..Forward::default() });
             assert_close(&format!("{name}: loss"), &loss.view([1]), &reference["loss"], TOLERANCE);
             loss.backward();
             for (key, leaf) in leaves {
@@ -283,7 +284,7 @@ fn twenty_steps(model: &Decoder, recorded: &Recorded) -> impl Fn(&str) -> Tensor
         chosen: None,
         advice: String::new(),
     };
-    let learner = Supervised { model, noise_alpha: 0.0, recomputed_layers: 1 };
+    let learner = Supervised { model, noise_alpha: 0.0, thrift: Thrift::recomputing(1) };
     Trainer::new(run, &learner).run(recorded).unwrap();
     let metrics = std::fs::read_to_string(place.path().join("metrics.jsonl")).unwrap();
     move |key: &str| {

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use engraft::adapter::{Adapters, PlannedAdapters};
 use engraft::data::{Batch, MicroBatchSize};
-use engraft::model::{Decoder, Documents, families};
+use engraft::model::{Decoder, Documents, Thrift, families};
 use engraft::objective::{Learner, Supervised};
 use engraft::quant::{Form, FourBitType, Products, Scheme};
 use engraft::recipe::{AdapterRecipe, BaseSource, TrainingRecipe};
@@ -24,17 +24,28 @@ struct Case {
     adapter: fn(&mut AdapterRecipe),
     /// Of every four blocks.
     recomputed: usize,
+    /// Tokens of a tile.
+    tile: Option<u64>,
     micro_batches: u32,
     tokens: i64,
 }
 
-const PLAIN: Case =
-    Case { family: "qwen3", quantised: false, adapter: |_| (), recomputed: 0, micro_batches: 1, tokens: 1024 };
+const PLAIN: Case = Case {
+    family: "qwen3",
+    quantised: false,
+    adapter: |_| (),
+    recomputed: 0,
+    tile: None,
+    micro_batches: 1,
+    tokens: 1024,
+};
 
 const CASES: &[Case] = &[
     PLAIN,
     Case { tokens: 64, ..PLAIN },
     Case { recomputed: 4, ..PLAIN },
+    Case { recomputed: 4, tile: Some(128), ..PLAIN },
+    Case { recomputed: 4, tile: Some(100), tokens: 4096, ..PLAIN },
     Case { recomputed: 2, micro_batches: 2, ..PLAIN },
     Case { quantised: true, ..PLAIN },
     Case { quantised: true, tokens: 64, adapter: |adapter| adapter.use_dora = true, ..PLAIN },
@@ -44,6 +55,7 @@ const CASES: &[Case] = &[
     Case { family: "llama", ..PLAIN },
     Case { family: "gemma3_text", ..PLAIN },
     Case { family: "gemma3_text", recomputed: 4, ..PLAIN },
+    Case { family: "gemma3_text", recomputed: 4, tile: Some(256), ..PLAIN },
     Case { family: "phi3", ..PLAIN },
     Case { family: "cohere", ..PLAIN },
     Case { family: "qwen2_moe", ..PLAIN },
@@ -101,7 +113,7 @@ fn one_case() {
     (case.adapter)(&mut adapter);
     let training = TrainingRecipe::default();
     let batch = batch(case.tokens, spec.vocab_size);
-    let recomputed_layers = spec.layers.len() * case.recomputed / 4;
+    let thrift = Thrift { recomputed_layers: spec.layers.len() * case.recomputed / 4, feed_forward_tile: case.tile };
 
     let adapters = PlannedAdapters::of(&spec, &adapter).unwrap();
     let plan = RunMemory::new(Planned {
@@ -116,14 +128,14 @@ fn one_case() {
     .plan(Step {
         largest: MicroBatchSize { tokens: case.tokens as u64, trained: batch.rows.size()[0] as u64 },
         accumulates: case.micro_batches > 1,
-        recomputed_layers,
+        thrift,
     });
 
     let mut model = Decoder::load_as(spec, &checkpoint, Kind::BFloat16, Device::Cpu, scheme, &|_, _| ()).unwrap();
     let attached = Adapters::attach(&mut model, &adapter, 1, None).unwrap();
     let shapes: Vec<(String, Vec<i64>)> = attached.parameters().into_iter().map(|(name, t)| (name, t.size())).collect();
     assert_eq!(adapters.parameters(), shapes);
-    let learner = Supervised { model: &model, noise_alpha: 0.0, recomputed_layers };
+    let learner = Supervised { model: &model, noise_alpha: 0.0, thrift };
     let mut optimizer = Optimizer::new(&learner.parameters(), &training);
     for _ in 0..2 {
         let mut sum = Tensor::from(0f32);

@@ -11,6 +11,7 @@ use crate::cli::Export;
 use crate::data::{Dataset, Encoder};
 use crate::export::manifest;
 use crate::export::run::{self, Finished};
+use crate::model::Thrift;
 use crate::objective::{Learner, Supervised};
 use crate::recipe::Recipe;
 use crate::train::{Identity, Outcome, RunFolder, States, restore};
@@ -46,7 +47,7 @@ pub fn run(arguments: &Export) -> Result<()> {
     let start = folder.adapter_start()?;
     let origin = Origin { checkpoint: &checkpoint, scheme: scheme.as_ref(), start, progress: &|_, _| () };
     let adapters = Adapters::attach(&mut model, &adapter, plan.training.seed, Some(&origin))?;
-    let learner = Supervised { model: &model, noise_alpha: 0.0, recomputed_layers: 0 };
+    let learner = Supervised { model: &model, noise_alpha: 0.0, thrift: Thrift::default() };
     let taken = ledger.taken(plan.training.load_best_model_at_end);
     restore(&learner.parameters(), &states.load(taken)?.adapter, &states.path(taken))?;
     console.say(format_args!("the state of step {taken}, of {} steps done", ledger.step));

@@ -10,7 +10,7 @@ use crate::adapter::PlannedAdapters;
 use crate::cli;
 use crate::quant::Products;
 use crate::recipe::Recipe;
-use crate::train::speed::Work;
+use crate::train::speed::{How, Work};
 use crate::train::{self, Card, Cut, Page, Planned, RunMemory, Wish};
 use crate::{Error, Fault, Result};
 
@@ -46,6 +46,7 @@ pub fn run(arguments: &cli::Plan, out: &mut dyn Write) -> Result<()> {
     let wish = Wish {
         sizes: &named,
         recompute: plan.training.recompute,
+        tile: plan.training.tile_feed_forward,
         largest: &largest,
         budget: free.map(train::budget),
         overhead: train::overhead(device),
@@ -62,8 +63,12 @@ pub fn run(arguments: &cli::Plan, out: &mut dyn Write) -> Result<()> {
     let lengths = run.lengths(&spec);
     let schedule = run.schedule(&choice);
     let quantised = scheme.as_ref().is_some_and(|scheme| scheme.products == Products::Dequantised);
-    let recomputed = choice.recomputed_layers as f64 / memory.layers().max(1) as f64;
-    let how = (recomputed, quantised, plan.kind.elt_size_in_bytes() as u64);
+    let how = How {
+        recomputed: choice.thrift.recomputed_layers as f64 / memory.layers().max(1) as f64,
+        tiled: choice.thrift.feed_forward_tile.is_some(),
+        quantised,
+        element: plan.kind.elt_size_in_bytes() as u64,
+    };
     let prediction = machine
         .as_ref()
         .map(|machine| Work::of(&spec, &adapters).predict(machine, &lengths, &schedule, &choice.memory, how));

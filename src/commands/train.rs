@@ -10,11 +10,11 @@ use crate::data::{Dataset, Encoder};
 use crate::export::manifest;
 use crate::export::run::{self, Finished};
 use crate::objective::Supervised;
-use crate::recipe::{DataSource, MicroBatch, Recipe, TrainingRecipe};
+use crate::recipe::{DataSource, MicroBatch, Recipe, TileFeedForward, Tiling, TrainingRecipe};
 use crate::torch_ext::{cpu_memory, set_deterministic};
 use crate::train::{
-    self, Chosen, Cut, Datasets, Event, Events, Identity, Interrupts, Planned, Progress, Run, RunFolder, RunMemory,
-    Start, Trainer, Wish, device_name, memory_bytes, peak_memory_bytes,
+    self, Choice, Chosen, Cut, Datasets, Event, Events, Identity, Interrupts, Planned, Progress, Run, RunFolder,
+    RunMemory, Start, Trainer, Wish, device_name, memory_bytes, peak_memory_bytes,
 };
 use crate::{Error, Fault, Result};
 
@@ -82,32 +82,40 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
     let cut = Cut { training: &plan.training, max_length: plan.dataset.max_length, dataset: Some(&train) };
     let largest = |rows, count| cut.largest(rows, count);
     let free = train::free_bytes(device);
-    let begun_with = if plan.training.micro_batch_size.rows().is_none() { folder.chosen()? } else { None };
+    let begun_with = folder.chosen()?;
     let sizes = match begun_with {
-        Some(Chosen { micro_batch_size, gradient_accumulation_steps }) => {
+        Some(Chosen { micro_batch_size, gradient_accumulation_steps, .. }) => {
             vec![(micro_batch_size, gradient_accumulation_steps)]
         }
         None => train::sizes(&plan.training),
+    };
+    // Another tile would round otherwise.
+    let tile = match begun_with.map(|chosen| chosen.feed_forward_tile) {
+        Some(Some(tile)) => TileFeedForward::Tokens(u32::try_from(tile).unwrap_or(u32::MAX)),
+        Some(None) => TileFeedForward::Left(Tiling::Off),
+        None => plan.training.tile_feed_forward,
     };
     let choice = train::choose(
         &memory,
         &Wish {
             sizes: &sizes,
             recompute: plan.training.recompute,
+            tile,
             largest: &largest,
             budget: free.map(train::budget),
             overhead: train::overhead(device),
         },
     );
-    let (rows, count, recomputed_layers) =
-        (choice.micro_batch_size, choice.gradient_accumulation_steps, choice.recomputed_layers);
-    let chosen = plan.training.micro_batch_size.rows().is_none().then(|| {
+    let Choice { micro_batch_size: rows, gradient_accumulation_steps: count, thrift, .. } = choice;
+    if plan.training.micro_batch_size.rows().is_none() {
         let why = if begun_with.is_some() { ", as the run began" } else { "" };
         console.say(format_args!("micro-batches of {rows} rows, {count} to a step{why}"));
-        Chosen { micro_batch_size: rows, gradient_accumulation_steps: count }
-    });
-    if recomputed_layers > 0 {
-        console.say(format_args!("{recomputed_layers} of {} layers are recomputed", memory.layers()));
+    }
+    if thrift.recomputed_layers > 0 {
+        console.say(format_args!("{} of {} layers are recomputed", thrift.recomputed_layers, memory.layers()));
+    }
+    if let Some(tile) = thrift.feed_forward_tile {
+        console.say(format_args!("{tile} tokens at a time go through the feed-forwards"));
     }
     console.say(choice.memory);
     events.tell(&Event::MemoryPlan(&choice));
@@ -145,8 +153,7 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
         console.say(format_args!("note: {notice}"));
     }
 
-    let learner =
-        Supervised { model: &model, noise_alpha: plan.training.neftune_noise_alpha.unwrap_or(0.0), recomputed_layers };
+    let learner = Supervised { model: &model, noise_alpha: plan.training.neftune_noise_alpha.unwrap_or(0.0), thrift };
     let base_files = loading::joined(base_files)?;
     let device_name = device_name(device);
     let run = Run {
@@ -173,7 +180,11 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
             ("training set".into(), train.report().to_string()),
             ("eval set".into(), eval.as_ref().map_or("none".into(), |eval| eval.report().to_string())),
         ],
-        chosen,
+        chosen: Some(Chosen {
+            micro_batch_size: rows,
+            gradient_accumulation_steps: count,
+            feed_forward_tile: thrift.feed_forward_tile,
+        }),
         advice,
     };
     let source = Datasets { train: &train, eval: eval.as_ref(), micro_batch_size: rows.into() };

@@ -1,5 +1,6 @@
 //! The only forward.
 
+use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
 use super::attention::HandedOn;
@@ -44,6 +45,22 @@ pub struct Decoder {
 /// What the dropout seeds of one pass through a block and the next are apart: odd, and far from what steps and micro-batches add.
 const PASS: u64 = 0xd1b5_4a32_d192_ed03;
 
+/// What blocks do to take less memory. It changes nothing that is computed beyond rounding.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Thrift {
+    /// How many of the first blocks run again in backward instead of keeping their activations.
+    pub recomputed_layers: usize,
+    /// How many tokens go through the dense feed-forwards of these at a time, and of all blocks in evaluation; all at once without it.
+    pub feed_forward_tile: Option<u64>,
+}
+
+impl Thrift {
+    /// The first blocks recomputed, and no more than that.
+    pub fn recomputing(recomputed_layers: usize) -> Self {
+        Self { recomputed_layers, ..Self::default() }
+    }
+}
+
 /// What changes from one forward to the next.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Forward<'a> {
@@ -51,8 +68,8 @@ pub struct Forward<'a> {
     pub seed: Option<u64>,
     /// NEFTune's alpha (arXiv:2310.05914): uniform noise of `alpha / sqrt(L D)` on the embeddings of a document of L tokens.
     pub noise_alpha: f64,
-    /// How many of the first blocks run again in backward instead of keeping their activations.
-    pub recomputed_layers: usize,
+    /// What blocks do to take less memory.
+    pub thrift: Thrift,
     /// Takes in what the routers choose, and adds its loss's gradient in backward.
     pub balance: Option<&'a Balance>,
 }
@@ -156,8 +173,10 @@ impl Decoder {
         let (mut h, given) = self.given(ids, positions, documents, forward);
         let mut handed_on = HandedOn::default();
         for (i, layer, pass) in self.passes() {
-            let context = given.context(i, layer, pass);
-            h = if i < forward.recomputed_layers {
+            let again = i < forward.thrift.recomputed_layers;
+            let tile = forward.thrift.feed_forward_tile.filter(|_| again || forward.seed.is_none());
+            let context = Context { tile, ..given.context(i, layer, pass) };
+            h = if again {
                 layer.forward_recomputed(&h, &context, &mut handed_on)
             } else {
                 layer.forward(&h, &context, &mut handed_on, None)
@@ -356,6 +375,7 @@ impl Given<'_> {
             kind: self.kind,
             dropout_seed: self.dropout_seed.map(|seed| seed.wrapping_add(PASS.wrapping_mul(pass as u64))),
             balance: self.balance,
+            tile: None,
         }
     }
 }

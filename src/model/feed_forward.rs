@@ -9,7 +9,7 @@ use super::load::Reader;
 use super::router::Router;
 use super::spec::{self, GateUp};
 use crate::Result;
-use crate::ops::{self, Activation};
+use crate::ops::{self, Activation, Norm};
 
 /// A feed-forward with its weights.
 #[derive(Debug, Clone)]
@@ -105,6 +105,9 @@ impl FeedForward {
     }
 }
 
+/// What the dropout seeds of one tile and the next are apart: odd, and far from what steps, micro-batches and passes add.
+const TILE: u64 = 0xa24b_aed4_963e_e407;
+
 /// One that every token goes through.
 #[derive(Debug, Clone)]
 pub(super) struct Dense {
@@ -127,6 +130,21 @@ impl Dense {
     fn forward(&self, stream: Stream<'_>, context: &Context<'_>) -> Tensor {
         let Stream { h, norm, residual } = stream;
         let seed = context.dropout_seed;
+        let Some(tile) = context.tile.map(|tile| tile as i64).filter(|tile| *tile < h.size()[0]) else {
+            return self.whole(stream, seed);
+        };
+        let of_linears = self.linears().into_iter().flat_map(Linear::leaves);
+        let trained: Vec<&Tensor> = of_linears.chain(norm.into_iter().flat_map(Norm::leaves)).collect();
+        let (dense, norm) = (self.clone(), norm.cloned());
+        ops::tiled(h, residual, &trained, tile, move |number, h, residual| {
+            let seed = seed.map(|seed| seed.wrapping_add(TILE.wrapping_mul(number as u64)));
+            dense.whole(Stream { h, norm: norm.as_ref(), residual }, seed)
+        })
+    }
+
+    /// What it gives for all of the stream at once.
+    fn whole(&self, stream: Stream<'_>, seed: Option<u64>) -> Tensor {
+        let Stream { h, norm, residual } = stream;
         let one = |linear: &Linear| ops::projection(h, norm, &[linear.operand(seed)], None).remove(0);
         let (gate, up) = match &self.input {
             Input::Plain(linear) => (one(linear), None),

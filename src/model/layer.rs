@@ -72,6 +72,8 @@ pub(super) struct Context<'a> {
     pub(super) dropout_seed: Option<u64>,
     /// Where routers say what they chose.
     pub(super) balance: Option<&'a Balance>,
+    /// Tokens that go through a dense feed-forward at a time, where not all do.
+    pub(super) tile: Option<u64>,
 }
 
 impl Layer {
@@ -164,7 +166,8 @@ impl Layer {
         let documents = context.documents.clone();
         let (ids, positions) = (context.ids.shallow_clone(), context.positions.shallow_clone());
         let rotation = context.rotation.map(Rotation::shallow_clone);
-        let (kind, dropout_seed, balance) = (context.kind, context.dropout_seed, context.balance.cloned());
+        let Context { kind, dropout_seed, tile, .. } = *context;
+        let balance = context.balance.cloned();
         let (reads, fills) = (self.attention.reads(), self.attention.fills());
         let read = reads.map(|slot| handed_on.of(slot));
         let inputs: Vec<&Tensor> = [h].into_iter().chain(read.iter().flatten()).chain(context.input).collect();
@@ -184,6 +187,7 @@ impl Layer {
                 kind,
                 dropout_seed,
                 balance: balance.as_ref(),
+                tile,
             };
             let h = layer.forward(h, &context, &mut handed_on, None);
             [h].into_iter().chain(fills.into_iter().flat_map(|slot| handed_on.of(slot))).collect()

@@ -32,7 +32,7 @@ mod streams;
 
 pub use crate::ops::Documents;
 pub use cache::Cache;
-pub use decoder::{Decoder, Forward};
+pub use decoder::{Decoder, Forward, Thrift};
 pub use embedding::{Embedding, grown};
 pub use generate::{Continuation, Finish, Sampling};
 pub use linear::{Linear, LowRank, Trained, Weight};

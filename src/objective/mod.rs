@@ -3,7 +3,7 @@
 use tch::{Device, Tensor};
 
 use crate::data::Batch;
-use crate::model::{Balance, Decoder, Forward};
+use crate::model::{Balance, Decoder, Forward, Thrift};
 use crate::torch_ext::placed;
 
 /// What the trainer trains: some tensors and a loss over them.
@@ -40,8 +40,8 @@ pub struct Supervised<'a> {
     pub model: &'a Decoder,
     /// NEFTune's alpha while training; 0 is none.
     pub noise_alpha: f64,
-    /// How many of the first blocks run again in backward instead of keeping their activations.
-    pub recomputed_layers: usize,
+    /// What blocks do to take less memory.
+    pub thrift: Thrift,
 }
 
 impl Learner for Supervised<'_> {
@@ -51,13 +51,14 @@ impl Learner for Supervised<'_> {
 
     fn loss(&self, batch: &Batch, dropout_seed: Option<u64>, scale: f64) -> Loss {
         if dropout_seed.is_none() {
-            return supervised(self.model, batch, Forward::default(), scale).into();
+            let forward = Forward { thrift: self.thrift, ..Forward::default() };
+            return supervised(self.model, batch, forward, scale).into();
         }
         let balance = self.model.balances_experts().then(|| balance(batch, self.model.device, scale));
         let forward = Forward {
             seed: dropout_seed,
             noise_alpha: self.noise_alpha,
-            recomputed_layers: self.recomputed_layers,
+            thrift: self.thrift,
             balance: balance.as_ref(),
         };
         let value = supervised(self.model, batch, forward, scale);

@@ -25,6 +25,7 @@ pub mod split;
 pub mod streams;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod tiled;
 mod update;
 
 pub use attention::{Alibi, Scoring, attention, attention_to_cache, choose_entries};
@@ -42,6 +43,7 @@ pub use projection::{LowRank, Operand, Trained, projection};
 pub use recompute::recompute;
 pub use rope::{RopeLayout, rope, rope_last};
 pub use split::split;
+pub use tiled::tiled;
 
 /// Where each document of a micro-batch begins and ends.
 #[derive(Debug, Clone, PartialEq, Eq)]

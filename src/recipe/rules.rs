@@ -24,6 +24,7 @@ pub(super) fn check(tree: &Node) -> Vec<Problem> {
     }
     problems.extend(of_the_optimizer(tree));
     problems.extend(of_the_batch(tree));
+    problems.extend(of_recomputing(tree));
     if given(tree, "dataset.format").and_then(Node::text) == Some("text") {
         for (key, choices) in NEED_TURNS {
             let node = given(tree, key)
@@ -208,6 +209,18 @@ fn of_the_batch(tree: &Node) -> Option<Problem> {
         }
         _ => None,
     }
+}
+
+/// What is there of recomputed layers alone.
+fn of_recomputing(tree: &Node) -> Option<Problem> {
+    let never = given(tree, "training.recompute").filter(|node| node.text() == Some("none"))?;
+    let tile = given(tree, "training.tile_feed_forward").filter(|node| matches!(node.value, Value::Integer(_)))?;
+    let what = format!(
+        "`training.tile_feed_forward` is {}, but `training.recompute` is {}: a tile's activations are made again in backward",
+        tile.found(),
+        never.found()
+    );
+    Some(Problem::new(&tile.place, what, "write `training.recompute: auto`, or leave `tile_feed_forward` out"))
 }
 
 fn wrong_target(key: &str, node: &Node, text: &str) -> Option<Problem> {

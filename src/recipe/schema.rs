@@ -551,6 +551,10 @@ pub struct TrainingRecipe {
     pub max_grad_norm: f64,
     /// Activation recompute: which layers keep their activations.
     pub recompute: Recompute,
+    /// How many tokens go through a layer's dense feed-forward at a time, for very long rows: what it keeps is then never there of more,
+    /// every layer is recomputed, and its feed-forward once more. Sums are rounded in another order, and `lora_dropout` drops other
+    /// numbers; experts are not tiled.
+    pub tile_feed_forward: TileFeedForward,
     /// Seed of everything random.
     pub seed: u64,
     /// Log every so many steps.
@@ -615,6 +619,7 @@ impl Default for TrainingRecipe {
             warmup_ratio: None,
             max_grad_norm: 1.0,
             recompute: Recompute::Auto,
+            tile_feed_forward: TileFeedForward::Left(Tiling::Auto),
             seed: 42,
             logging_steps: 1,
             eval_steps: None,
@@ -723,6 +728,26 @@ pub enum Recompute {
     None,
     /// Recompute every layer.
     Full,
+}
+
+/// How many tokens go through a dense feed-forward at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum TileFeedForward {
+    /// So many.
+    Tokens(#[schemars(range(min = 1))] u32),
+    /// Not said.
+    Left(Tiling),
+}
+
+/// Whether feed-forwards are tiled where no number of tokens is given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Tiling {
+    /// Only where nothing else fits, in the largest tiles that do.
+    Auto,
+    /// All tokens at once.
+    Off,
 }
 
 /// What to write.

@@ -60,7 +60,7 @@ pub struct Ledger {
     pub metrics_bytes: u64,
 }
 
-/// How a step is cut into micro-batches, where the recipe leaves it to the memory plan.
+/// How a step is cut, where the recipe leaves it to the memory plan: into micro-batches, and these into tiles.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Chosen {
@@ -68,6 +68,9 @@ pub struct Chosen {
     pub micro_batch_size: u32,
     /// Micro-batches of a step.
     pub gradient_accumulation_steps: u32,
+    /// Tokens that go through a dense feed-forward at a time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub feed_forward_tile: Option<u64>,
 }
 
 /// Losses of steps, weighed by their trained tokens.

@@ -37,7 +37,7 @@ pub struct Page<'a> {
 impl Page<'_> {
     /// As data.
     pub fn facts(&self) -> Value {
-        let layer = |index: usize| if index < self.choice.recomputed_layers { "recompute" } else { "save" };
+        let layer = |index: usize| if index < self.choice.thrift.recomputed_layers { "recompute" } else { "save" };
         json!({
             "recipe": self.recipe,
             "machine": self.machine,
@@ -56,8 +56,7 @@ impl Page<'_> {
     /// To be read.
     pub fn text(&self) -> String {
         let gigabytes = |bytes: u64| format!("{:8.2} GB", bytes as f64 / 1e9);
-        let Choice { micro_batch_size: rows, gradient_accumulation_steps: count, recomputed_layers, memory, .. } =
-            self.choice;
+        let Choice { micro_batch_size: rows, gradient_accumulation_steps: count, thrift, memory, .. } = self.choice;
         let MemoryPlan {
             weights,
             adapters,
@@ -121,12 +120,16 @@ impl Page<'_> {
         line("peak", gigabytes(peak) + &fits);
         line(
             "layers",
-            match recomputed_layers {
+            match thrift.recomputed_layers {
                 0 => format!("all {} keep their activations", self.layers),
                 some if some == self.layers => format!("all {some} are recomputed"),
                 some => format!("1 to {some} are recomputed, {} to {} keep their activations", some + 1, self.layers),
             },
         );
+        if let Some(tile) = thrift.feed_forward_tile {
+            let why = "what they keep is never whole, and they run once more";
+            line("feed-forwards", format!(" {tile} tokens at a time: {why}"));
+        }
         let tokens = self.choice.largest_tokens;
         line("micro-batch", format!("{rows} rows, {tokens} tokens at most; {count} to a step of {} rows", self.global));
         line(
@@ -135,7 +138,7 @@ impl Page<'_> {
                 Some(largest) => format!(
                     "the largest that fits: {} rows, {} of {} layers recomputed, {}",
                     largest.micro_batch_size,
-                    largest.recomputed_layers,
+                    largest.thrift.recomputed_layers,
                     self.layers,
                     gigabytes(largest.memory.peak).trim_start()
                 ),

@@ -82,6 +82,19 @@ pub struct Prediction {
     pub utilisation: f64,
 }
 
+/// How a run computes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct How {
+    /// The part of the blocks that run again.
+    pub recomputed: f64,
+    /// Whether their dense feed-forwards do so once more, a tile at a time.
+    pub tiled: bool,
+    /// Whether products make their weights whole,
+    pub quantised: bool,
+    /// as numbers of so many bytes.
+    pub element: u64,
+}
+
 /// A model's work.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Work {
@@ -93,6 +106,8 @@ pub struct Work {
     updates: f64,
     /// Numbers of all blocks' linears, whichever a token goes through.
     all: f64,
+    /// Numbers of dense feed-forwards.
+    feed_forwards: f64,
     /// Numbers that are trained.
     trained: f64,
 }
@@ -118,24 +133,26 @@ impl Work {
             update.experts.map_or(of_one, |count| of_one * count as f64 * share(&update.module, count))
         });
         let trained = adapters.parameters().iter().map(|(_, shape)| shape.iter().product::<i64>() as f64).sum();
-        Self { blocks, head, updates: updates.sum(), all, trained }
+        let feed_forwards = spec.layers.iter().map(|layer| dense(&layer.feed_forward)).sum::<i64>() as f64;
+        Self { blocks, head, updates: updates.sum(), all, feed_forwards, trained }
     }
 
-    /// What a run will take on a machine; `recomputed` is the part of the blocks that run again, `quantised` bytes of weights that
-    /// products make whole as numbers of `element` bytes.
+    /// What a run will take on a machine.
     pub fn predict(
         &self,
         machine: &Machine,
         lengths: &Lengths,
         schedule: &Schedule,
         memory: &MemoryPlan,
-        (recomputed, quantised, element): (f64, bool, u64),
+        how: How,
     ) -> Prediction {
+        let How { recomputed, tiled, quantised, element } = how;
         let Lengths { tokens, trained, attention, .. } = *lengths;
         let of_micro = 1.0 / schedule.micro_batches.max(1.0);
         let (n, rho) = (tokens * of_micro, if tokens > 0.0 { trained / tokens } else { 0.0 });
         let products = n * (4.0 * self.blocks + 4.0 * rho * self.head + 6.0 * self.updates)
-            + recomputed * n * (2.0 * self.blocks + 2.0 * self.updates);
+            + recomputed * n * (2.0 * self.blocks + 2.0 * self.updates)
+            + if tiled { recomputed * n * 2.0 * self.feed_forwards } else { 0.0 };
         let again = recomputed.ceil();
         let passes = 2.0 + again;
         // A small micro-batch waits for the weights.
@@ -162,6 +179,16 @@ impl Work {
             steps: schedule.steps as u64,
             utilisation: schedule.accumulated * model / seconds_per_step / machine.matmul,
         }
+    }
+}
+
+/// Numbers of what every token goes through of a feed-forward, routers left out.
+fn dense(feed_forward: &FeedForward) -> i64 {
+    match feed_forward {
+        FeedForward::Plain { up, down, .. } => up.input * up.output + down.input * down.output,
+        FeedForward::Gated { down, .. } => 3 * down.input * down.output,
+        FeedForward::Experts(experts) => experts.shared.as_ref().map_or(0, |shared| dense(&shared.feed_forward)),
+        FeedForward::Sum(branches) => branches.iter().map(|branch| dense(&branch.feed_forward)).sum(),
     }
 }
 
@@ -247,6 +274,7 @@ mod tests {
         assert_eq!(work.head, 128256.0 * d);
         let of_layer = (d + h * size) + 2.0 * (d + k * size) + (h * size + d) + 2.0 * (d + f) + (f + d);
         assert_eq!(work.updates, l * r * of_layer);
+        assert_eq!(work.feed_forwards, l * 3.0 * d * f);
         // 4 L H h A
         assert_eq!(attention_of(&spec, 2048), 4.0 * l * h * size * (2048.0 * 2049.0 / 2.0));
     }
@@ -279,7 +307,8 @@ mod tests {
         let schedule = Schedule { micro_batches: 1.0, accumulated: 1.0, steps: 10.0, largest: 16384.0 };
         let memory = MemoryPlan { activations: 49_500_000_000, weights: 16_060_000_000, ..MemoryPlan::default() };
         let predict = |machine: &Machine, recomputed| {
-            work.predict(machine, &lengths, &schedule, &memory, (recomputed, false, 2)).tokens_per_second
+            let how = How { recomputed, tiled: false, quantised: false, element: 2 };
+            work.predict(machine, &lengths, &schedule, &memory, how).tokens_per_second
         };
         let (saved, again) = (predict(&machine, 0.0), predict(&machine, 1.0));
         // facts measured on such a card: 18.6k and 13.1k tokens/s are the ceiling.

@@ -41,7 +41,7 @@ pub struct Run {
     pub interrupts: Interrupts,
     /// Rows of the report's table: model, data and so on.
     pub facts: Vec<(String, String)>,
-    /// How steps are cut into micro-batches, where the recipe leaves that to the memory plan: kept with the state.
+    /// How steps are cut, where the recipe leaves that to the memory plan: kept with the state.
     pub chosen: Option<Chosen>,
     /// What would take less memory, said where it ran out.
     pub advice: String,

@@ -33,8 +33,11 @@ pub(super) struct Block {
 }
 
 /// What its tokens and number type make of a model's sizes.
+#[derive(Clone, Copy)]
 pub(super) struct Costs<'a> {
     pub(super) tokens: u64,
+    /// Tokens that go through a dense feed-forward at a time, where not all do.
+    pub(super) tile: Option<u64>,
     /// Bytes of a number of the activations' type.
     pub(super) element: u64,
     pub(super) spec: &'a ModelSpec,
@@ -221,6 +224,19 @@ impl Costs<'_> {
     }
 
     fn feed_forward(&self, feed_forward: &FeedForward) -> Half {
+        let dense = matches!(feed_forward, FeedForward::Plain { .. } | FeedForward::Gated { .. });
+        if let Some(tile) = self.tile.filter(|tile| dense && *tile < self.tokens) {
+            // A tile runs forward and keeps, and backward and leaves its gradients beside their sums; what all tiles give is whole: the
+            // next stream in forward, the gradient of what they read in backward.
+            let of_a_tile = Self { tokens: tile, tile: None, ..*self }.feed_forward(feed_forward);
+            let Half { kept, forward, backward, gradients } = of_a_tile;
+            return Half {
+                kept: 0,
+                forward: kept + forward,
+                backward: self.numbers(self.spec.hidden_size) + kept + backward + gradients,
+                gradients,
+            };
+        }
         match feed_forward {
             FeedForward::Plain { up, down, .. } => {
                 let updates = self.updates(&[up]) + self.updates(&[down]);

@@ -1,15 +1,19 @@
-//! What a recipe leaves to the plan: how many rows a micro-batch has, and which blocks run again in backward.
+//! What a recipe leaves to the plan: how many rows a micro-batch has, and what blocks do to take less memory.
 
 use serde::Serialize;
 use tch::Device;
 
 use super::{MemoryPlan, RunMemory, Step};
 use crate::data::MicroBatchSize;
-use crate::recipe::{Recompute, TrainingRecipe};
+use crate::model::Thrift;
+use crate::recipe::{Recompute, TileFeedForward, Tiling, TrainingRecipe};
 use crate::{Error, Fault, Result};
 
 /// What a recomputed block costs of its time in a step: forward once more, of forward, and backward of twice that.
 const AGAIN: f64 = 1.0 / 3.0;
+
+/// No smaller tiles are chosen: products of fewer tokens wait for the weights.
+const SMALLEST_TILE: u64 = 1024;
 
 /// What there is to choose from.
 pub struct Wish<'a> {
@@ -17,6 +21,8 @@ pub struct Wish<'a> {
     pub sizes: &'a [(u32, u32)],
     /// What the recipe says of recomputing.
     pub recompute: Recompute,
+    /// What it says of tiles.
+    pub tile: TileFeedForward,
     /// The largest micro-batch of so many rows, where so many make up a step.
     pub largest: &'a dyn Fn(u32, u32) -> MicroBatchSize,
     /// Bytes that the plan may take; without it, everything fits.
@@ -32,8 +38,9 @@ pub struct Choice {
     pub micro_batch_size: u32,
     /// Micro-batches of a step.
     pub gradient_accumulation_steps: u32,
-    /// Blocks that run again in backward: the first ones.
-    pub recomputed_layers: usize,
+    /// What blocks do to take less memory.
+    #[serde(flatten)]
+    pub thrift: Thrift,
     /// Tokens of the largest micro-batch.
     pub largest_tokens: u64,
     /// What a step takes.
@@ -45,41 +52,65 @@ pub struct Choice {
 
 /// The choice that takes the least time of those that fit; where none does, the one that takes the least memory.
 ///
-/// Every size has as few recomputed blocks as it needs to fit.
+/// Every size has as few recomputed blocks as it needs to fit. Tiles are for what does not fit otherwise.
 pub fn choose(run: &RunMemory<'_>, wish: &Wish<'_>) -> Choice {
     let all = choices(run, wish);
     let layers = run.layers();
     let time = |choice: &Choice| {
-        let again = AGAIN * choice.recomputed_layers as f64 / layers.max(1) as f64;
+        let again = AGAIN * choice.thrift.recomputed_layers as f64 / layers.max(1) as f64;
         f64::from(choice.gradient_accumulation_steps) * (choice.largest_tokens as f64 + wish.overhead) * (1.0 + again)
     };
-    let best = all.iter().filter(|choice| choice.fits).min_by(|a, b| time(a).total_cmp(&time(b)));
+    let tiled = |choice: &Choice| choice.thrift.feed_forward_tile.is_some();
+    let order = |a: &&Choice, b: &&Choice| tiled(a).cmp(&tiled(b)).then(time(a).total_cmp(&time(b)));
+    let best = all.iter().filter(|choice| choice.fits).min_by(order);
     let least = || all.iter().min_by_key(|choice| choice.memory.peak);
     *best.or_else(least).expect("a recipe names a size, or a number of rows that has divisors")
 }
 
-/// Every size, with as few recomputed blocks as it needs to fit.
+/// Every size, with as few recomputed blocks as it needs to fit, and with tiles where it needs them.
 pub fn choices(run: &RunMemory<'_>, wish: &Wish<'_>) -> Vec<Choice> {
     let layers = run.layers();
     let of_size = |&(rows, count): &(u32, u32)| {
         let largest = (wish.largest)(rows, count);
-        let plan = |recomputed_layers| run.plan(Step { largest, accumulates: count > 1, recomputed_layers });
-        let fits = |recomputed| wish.budget.is_none_or(|budget| plan(recomputed).peak <= budget);
-        let recomputed_layers = match wish.recompute {
+        let plan = |thrift| run.plan(Step { largest, accumulates: count > 1, thrift });
+        let fits = |thrift| wish.budget.is_none_or(|budget| plan(thrift).peak <= budget);
+        let recomputed = match wish.recompute {
             Recompute::None => 0,
             Recompute::Full => layers,
-            Recompute::Auto => fewest(layers, fits),
+            Recompute::Auto => fewest(layers, |layers| fits(Thrift::recomputing(layers))),
+        };
+        // With tiles every layer is recomputed: which ones are changes how sums are rounded, and must not depend on what is free.
+        let tiled = |tile| Thrift { recomputed_layers: layers, feed_forward_tile: Some(tile) };
+        let thrift = match (wish.tile, wish.recompute) {
+            (TileFeedForward::Tokens(tile), _) => tiled(tile.into()),
+            (TileFeedForward::Left(Tiling::Auto), Recompute::Auto | Recompute::Full)
+                if largest.tokens > SMALLEST_TILE && !fits(Thrift::recomputing(recomputed)) =>
+            {
+                let mut tiles = tiles(largest.tokens).map(tiled);
+                let whole = Thrift::recomputing(recomputed);
+                let smallest = tiled(SMALLEST_TILE);
+                // What has no dense feed-forward gains nothing.
+                let least = if plan(smallest).peak < plan(whole).peak { smallest } else { whole };
+                tiles.find(|thrift| fits(*thrift)).unwrap_or(least)
+            }
+            (TileFeedForward::Left(_), _) => Thrift::recomputing(recomputed),
         };
         Choice {
             micro_batch_size: rows,
             gradient_accumulation_steps: count,
-            recomputed_layers,
+            thrift,
             largest_tokens: largest.tokens,
-            memory: plan(recomputed_layers),
-            fits: fits(recomputed_layers),
+            memory: plan(thrift),
+            fits: fits(thrift),
         }
     };
     wish.sizes.iter().map(of_size).collect()
+}
+
+/// Tiles of so many tokens, the largest first: powers of two, several to a micro-batch.
+fn tiles(tokens: u64) -> impl Iterator<Item = u64> {
+    let largest = tokens.div_ceil(2).max(SMALLEST_TILE).next_power_of_two();
+    std::iter::successors(Some(largest), |tile| Some(tile / 2)).take_while(|tile| *tile >= SMALLEST_TILE)
 }
 
 /// The fewest recomputed blocks with which all fits; all of them where nothing does. More never take more.
@@ -113,23 +144,30 @@ pub fn overhead(device: Device) -> f64 {
 
 /// What would take less than `choice`, and how much.
 pub fn advice(run: &RunMemory<'_>, choice: &Choice, largest: &dyn Fn(u32, u32) -> MicroBatchSize) -> String {
-    let Choice { micro_batch_size: rows, gradient_accumulation_steps: count, recomputed_layers, .. } = *choice;
+    let Choice { micro_batch_size: rows, gradient_accumulation_steps: count, thrift, .. } = *choice;
     let gigabytes = |bytes: u64| bytes as f64 / 1e9;
-    let peak = |rows, count, recomputed_layers| {
-        let step = Step { largest: largest(rows, count), accumulates: count > 1, recomputed_layers };
+    let peak = |rows, count, thrift| {
+        let step = Step { largest: largest(rows, count), accumulates: count > 1, thrift };
         gigabytes(run.plan(step).peak)
     };
     let mut ways = Vec::new();
-    if recomputed_layers < run.layers() {
-        ways.push(format!("training.recompute: full would take {:.2} GB", peak(rows, count, run.layers())));
+    let full = Thrift { recomputed_layers: run.layers(), ..thrift };
+    if thrift.recomputed_layers < run.layers() {
+        ways.push(format!("training.recompute: full would take {:.2} GB", peak(rows, count, full)));
+    }
+    let tiled = Thrift { feed_forward_tile: Some(SMALLEST_TILE), ..full };
+    if thrift.feed_forward_tile.is_none_or(|tile| tile > SMALLEST_TILE)
+        && peak(rows, count, tiled) < 0.99 * peak(rows, count, full)
+    {
+        let tiled = peak(rows, count, tiled);
+        ways.push(format!("training.tile_feed_forward: {SMALLEST_TILE} with every layer recomputed {tiled:.2} GB"));
     }
     if rows > 1 {
         let (fewer, more) = (rows.div_ceil(2), count * 2);
-        let layers = run.layers();
         ways.push(format!(
             "training.micro_batch_size: {fewer} with gradient_accumulation_steps: {more} {:.2} GB, recomputed {:.2} GB",
-            peak(fewer, more, recomputed_layers),
-            peak(fewer, more, layers)
+            peak(fewer, more, thrift),
+            peak(fewer, more, full)
         ));
     }
     ways.push("a lower dataset.max_length or adapter.r, `method: qlora` or a smaller base take less, too".into());

@@ -18,8 +18,8 @@ use tch::{Device, Kind};
 use super::optimizer::bytes_of_state;
 use crate::adapter::{PlannedAdapters, PlannedUpdate};
 use crate::data::MicroBatchSize;
-use crate::model::ModelSpec;
 use crate::model::spec::Position;
+use crate::model::{ModelSpec, Thrift};
 use crate::ops::LOGITS_AT_ONCE;
 use crate::quant::{Products, Scheme};
 use crate::recipe::TrainingRecipe;
@@ -93,8 +93,8 @@ pub struct Step {
     pub largest: MicroBatchSize,
     /// Whether it has several micro-batches, so that gradients are there while activations are kept.
     pub accumulates: bool,
-    /// Blocks that run again in backward: the first ones.
-    pub recomputed_layers: usize,
+    /// What blocks do to take less memory.
+    pub thrift: Thrift,
 }
 
 /// What does not depend on the step: made once, asked for many.
@@ -202,8 +202,7 @@ impl<'a> RunMemory<'a> {
     /// What a step takes.
     pub fn plan(&self, step: Step) -> MemoryPlan {
         let Self { weights, adapters, gradients, optimizer, libtorch, saving, .. } = *self;
-        let blocks = self.blocks(step.largest.tokens);
-        let walked = self.walk(&blocks, step);
+        let walked = self.walk(&self.blocks(step), step);
         let always = weights.kept + adapters + optimizer;
         let step_peak = always + walked.peak.max(gradients);
         let peak = weights.loading.max(step_peak) + libtorch + saving;
@@ -222,20 +221,28 @@ impl<'a> RunMemory<'a> {
         }
     }
 
-    fn blocks(&self, tokens: u64) -> Vec<Block> {
-        let Planned { spec, kind, .. } = self.planned;
-        let costs = Costs { tokens, element: kind.elt_size_in_bytes() as u64, spec, tuned: &self.tuned };
+    fn blocks(&self, step: Step) -> Vec<Block> {
+        let spec = self.planned.spec;
+        let block = |(index, layer)| {
+            let again = index < step.thrift.recomputed_layers;
+            self.costs(step.largest.tokens, step.thrift.feed_forward_tile.filter(|_| again)).block(layer)
+        };
+        let blocks = spec.layers.iter().enumerate().map(block);
         // A block that is gone through several times keeps all of it each time.
-        spec.layers.iter().flat_map(|layer| std::iter::repeat_n(costs.block(layer), spec.passes)).collect()
+        blocks.flat_map(|block| std::iter::repeat_n(block, spec.passes)).collect()
+    }
+
+    fn costs(&self, tokens: u64, tile: Option<u64>) -> Costs<'_> {
+        let Planned { spec, kind, .. } = self.planned;
+        Costs { tokens, tile, element: kind.elt_size_in_bytes() as u64, spec, tuned: &self.tuned }
     }
 
     /// Walks through a step; bytes beyond weights, adapters and the optimizer's state.
     fn walk(&self, blocks: &[Block], step: Step) -> Walked {
-        let Step { largest: MicroBatchSize { tokens, trained }, accumulates, recomputed_layers } = step;
-        let Planned { spec, kind, .. } = self.planned;
-        let costs = Costs { tokens, element: kind.elt_size_in_bytes() as u64, spec, tuned: &self.tuned };
+        let Step { largest: MicroBatchSize { tokens, trained }, accumulates, thrift } = step;
+        let (spec, costs) = (self.planned.spec, self.costs(tokens, None));
         let stream = blocks.first().map_or(0, |block| block.input);
-        let recomputed = |index: usize| index / spec.passes < recomputed_layers;
+        let recomputed = |index: usize| index / spec.passes < thrift.recomputed_layers;
         let gradients = if accumulates { self.gradients } else { 0 };
         // Those of a block are there from its last pass on, which backward meets first.
         let made = |index: usize, of_a_block: u64| {

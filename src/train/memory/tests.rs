@@ -2,7 +2,9 @@ use serde_json::json;
 
 use super::*;
 use crate::model::families;
-use crate::recipe::{AdapterRecipe, Auto, MicroBatch, Recompute};
+use crate::recipe::{AdapterRecipe, Auto, MicroBatch, Recompute, TileFeedForward, Tiling};
+
+const OFF: TileFeedForward = TileFeedForward::Left(Tiling::Off);
 
 fn eight_billion() -> ModelSpec {
     let config = json!({
@@ -30,7 +32,8 @@ fn with<T>(adapted: bool, scheme: Option<&Scheme>, with: impl FnOnce(&RunMemory<
 }
 
 fn step(tokens: u64, recomputed_layers: usize) -> Step {
-    Step { largest: MicroBatchSize { tokens, trained: tokens }, accumulates: false, recomputed_layers }
+    let thrift = Thrift::recomputing(recomputed_layers);
+    Step { largest: MicroBatchSize { tokens, trained: tokens }, accumulates: false, thrift }
 }
 
 #[test]
@@ -97,13 +100,14 @@ fn blocks_are_recomputed_only_as_far_as_memory_asks() {
             let wish = Wish {
                 sizes: &[(8, 1)],
                 recompute: Recompute::Auto,
+                tile: OFF,
                 largest: &|rows, _| MicroBatchSize { tokens: u64::from(rows) * 2048, trained: u64::from(rows) * 2048 },
                 budget: Some(budget << 30),
                 overhead: 200.0,
             };
             let choice = choose(run, &wish);
             assert_eq!(choice.fits, choice.memory.peak <= budget << 30);
-            choice.recomputed_layers
+            choice.thrift.recomputed_layers
         };
         assert_eq!(layers(139), 0);
         let some = layers(50);
@@ -126,12 +130,17 @@ fn a_micro_batch_is_as_large_as_pays_and_fits() {
         let chosen = |budget: u64, recompute| {
             let largest =
                 |rows: u32, _| MicroBatchSize { tokens: u64::from(rows) * 4096, trained: u64::from(rows) * 4096 };
-            let wish =
-                Wish { sizes: &sizes, recompute, largest: &largest, budget: Some(budget << 30), overhead: 200.0 };
-            let Choice { micro_batch_size, gradient_accumulation_steps, recomputed_layers, fits, .. } =
-                choose(run, &wish);
+            let wish = Wish {
+                sizes: &sizes,
+                recompute,
+                tile: OFF,
+                largest: &largest,
+                budget: Some(budget << 30),
+                overhead: 200.0,
+            };
+            let Choice { micro_batch_size, gradient_accumulation_steps, thrift, fits, .. } = choose(run, &wish);
             assert_eq!(micro_batch_size * gradient_accumulation_steps, 12);
-            (micro_batch_size, recomputed_layers, fits)
+            (micro_batch_size, thrift.recomputed_layers, fits)
         };
         assert_eq!(chosen(1000, Recompute::Auto), (12, 0, true));
         // Keeping activations pays more than fewer micro-batches do.
@@ -149,7 +158,14 @@ fn a_run_that_does_not_fit_is_refused_with_what_would_take_less() {
     with(true, None, |run| {
         let largest = |rows: u32, _| MicroBatchSize { tokens: u64::from(rows) * 4096, trained: u64::from(rows) * 4096 };
         let sizes = [(4, 2)];
-        let wish = Wish { sizes: &sizes, recompute: Recompute::None, largest: &largest, budget: None, overhead: 200.0 };
+        let wish = Wish {
+            sizes: &sizes,
+            recompute: Recompute::None,
+            tile: OFF,
+            largest: &largest,
+            budget: None,
+            overhead: 200.0,
+        };
         let choice = choose(run, &wish);
         let advice = advice(run, &choice, &largest);
         assert!(advice.contains("training.recompute: full would take"), "{advice}");
@@ -158,5 +174,54 @@ fn a_run_that_does_not_fit_is_refused_with_what_would_take_less() {
         assert_eq!(error.exit_code(), 8);
         assert!(error.to_string().contains("--ignore-memory-plan"), "{error}");
         refuse_what_does_not_fit(&choice.memory, choice.memory.peak, &advice).unwrap();
+    });
+}
+
+#[test]
+fn tiles_are_for_what_does_not_fit_otherwise_and_as_large_as_fits() {
+    with(true, None, |run| {
+        let tokens = 131_072;
+        let largest = |rows: u32, _| {
+            let tokens = u64::from(rows) * tokens;
+            MicroBatchSize { tokens, trained: tokens }
+        };
+        let auto = TileFeedForward::Left(Tiling::Auto);
+        let chosen = |sizes: &[(u32, u32)], budget: u64, recompute, tile| {
+            let wish = Wish { sizes, recompute, tile, largest: &largest, budget: Some(budget), overhead: 200.0 };
+            let choice = choose(run, &wish);
+            (choice.micro_batch_size, choice.thrift, choice.fits)
+        };
+        let one = &[(1, 1)];
+        let peak = |thrift| run.plan(Step { largest: largest(1, 1), accumulates: false, thrift }).peak;
+        let whole = Thrift::recomputing(32);
+        let tiled = |tile| Thrift { feed_forward_tile: Some(tile), ..whole };
+        let peaks: Vec<u64> = [65_536, 8192, 1024].map(|tile| peak(tiled(tile))).into();
+        assert!(peaks[0] < peak(whole) && peaks[1] < peaks[0] && peaks[2] <= peaks[1], "{peaks:?}");
+        // Gate, up and what they are made of, of all tokens but a tile's.
+        assert!(peak(whole) - peaks[2] > (tokens - 1024) * 14_336 * 2 * 4, "{peaks:?} {}", peak(whole));
+
+        assert_eq!(chosen(one, peak(whole), Recompute::Auto, auto).1, whole);
+        assert_eq!(chosen(one, peak(whole) - 1, Recompute::Auto, auto), (1, tiled(65_536), true));
+        assert_eq!(chosen(one, peaks[0] - 1, Recompute::Full, auto), (1, tiled(32_768), true));
+        let (_, least, fits) = chosen(one, 1, Recompute::Auto, auto);
+        assert_eq!((peak(least), fits), (peaks[2], false), "the least there is");
+        assert_eq!(chosen(one, peaks[1], Recompute::Auto, OFF), (1, whole, false));
+        assert_eq!(chosen(one, u64::MAX, Recompute::Auto, TileFeedForward::Tokens(512)).1, tiled(512));
+        let none = chosen(one, peaks[1], Recompute::None, auto);
+        assert_eq!((none.1, none.2), (Thrift::default(), false), "what is kept is kept whole");
+        // Fewer rows that fit as they are come before more in tiles.
+        let (rows, thrift, fits) = chosen(&[(1, 2), (2, 1)], peak(whole), Recompute::Auto, auto);
+        assert_eq!((rows, thrift, fits), (1, whole, true));
+
+        let wish = Wish {
+            sizes: one,
+            recompute: Recompute::Full,
+            tile: OFF,
+            largest: &largest,
+            budget: None,
+            overhead: 200.0,
+        };
+        let advice = advice(run, &choose(run, &wish), &largest);
+        assert!(advice.contains("training.tile_feed_forward: 1024 with every layer recomputed"), "{advice}");
     });
 }

@@ -71,7 +71,7 @@ fn out_of_memory_in_any_micro_batch_leaves_a_state_and_advice_and_a_resumed_run_
 #[test]
 fn a_run_keeps_how_its_steps_are_cut() {
     let folder = tempfile::tempdir().unwrap();
-    let chosen = Some(Chosen { micro_batch_size: 3, gradient_accumulation_steps: 2 });
+    let chosen = Some(Chosen { micro_batch_size: 3, gradient_accumulation_steps: 2, feed_forward_tile: Some(512) });
     let run = Run { chosen, ..run_of(folder.path(), Start::Fresh, &training()) };
     let toys = Toys { killed_before: Some(8), ..Toys::new() };
     Trainer::new(run, &Toy::new()).run(&toys).unwrap_err();
