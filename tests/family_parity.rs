@@ -205,7 +205,7 @@ fn logits_are_those_of_transformers_and_peft() {
 fn the_loss_and_every_adapter_gradient_are_those_of_peft_also_when_recomputed() {
     for fixture in VERIFIED.iter().map(|name| Fixture::new(name)) {
         let layers = fixture.base().spec.layers.len();
-        let tiled = Thrift { recomputed_layers: layers, feed_forward_tile: Some(3) };
+        let tiled = Thrift { feed_forward_tile: Some(3), offload: true, ..Thrift::recomputing(layers) };
         for thrift in [0, layers.div_ceil(2), layers].map(Thrift::recomputing).into_iter().chain([tiled]) {
             let mut model = fixture.base();
             let adapters = Adapters::attach_loaded(&mut model, &fixture.adapter(), 0.0, None).unwrap();

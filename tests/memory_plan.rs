@@ -113,7 +113,8 @@ fn one_case() {
     (case.adapter)(&mut adapter);
     let training = TrainingRecipe::default();
     let batch = batch(case.tokens, spec.vocab_size);
-    let thrift = Thrift { recomputed_layers: spec.layers.len() * case.recomputed / 4, feed_forward_tile: case.tile };
+    let recomputed = Thrift::recomputing(spec.layers.len() * case.recomputed / 4);
+    let thrift = Thrift { feed_forward_tile: case.tile, ..recomputed };
 
     let adapters = PlannedAdapters::of(&spec, &adapter).unwrap();
     let plan = RunMemory::new(Planned {

@@ -40,6 +40,8 @@ pub fn run(arguments: &cli::Plan, out: &mut dyn Write) -> Result<()> {
         Some(card) => Some(card.memory()),
         None => train::free_bytes(device),
     };
+    // Another machine's host is not known.
+    let host = if asked.is_some() { None } else { train::free_bytes(Device::Cpu) };
     let run = Cut { training: &plan.training, max_length: plan.dataset.max_length, dataset: dataset.as_ref() };
     let largest = |rows, count| run.largest(rows, count);
     let named = train::sizes(&plan.training);
@@ -47,6 +49,8 @@ pub fn run(arguments: &cli::Plan, out: &mut dyn Write) -> Result<()> {
         sizes: &named,
         recompute: plan.training.recompute,
         tile: plan.training.tile_feed_forward,
+        offload: plan.training.offload,
+        host: host.map(train::budget),
         largest: &largest,
         budget: free.map(train::budget),
         overhead: train::overhead(device),

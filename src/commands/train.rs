@@ -10,7 +10,7 @@ use crate::data::{Dataset, Encoder};
 use crate::export::manifest;
 use crate::export::run::{self, Finished};
 use crate::objective::Supervised;
-use crate::recipe::{DataSource, MicroBatch, Recipe, TileFeedForward, Tiling, TrainingRecipe};
+use crate::recipe::{DataSource, MicroBatch, Offload, Recipe, TileFeedForward, Tiling, TrainingRecipe};
 use crate::torch_ext::{cpu_memory, set_deterministic};
 use crate::train::{
     self, Choice, Chosen, Cut, Datasets, Event, Events, Identity, Interrupts, Planned, Progress, Run, RunFolder,
@@ -81,7 +81,7 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
     });
     let cut = Cut { training: &plan.training, max_length: plan.dataset.max_length, dataset: Some(&train) };
     let largest = |rows, count| cut.largest(rows, count);
-    let free = train::free_bytes(device);
+    let (free, free_on_host) = (train::free_bytes(device), train::free_bytes(Device::Cpu));
     let begun_with = folder.chosen()?;
     let sizes = match begun_with {
         Some(Chosen { micro_batch_size, gradient_accumulation_steps, .. }) => {
@@ -101,6 +101,8 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
             sizes: &sizes,
             recompute: plan.training.recompute,
             tile,
+            offload: plan.training.offload,
+            host: free_on_host.map(train::budget),
             largest: &largest,
             budget: free.map(train::budget),
             overhead: train::overhead(device),
@@ -114,6 +116,11 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
     if thrift.recomputed_layers > 0 {
         console.say(format_args!("{} of {} layers are recomputed", thrift.recomputed_layers, memory.layers()));
     }
+    if thrift.offload {
+        console.say("inputs of recomputed layers wait in the host's memory");
+    } else if plan.training.offload == Offload::On && device == Device::Cpu {
+        console.say("note: training.offload: on the CPU there is no other memory to spare: nothing is copied away");
+    }
     if let Some(tile) = thrift.feed_forward_tile {
         console.say(format_args!("{tile} tokens at a time go through the feed-forwards"));
     }
@@ -121,7 +128,7 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
     events.tell(&Event::MemoryPlan(&choice));
     let advice = train::advice(&memory, &choice, &largest);
     if let Some(free) = free.filter(|_| !arguments.ignore_memory_plan) {
-        train::refuse_what_does_not_fit(&choice.memory, free, &advice)?;
+        train::refuse_what_does_not_fit(&choice.memory, free, free_on_host, &advice)?;
     }
     let training = TrainingRecipe {
         micro_batch_size: MicroBatch::Rows(rows),

@@ -14,7 +14,7 @@ use super::load::Reader;
 use super::router::{Balance, Router};
 use super::spec::{ModelSpec, Position, Rope};
 use super::streams::Copies;
-use crate::ops::{self, Documents, Norm, rope::Rotation};
+use crate::ops::{self, Documents, Norm, Offload, rope::Rotation};
 use crate::quant::Scheme;
 use crate::torch_ext::{sent, uniform};
 use crate::weights::Checkpoint;
@@ -52,6 +52,8 @@ pub struct Thrift {
     pub recomputed_layers: usize,
     /// How many tokens go through the dense feed-forwards of these at a time, and of all blocks in evaluation; all at once without it.
     pub feed_forward_tile: Option<u64>,
+    /// Whether what the recomputed blocks read waits in the host's memory for backward.
+    pub offload: bool,
 }
 
 impl Thrift {
@@ -172,12 +174,13 @@ impl Decoder {
     pub fn hidden(&self, ids: &Tensor, positions: &Tensor, documents: &Documents, forward: Forward<'_>) -> Tensor {
         let (mut h, given) = self.given(ids, positions, documents, forward);
         let mut handed_on = HandedOn::default();
+        let offload = forward.thrift.offload.then(Offload::default);
         for (i, layer, pass) in self.passes() {
             let again = i < forward.thrift.recomputed_layers;
             let tile = forward.thrift.feed_forward_tile.filter(|_| again || forward.seed.is_none());
             let context = Context { tile, ..given.context(i, layer, pass) };
             h = if again {
-                layer.forward_recomputed(&h, &context, &mut handed_on)
+                layer.forward_recomputed(&h, &context, &mut handed_on, offload.as_ref())
             } else {
                 layer.forward(&h, &context, &mut handed_on, None)
             };

@@ -12,7 +12,7 @@ use super::router::{Balance, Router};
 use super::spec::{self, LayerSpec};
 use super::streams::StreamMix;
 use crate::Result;
-use crate::ops::{self, Documents, Norm, rope::Rotation};
+use crate::ops::{self, Documents, Norm, Offload, rope::Rotation};
 
 /// A block with its weights.
 #[derive(Debug, Clone)]
@@ -158,8 +158,14 @@ impl Layer {
         }
     }
 
-    /// [`Layer::forward`], keeping only what it reads and running again in backward.
-    pub(super) fn forward_recomputed(&self, h: &Tensor, context: &Context<'_>, handed_on: &mut HandedOn) -> Tensor {
+    /// [`Layer::forward`], keeping only what it reads and running again in backward. With `offload` the stream that it reads waits there.
+    pub(super) fn forward_recomputed(
+        &self,
+        h: &Tensor,
+        context: &Context<'_>,
+        handed_on: &mut HandedOn,
+        offload: Option<&Offload>,
+    ) -> Tensor {
         let of_linears = self.linears().into_iter().flat_map(Linear::leaves);
         let trained: Vec<&Tensor> = of_linears.chain(self.norms().into_iter().flat_map(Norm::leaves)).collect();
         let layer = self.clone();
@@ -171,7 +177,7 @@ impl Layer {
         let (reads, fills) = (self.attention.reads(), self.attention.fills());
         let read = reads.map(|slot| handed_on.of(slot));
         let inputs: Vec<&Tensor> = [h].into_iter().chain(read.iter().flatten()).chain(context.input).collect();
-        let outputs = ops::recompute(&inputs, &trained, move |inputs| {
+        let outputs = ops::recompute(&inputs, &trained, offload, move |inputs| {
             let (h, mut rest) = inputs.split_first().expect("the stream");
             let mut handed_on = HandedOn::default();
             if let (Some(slot), [keys, values, others @ ..]) = (reads, rest) {

@@ -3,22 +3,33 @@
 
 use tch::Tensor;
 
-use crate::torch_ext::{custom, gradients};
+use super::offload::{Away, Offload};
+use crate::torch_ext::{custom, gradients, records_graph};
 
-/// `block(inputs)`, recomputed in backward; `parameters` are the leaves inside that are trained.
+/// `block(inputs)`, recomputed in backward; `parameters` are the leaves inside that are trained. With `offload`, the first input waits
+/// there until then.
 ///
 /// The block must compute the same both times: whatever is random in it comes from seeds.
 pub fn recompute(
     inputs: &[&Tensor],
     parameters: &[&Tensor],
+    offload: Option<&Offload>,
     block: impl Fn(&[Tensor]) -> Vec<Tensor> + Send + 'static,
 ) -> Vec<Tensor> {
-    let saved: Vec<(Tensor, bool)> = inputs.iter().map(|input| (input.detach(), input.requires_grad())).collect();
-    let outputs = tch::no_grad(|| block(&saved.iter().map(|(input, _)| input.shallow_clone()).collect::<Vec<_>>()));
-    let leaves: Vec<Tensor> = parameters.iter().map(|p| p.shallow_clone()).collect();
     let all: Vec<&Tensor> = inputs.iter().chain(parameters).copied().collect();
+    let graph = records_graph(&all);
+    let keep = |(index, input): (usize, &&Tensor)| match offload {
+        Some(offload) if graph && index == 0 => Kept::Away(offload.put(input)),
+        _ => Kept::Here(input.detach()),
+    };
+    // Sent away before the block is made, so that the copy goes on meanwhile.
+    let saved: Vec<(Kept, bool)> =
+        inputs.iter().enumerate().map(keep).zip(inputs.iter().map(|x| x.requires_grad())).collect();
+    let outputs = tch::no_grad(|| block(&inputs.iter().map(|input| input.detach()).collect::<Vec<_>>()));
+    let leaves: Vec<Tensor> = parameters.iter().map(|p| p.shallow_clone()).collect();
     custom(c"engraft::recompute", &all, outputs, move |grads| {
-        let inputs: Vec<Tensor> = saved.into_iter().map(|(input, wants)| input.set_requires_grad(wants)).collect();
+        let inputs: Vec<Tensor> =
+            saved.into_iter().map(|(input, wants)| input.take().set_requires_grad(wants)).collect();
         let outputs = tch::with_grad(|| block(&inputs));
         // What depends on nothing that is trained (keys that are handed on, say) has no graph to walk back.
         let (outputs, grads): (Vec<&Tensor>, Vec<&Tensor>) =
@@ -29,6 +40,21 @@ pub fn recompute(
             inputs.iter().map(|input| if input.requires_grad() { found.next().flatten() } else { None }).collect();
         of_inputs.into_iter().chain(found).collect()
     })
+}
+
+/// An input until backward.
+enum Kept {
+    Here(Tensor),
+    Away(Away),
+}
+
+impl Kept {
+    fn take(self) -> Tensor {
+        match self {
+            Self::Here(tensor) => tensor,
+            Self::Away(away) => away.back(),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -43,7 +69,7 @@ mod tests {
             &[randn(&[5, 6], 1), randn(&[6, 6], 2)],
             |_, x| {
                 let w = x[1].shallow_clone();
-                recompute(&[&x[0]], &[&x[1]], move |inputs| vec![block(&inputs[0], &w)])
+                recompute(&[&x[0]], &[&x[1]], None, move |inputs| vec![block(&inputs[0], &w)])
             },
             |_, x| vec![block(&x[0], &x[1])],
         );
@@ -56,7 +82,7 @@ mod tests {
             &[randn(&[5, 6], 1), randn(&[5, 6], 2), randn(&[6, 6], 3)],
             |_, x| {
                 let w = x[2].shallow_clone();
-                recompute(&[&x[0], &x[1]], &[&x[2]], move |inputs| block(&inputs[0], &inputs[1], &w))
+                recompute(&[&x[0], &x[1]], &[&x[2]], None, move |inputs| block(&inputs[0], &inputs[1], &w))
             },
             |_, x| block(&x[0], &x[1], &x[2]),
         );
@@ -69,7 +95,8 @@ mod tests {
             let inside = w.shallow_clone();
             let block = move |x: &[Tensor]| vec![x[0].matmul(&inside) + &x[1], &x[0] * 2.0];
             let inputs = [randn(&[3, 4], 1), randn(&[3, 4], 3).set_requires_grad(true)];
-            let outputs = if recomputed { recompute(&[&inputs[0], &inputs[1]], &[&w], block) } else { block(&inputs) };
+            let outputs =
+                if recomputed { recompute(&[&inputs[0], &inputs[1]], &[&w], None, block) } else { block(&inputs) };
             (outputs[0].tanh() * &outputs[1]).sum(tch::Kind::Float).backward();
             (w.grad().copy(), inputs[1].grad().copy())
         };
@@ -82,7 +109,10 @@ mod tests {
         let w = randn(&[4, 4], 2).set_requires_grad(true);
         let x = randn(&[3, 4], 1);
         let inside = w.shallow_clone();
-        recompute(&[&x], &[&w], move |x| vec![x[0].matmul(&inside).tanh()]).remove(0).sum(tch::Kind::Float).backward();
+        recompute(&[&x], &[&w], None, move |x| vec![x[0].matmul(&inside).tanh()])
+            .remove(0)
+            .sum(tch::Kind::Float)
+            .backward();
         let found = w.grad().copy();
         let again = randn(&[4, 4], 2).set_requires_grad(true);
         x.matmul(&again).tanh().sum(tch::Kind::Float).backward();

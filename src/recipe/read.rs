@@ -67,6 +67,7 @@ pub(super) fn in_order(mut problems: Vec<Problem>, name: &str) -> Vec<Fault> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::recipe::{Offload, TileFeedForward, Tiling};
 
     const GOOD: &str = "base_model: a/b\ndataset:\n  train: t.parquet\noutput:\n  dir: out\n";
 
@@ -471,6 +472,23 @@ mod tests {
         assert_eq!((auto.micro_batch_size.rows(), auto.global_batch_size), (None, Some(12)));
         assert_eq!(with(&["training.micro_batch_size=3"]).micro_batch_size.rows(), Some(3));
         assert_eq!(with(&["training.global_batch_size=16"]).micro_batch_size.rows(), Some(8));
+    }
+
+    #[test]
+    fn what_is_of_recomputed_layers_needs_some() {
+        refused_with(
+            "training: {recompute: none, tile_feed_forward: 4096, offload: on}\n",
+            &[
+                "6:48: `training.tile_feed_forward` is the number 4096, but `training.recompute` is the text \"none\" | auto",
+                "6:63: `training.offload` is the text \"on\", but `training.recompute` is the text \"none\" | auto",
+            ],
+        );
+        refused_with("training: {tile_feed_forward: 0}\n", &["6:31: `training.tile_feed_forward` is"]);
+        let with = |sets: &[&str]| read(GOOD, sets).unwrap().training;
+        let both = with(&["training.tile_feed_forward=512", "training.offload=off"]);
+        assert_eq!((both.tile_feed_forward, both.offload), (TileFeedForward::Tokens(512), Offload::Off));
+        let off = with(&["training.tile_feed_forward=off", "training.recompute=none"]);
+        assert_eq!((off.tile_feed_forward, off.offload), (TileFeedForward::Left(Tiling::Off), Offload::Auto));
     }
 
     #[test]

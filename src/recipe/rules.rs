@@ -212,15 +212,19 @@ fn of_the_batch(tree: &Node) -> Option<Problem> {
 }
 
 /// What is there of recomputed layers alone.
-fn of_recomputing(tree: &Node) -> Option<Problem> {
-    let never = given(tree, "training.recompute").filter(|node| node.text() == Some("none"))?;
-    let tile = given(tree, "training.tile_feed_forward").filter(|node| matches!(node.value, Value::Integer(_)))?;
-    let what = format!(
-        "`training.tile_feed_forward` is {}, but `training.recompute` is {}: a tile's activations are made again in backward",
-        tile.found(),
-        never.found()
-    );
-    Some(Problem::new(&tile.place, what, "write `training.recompute: auto`, or leave `tile_feed_forward` out"))
+fn of_recomputing(tree: &Node) -> Vec<Problem> {
+    let Some(never) = given(tree, "training.recompute").filter(|node| node.text() == Some("none")) else {
+        return Vec::new();
+    };
+    let tile = given(tree, "training.tile_feed_forward").filter(|node| matches!(node.value, Value::Integer(_)));
+    let offload = given(tree, "training.offload").filter(|node| node.text() == Some("on"));
+    let tile = tile.map(|node| ("training.tile_feed_forward", node, "a tile's activations are made again in backward"));
+    let offload = offload.map(|node| ("training.offload", node, "it is what recomputed layers read that is sent away"));
+    let problem = |(key, node, why): (&str, &Node, &str)| {
+        let what = format!("`{key}` is {}, but `training.recompute` is {}: {why}", node.found(), never.found());
+        Problem::new(&node.place, what, format!("write `training.recompute: auto`, or leave `{key}` out"))
+    };
+    tile.into_iter().chain(offload).map(problem).collect()
 }
 
 fn wrong_target(key: &str, node: &Node, text: &str) -> Option<Problem> {

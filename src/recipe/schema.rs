@@ -551,6 +551,9 @@ pub struct TrainingRecipe {
     pub max_grad_norm: f64,
     /// Activation recompute: which layers keep their activations.
     pub recompute: Recompute,
+    /// Whether the inputs of recomputed layers wait for backward in the host's memory, pinned: copied away and back while the GPU
+    /// computes, and the same to the bit. On the CPU there is nothing to gain, and it is not done.
+    pub offload: Offload,
     /// How many tokens go through a layer's dense feed-forward at a time, for very long rows: what it keeps is then never there of more,
     /// every layer is recomputed, and its feed-forward once more. Sums are rounded in another order, and `lora_dropout` drops other
     /// numbers; experts are not tiled.
@@ -619,6 +622,7 @@ impl Default for TrainingRecipe {
             warmup_ratio: None,
             max_grad_norm: 1.0,
             recompute: Recompute::Auto,
+            offload: Offload::Auto,
             tile_feed_forward: TileFeedForward::Left(Tiling::Auto),
             seed: 42,
             logging_steps: 1,
@@ -728,6 +732,19 @@ pub enum Recompute {
     None,
     /// Recompute every layer.
     Full,
+}
+
+/// Whether the inputs of recomputed layers wait in the host's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Offload {
+    /// Only where recomputing every layer is not enough.
+    #[default]
+    Auto,
+    /// Never.
+    Off,
+    /// Those of every recomputed layer.
+    On,
 }
 
 /// How many tokens go through a dense feed-forward at a time.

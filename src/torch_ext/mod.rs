@@ -14,6 +14,7 @@ mod optimizer;
 mod parallel;
 mod placed;
 mod random;
+mod transfer;
 
 use tch::Tensor;
 use torch_sys::C_tensor;
@@ -36,6 +37,7 @@ pub use optimizer::{AdamW, add_scaled, clear_gradients, fused_adamw_, global_nor
 pub use parallel::{parallel_for, parallel_tasks, parallel_tasks_with};
 pub use placed::{pinned, placed, sent};
 pub use random::{keep_mask, uniform};
+pub use transfer::Transfer;
 
 type Raw = *mut C_tensor;
 

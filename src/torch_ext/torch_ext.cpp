@@ -9,6 +9,9 @@
 #include <ATen/Version.h>
 #include <ATen/native/CPUBlas.h>
 #include <c10/core/CachingDeviceAllocator.h>
+#include <c10/core/Event.h>
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -17,6 +20,9 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -87,6 +93,16 @@ at::Generator seeded(const at::Device& device, uint64_t seed) {
   std::lock_guard<std::mutex> lock(generator.mutex());
   generator.set_current_seed(seed);
   return generator;
+}
+
+// A stream of the device that nothing else is put on: one for all copies.
+c10::Stream copying_stream(const c10::Device& device) {
+  static std::mutex lock;
+  static std::map<c10::DeviceIndex, c10::Stream> streams;
+  std::lock_guard<std::mutex> guard(lock);
+  const auto found = streams.find(device.index());
+  if (found != streams.end()) return found->second;
+  return streams.emplace(device.index(), c10::impl::VirtualGuardImpl(device.type()).getNewStream(device)).first->second;
 }
 
 std::optional<int64_t> window(int64_t left) { return left < 0 ? std::nullopt : std::optional<int64_t>(left); }
@@ -220,6 +236,37 @@ char* engraft_placed(at::Tensor* tensor, int index, at::Tensor** out) {
   return guarded([&] {
     const at::Device device(at::kCUDA, static_cast<c10::DeviceIndex>(index));
     *out = new at::Tensor(tensor->to(device, tensor->scalar_type(), /*non_blocking=*/true));
+  });
+}
+
+char* engraft_transfer(at::Tensor* from, int to_host, int index, at::Tensor** out, void** event) {
+  return guarded([&] {
+    c10::NoGradGuard no_grad;
+    const c10::Device device(c10::kCUDA, static_cast<c10::DeviceIndex>(index));
+    const c10::impl::VirtualGuardImpl streams(c10::kCUDA);
+    const c10::Stream side = copying_stream(device);
+    // Made for this thread's stream, whose work may still read what lay there: the copy begins after it.
+    const auto options = from->options().requires_grad(false);
+    at::Tensor to = at::empty(from->sizes(), to_host ? options.device(c10::kCPU).pinned_memory(true) : options.device(device));
+    c10::Event ready(c10::kCUDA);
+    ready.record(streams.getStream(device));
+    ready.block(side);
+    auto end = std::make_unique<c10::Event>(c10::kCUDA);
+    {
+      c10::StreamGuard guard(side);
+      to.copy_(*from, /*non_blocking=*/true);
+      end->record(side);
+    }
+    *out = new at::Tensor(std::move(to));
+    *event = end.release();
+  });
+}
+
+char* engraft_transfer_done(void* event, int index) {
+  return guarded([&] {
+    const std::unique_ptr<c10::Event> end(static_cast<c10::Event*>(event));
+    const c10::impl::VirtualGuardImpl streams(c10::kCUDA);
+    end->block(streams.getStream(c10::Device(c10::kCUDA, static_cast<c10::DeviceIndex>(index))));
   });
 }
 

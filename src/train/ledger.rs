@@ -130,6 +130,7 @@ const FREE: &[&str] = &[
     "quantization.cache_dequantized",
     "training.threads",
     "training.recompute",
+    "training.offload",
     "training.logging_steps",
     "training.save_steps",
     "training.save_total_limit",

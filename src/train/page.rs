@@ -126,6 +126,12 @@ impl Page<'_> {
                 some => format!("1 to {some} are recomputed, {} to {} keep their activations", some + 1, self.layers),
             },
         );
+        if thrift.offload {
+            line(
+                "host memory",
+                gigabytes(memory.host) + " pinned: inputs of recomputed layers wait there for backward",
+            );
+        }
         if let Some(tile) = thrift.feed_forward_tile {
             let why = "what they keep is never whole, and they run once more";
             line("feed-forwards", format!(" {tile} tokens at a time: {why}"));

@@ -6,7 +6,7 @@ use tch::Device;
 use super::{MemoryPlan, RunMemory, Step};
 use crate::data::MicroBatchSize;
 use crate::model::Thrift;
-use crate::recipe::{Recompute, TileFeedForward, Tiling, TrainingRecipe};
+use crate::recipe::{Offload, Recompute, TileFeedForward, Tiling, TrainingRecipe};
 use crate::{Error, Fault, Result};
 
 /// What a recomputed block costs of its time in a step: forward once more, of forward, and backward of twice that.
@@ -23,6 +23,10 @@ pub struct Wish<'a> {
     pub recompute: Recompute,
     /// What it says of tiles.
     pub tile: TileFeedForward,
+    /// What it says of the host's memory.
+    pub offload: Offload,
+    /// Bytes of that which may be taken; without it, everything fits.
+    pub host: Option<u64>,
     /// The largest micro-batch of so many rows, where so many make up a step.
     pub largest: &'a dyn Fn(u32, u32) -> MicroBatchSize,
     /// Bytes that the plan may take; without it, everything fits.
@@ -52,7 +56,8 @@ pub struct Choice {
 
 /// The choice that takes the least time of those that fit; where none does, the one that takes the least memory.
 ///
-/// Every size has as few recomputed blocks as it needs to fit. Tiles are for what does not fit otherwise.
+/// Every size has as few recomputed blocks as it needs to fit. Offloading is for what does not fit then, tiles for what does not fit
+/// otherwise.
 pub fn choose(run: &RunMemory<'_>, wish: &Wish<'_>) -> Choice {
     let all = choices(run, wish);
     let layers = run.layers();
@@ -60,41 +65,28 @@ pub fn choose(run: &RunMemory<'_>, wish: &Wish<'_>) -> Choice {
         let again = AGAIN * choice.thrift.recomputed_layers as f64 / layers.max(1) as f64;
         f64::from(choice.gradient_accumulation_steps) * (choice.largest_tokens as f64 + wish.overhead) * (1.0 + again)
     };
-    let tiled = |choice: &Choice| choice.thrift.feed_forward_tile.is_some();
-    let order = |a: &&Choice, b: &&Choice| tiled(a).cmp(&tiled(b)).then(time(a).total_cmp(&time(b)));
+    let means = |choice: &Choice| (choice.thrift.feed_forward_tile.is_some(), choice.thrift.offload);
+    let order = |a: &&Choice, b: &&Choice| means(a).cmp(&means(b)).then(time(a).total_cmp(&time(b)));
     let best = all.iter().filter(|choice| choice.fits).min_by(order);
     let least = || all.iter().min_by_key(|choice| choice.memory.peak);
     *best.or_else(least).expect("a recipe names a size, or a number of rows that has divisors")
 }
 
-/// Every size, with as few recomputed blocks as it needs to fit, and with tiles where it needs them.
+/// Every size, with as few recomputed blocks as it needs to fit, and offloaded and in tiles where it needs that.
 pub fn choices(run: &RunMemory<'_>, wish: &Wish<'_>) -> Vec<Choice> {
-    let layers = run.layers();
     let of_size = |&(rows, count): &(u32, u32)| {
         let largest = (wish.largest)(rows, count);
         let plan = |thrift| run.plan(Step { largest, accumulates: count > 1, thrift });
-        let fits = |thrift| wish.budget.is_none_or(|budget| plan(thrift).peak <= budget);
-        let recomputed = match wish.recompute {
-            Recompute::None => 0,
-            Recompute::Full => layers,
-            Recompute::Auto => fewest(layers, |layers| fits(Thrift::recomputing(layers))),
+        let has_host = |thrift| {
+            let host = plan(thrift).host;
+            host == 0 || wish.host.is_none_or(|budget| host <= budget)
         };
-        // With tiles every layer is recomputed: which ones are changes how sums are rounded, and must not depend on what is free.
-        let tiled = |tile| Thrift { recomputed_layers: layers, feed_forward_tile: Some(tile) };
-        let thrift = match (wish.tile, wish.recompute) {
-            (TileFeedForward::Tokens(tile), _) => tiled(tile.into()),
-            (TileFeedForward::Left(Tiling::Auto), Recompute::Auto | Recompute::Full)
-                if largest.tokens > SMALLEST_TILE && !fits(Thrift::recomputing(recomputed)) =>
-            {
-                let mut tiles = tiles(largest.tokens).map(tiled);
-                let whole = Thrift::recomputing(recomputed);
-                let smallest = tiled(SMALLEST_TILE);
-                // What has no dense feed-forward gains nothing.
-                let least = if plan(smallest).peak < plan(whole).peak { smallest } else { whole };
-                tiles.find(|thrift| fits(*thrift)).unwrap_or(least)
-            }
-            (TileFeedForward::Left(_), _) => Thrift::recomputing(recomputed),
-        };
+        let fits = |thrift| wish.budget.is_none_or(|budget| plan(thrift).peak <= budget) && has_host(thrift);
+        let all = || ways(run, wish, largest.tokens, &fits);
+        // Where nothing fits, the first of those that take least.
+        let least = || all().min_by_key(|thrift| (!has_host(*thrift), plan(*thrift).peak));
+        let thrift = all().find(|thrift| fits(*thrift)).or_else(least);
+        let thrift = thrift.expect("a layer's activations are kept, or made again");
         Choice {
             micro_batch_size: rows,
             gradient_accumulation_steps: count,
@@ -107,9 +99,41 @@ pub fn choices(run: &RunMemory<'_>, wish: &Wish<'_>) -> Vec<Choice> {
     wish.sizes.iter().map(of_size).collect()
 }
 
+/// Ways for blocks to take less memory that the recipe allows, those that cost least time first; `fits` is asked how many blocks need run
+/// again.
+fn ways(
+    run: &RunMemory<'_>,
+    wish: &Wish<'_>,
+    tokens: u64,
+    fits: &dyn Fn(Thrift) -> bool,
+) -> impl Iterator<Item = Thrift> {
+    let layers = run.layers();
+    let again = wish.recompute != Recompute::None;
+    let sizes: Vec<Option<u64>> = match wish.tile {
+        TileFeedForward::Tokens(tile) => vec![Some(tile.into())],
+        TileFeedForward::Left(Tiling::Auto) if again => [None].into_iter().chain(tiles(tokens).map(Some)).collect(),
+        TileFeedForward::Left(_) => vec![None],
+    };
+    let offloads: &[bool] = match wish.offload {
+        Offload::On if run.on_gpu() => &[true],
+        Offload::Auto if run.on_gpu() && again => &[false, true],
+        _ => &[false],
+    };
+    let pairs = sizes.into_iter().flat_map(|tile| offloads.iter().map(move |offload| (tile, *offload)));
+    pairs.map(move |(feed_forward_tile, offload)| {
+        let with = |recomputed_layers| Thrift { recomputed_layers, feed_forward_tile, offload };
+        match (wish.recompute, feed_forward_tile) {
+            // With tiles every layer is recomputed: which ones are changes how sums are rounded, and must not depend on what is free.
+            (_, Some(_)) | (Recompute::Full, None) => with(layers),
+            (Recompute::None, None) => with(0),
+            (Recompute::Auto, None) => with(fewest(layers, |layers| fits(with(layers)))),
+        }
+    })
+}
+
 /// Tiles of so many tokens, the largest first: powers of two, several to a micro-batch.
 fn tiles(tokens: u64) -> impl Iterator<Item = u64> {
-    let largest = tokens.div_ceil(2).max(SMALLEST_TILE).next_power_of_two();
+    let largest = tokens.div_ceil(2).next_power_of_two();
     std::iter::successors(Some(largest), |tile| Some(tile / 2)).take_while(|tile| *tile >= SMALLEST_TILE)
 }
 
@@ -155,6 +179,11 @@ pub fn advice(run: &RunMemory<'_>, choice: &Choice, largest: &dyn Fn(u32, u32) -
     if thrift.recomputed_layers < run.layers() {
         ways.push(format!("training.recompute: full would take {:.2} GB", peak(rows, count, full)));
     }
+    let offloaded = Thrift { offload: true, ..full };
+    if run.on_gpu() && !thrift.offload && peak(rows, count, offloaded) < 0.99 * peak(rows, count, full) {
+        let offloaded = peak(rows, count, offloaded);
+        ways.push(format!("training.offload: on with every layer recomputed {offloaded:.2} GB"));
+    }
     let tiled = Thrift { feed_forward_tile: Some(SMALLEST_TILE), ..full };
     if thrift.feed_forward_tile.is_none_or(|tile| tile > SMALLEST_TILE)
         && peak(rows, count, tiled) < 0.99 * peak(rows, count, full)
@@ -174,17 +203,20 @@ pub fn advice(run: &RunMemory<'_>, choice: &Choice, largest: &dyn Fn(u32, u32) -
     format!("{:.2} GB are planned; {}", gigabytes(choice.memory.peak), ways.join("; "))
 }
 
-/// Refuses a run that takes more than is `free`.
+/// Refuses a run that takes more than is `free`, or sends more to the host than is free there.
 ///
 /// # Errors
 /// [`Error::Device`] with both numbers and `advice`.
-pub fn refuse_what_does_not_fit(memory: &MemoryPlan, free: u64, advice: &str) -> Result<()> {
-    if memory.peak <= free {
-        return Ok(());
+pub fn refuse_what_does_not_fit(memory: &MemoryPlan, free: u64, on_host: Option<u64>, advice: &str) -> Result<()> {
+    let refused = |place: &str, doing: &str, bytes: u64, free: u64| {
+        let [bytes, free] = [bytes, free].map(|bytes| bytes as f64 / 1e9);
+        let what = format!("the run would {doing} {bytes:.2} GB at most, {free:.2} GB are free");
+        let hint = format!("{advice}; --ignore-memory-plan starts it all the same");
+        Err(Error::Device(Fault::new(place, what).hint(hint)))
+    };
+    match on_host.filter(|free| memory.host > *free) {
+        _ if memory.peak > free => refused("memory", "take", memory.peak, free),
+        Some(free) => refused("host memory", "keep inputs of layers in", memory.host, free),
+        None => Ok(()),
     }
-    let [peak, free] = [memory.peak, free].map(|bytes| bytes as f64 / 1e9);
-    let what = format!("the run would take {peak:.2} GB at most, {free:.2} GB are free");
-    Err(Error::Device(
-        Fault::new("memory", what).hint(format!("{advice}; --ignore-memory-plan starts it all the same")),
-    ))
 }

@@ -21,6 +21,7 @@ use crate::data::MicroBatchSize;
 use crate::model::spec::Position;
 use crate::model::{ModelSpec, Thrift};
 use crate::ops::LOGITS_AT_ONCE;
+use crate::ops::offload::BUFFERS;
 use crate::quant::{Products, Scheme};
 use crate::recipe::TrainingRecipe;
 use crate::torch_ext::FEW_SHAPES;
@@ -61,6 +62,8 @@ pub struct MemoryPlan {
     pub loading: u64,
     /// What libtorch takes besides tensors: on the CPU what it compiles, above all.
     pub libtorch: u64,
+    /// What waits in the host's memory for backward, pinned, as libtorch's allocator rounds it; no part of the peak on a GPU.
+    pub host: u64,
     /// A state while it is saved: on the CPU beside all that a step has taken, as freed memory is kept.
     pub saving: u64,
     /// The most at once of all of it, beyond what the process has before the base is read.
@@ -194,6 +197,11 @@ impl<'a> RunMemory<'a> {
         }
     }
 
+    /// Whether there is another memory than the host's.
+    fn on_gpu(&self) -> bool {
+        self.planned.device != Device::Cpu
+    }
+
     /// Blocks.
     pub fn layers(&self) -> usize {
         self.planned.spec.layers.len()
@@ -216,6 +224,7 @@ impl<'a> RunMemory<'a> {
             working: walked.working,
             loading: weights.loading,
             libtorch,
+            host: walked.host,
             saving,
             peak,
         }
@@ -248,10 +257,15 @@ impl<'a> RunMemory<'a> {
         let made = |index: usize, of_a_block: u64| {
             if accumulates || index % spec.passes + 1 < spec.passes { 0 } else { of_a_block }
         };
-        let mut alive = costs.of_all_blocks() + gradients;
-        let mut walked = Walked::default();
+        // Inputs that wait on the host are here for as long as they are copied.
+        let away =
+            if thrift.offload { blocks.iter().enumerate().filter(|(index, _)| recomputed(*index)).count() } else { 0 };
+        let here = away.min(BUFFERS) as u64 * stream;
+        let of_input = |block: &Block| if thrift.offload { 0 } else { block.input };
+        let mut alive = costs.of_all_blocks() + gradients + here;
+        let mut walked = Walked { host: away as u64 * stream.next_power_of_two(), ..Walked::default() };
         for (index, block) in blocks.iter().enumerate() {
-            let kept = if recomputed(index) { block.input } else { block.kept };
+            let kept = if recomputed(index) { of_input(block) } else { block.kept };
             walked.peak = walked.peak.max(alive + block.kept + block.forward);
             alive += kept;
         }
@@ -274,7 +288,7 @@ impl<'a> RunMemory<'a> {
             let working = again + block.backward + block.gradients;
             walked.working = walked.working.max(working);
             walked.peak = walked.peak.max(alive + working);
-            alive -= if recomputed(index) { block.input } else { block.kept };
+            alive -= if recomputed(index) { of_input(block) } else { block.kept };
             alive += made(index, block.gradients);
         }
         walked
@@ -307,6 +321,7 @@ impl Costs<'_> {
 /// The most of a step beyond what is always there.
 #[derive(Debug, Clone, Copy, Default)]
 struct Walked {
+    host: u64,
     activations: u64,
     logits: u64,
     working: u64,
@@ -317,7 +332,18 @@ impl fmt::Display for MemoryPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let gigabytes = |bytes: u64| bytes as f64 / 1e9;
         let Self {
-            weights, adapters, gradients, optimizer, activations, logits, working, libtorch, saving, peak, ..
+            weights,
+            adapters,
+            gradients,
+            optimizer,
+            activations,
+            logits,
+            working,
+            libtorch,
+            saving,
+            host,
+            peak,
+            ..
         } = *self;
         write!(
             f,
@@ -333,7 +359,11 @@ impl fmt::Display for MemoryPlan {
             gigabytes(working),
             gigabytes(libtorch),
             gigabytes(saving),
-        )
+        )?;
+        if host > 0 {
+            write!(f, "; {:.2} GB of activations wait in the host's memory", gigabytes(host))?;
+        }
+        Ok(())
     }
 }
 

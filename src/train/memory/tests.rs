@@ -2,7 +2,7 @@ use serde_json::json;
 
 use super::*;
 use crate::model::families;
-use crate::recipe::{AdapterRecipe, Auto, MicroBatch, Recompute, TileFeedForward, Tiling};
+use crate::recipe::{AdapterRecipe, Auto, MicroBatch, Offload, Recompute, TileFeedForward, Tiling};
 
 const OFF: TileFeedForward = TileFeedForward::Left(Tiling::Off);
 
@@ -101,6 +101,8 @@ fn blocks_are_recomputed_only_as_far_as_memory_asks() {
                 sizes: &[(8, 1)],
                 recompute: Recompute::Auto,
                 tile: OFF,
+                offload: Offload::Off,
+                host: None,
                 largest: &|rows, _| MicroBatchSize { tokens: u64::from(rows) * 2048, trained: u64::from(rows) * 2048 },
                 budget: Some(budget << 30),
                 overhead: 200.0,
@@ -134,6 +136,8 @@ fn a_micro_batch_is_as_large_as_pays_and_fits() {
                 sizes: &sizes,
                 recompute,
                 tile: OFF,
+                offload: Offload::Off,
+                host: None,
                 largest: &largest,
                 budget: Some(budget << 30),
                 overhead: 200.0,
@@ -162,6 +166,8 @@ fn a_run_that_does_not_fit_is_refused_with_what_would_take_less() {
             sizes: &sizes,
             recompute: Recompute::None,
             tile: OFF,
+            offload: Offload::Off,
+            host: None,
             largest: &largest,
             budget: None,
             overhead: 200.0,
@@ -170,10 +176,14 @@ fn a_run_that_does_not_fit_is_refused_with_what_would_take_less() {
         let advice = advice(run, &choice, &largest);
         assert!(advice.contains("training.recompute: full would take"), "{advice}");
         assert!(advice.contains("training.micro_batch_size: 2 with gradient_accumulation_steps: 4"), "{advice}");
-        let error = refuse_what_does_not_fit(&choice.memory, choice.memory.peak - 1, &advice).unwrap_err();
+        let error = refuse_what_does_not_fit(&choice.memory, choice.memory.peak - 1, None, &advice).unwrap_err();
         assert_eq!(error.exit_code(), 8);
         assert!(error.to_string().contains("--ignore-memory-plan"), "{error}");
-        refuse_what_does_not_fit(&choice.memory, choice.memory.peak, &advice).unwrap();
+        refuse_what_does_not_fit(&choice.memory, choice.memory.peak, Some(0), &advice).unwrap();
+        let offloaded = MemoryPlan { host: 2, ..choice.memory };
+        refuse_what_does_not_fit(&offloaded, u64::MAX, Some(2), &advice).unwrap();
+        let error = refuse_what_does_not_fit(&offloaded, u64::MAX, Some(1), &advice).unwrap_err();
+        assert!(error.to_string().starts_with("host memory: "), "{error}");
     });
 }
 
@@ -187,7 +197,16 @@ fn tiles_are_for_what_does_not_fit_otherwise_and_as_large_as_fits() {
         };
         let auto = TileFeedForward::Left(Tiling::Auto);
         let chosen = |sizes: &[(u32, u32)], budget: u64, recompute, tile| {
-            let wish = Wish { sizes, recompute, tile, largest: &largest, budget: Some(budget), overhead: 200.0 };
+            let wish = Wish {
+                sizes,
+                recompute,
+                tile,
+                offload: Offload::Off,
+                host: None,
+                largest: &largest,
+                budget: Some(budget),
+                overhead: 200.0,
+            };
             let choice = choose(run, &wish);
             (choice.micro_batch_size, choice.thrift, choice.fits)
         };
@@ -200,8 +219,10 @@ fn tiles_are_for_what_does_not_fit_otherwise_and_as_large_as_fits() {
         // Gate, up and what they are made of, of all tokens but a tile's.
         assert!(peak(whole) - peaks[2] > (tokens - 1024) * 14_336 * 2 * 4, "{peaks:?} {}", peak(whole));
 
-        assert_eq!(chosen(one, peak(whole), Recompute::Auto, auto).1, whole);
-        assert_eq!(chosen(one, peak(whole) - 1, Recompute::Auto, auto), (1, tiled(65_536), true));
+        assert_eq!(chosen(one, peak(whole), Recompute::Auto, auto).1.feed_forward_tile, None);
+        assert_eq!(chosen(one, peak(whole), Recompute::Full, auto).1, whole);
+        assert_eq!(chosen(one, peak(whole) - 1, Recompute::Full, auto), (1, tiled(65_536), true));
+        assert_eq!(chosen(one, peaks[0], Recompute::Auto, auto), (1, tiled(65_536), true));
         assert_eq!(chosen(one, peaks[0] - 1, Recompute::Full, auto), (1, tiled(32_768), true));
         let (_, least, fits) = chosen(one, 1, Recompute::Auto, auto);
         assert_eq!((peak(least), fits), (peaks[2], false), "the least there is");
@@ -210,18 +231,67 @@ fn tiles_are_for_what_does_not_fit_otherwise_and_as_large_as_fits() {
         let none = chosen(one, peaks[1], Recompute::None, auto);
         assert_eq!((none.1, none.2), (Thrift::default(), false), "what is kept is kept whole");
         // Fewer rows that fit as they are come before more in tiles.
-        let (rows, thrift, fits) = chosen(&[(1, 2), (2, 1)], peak(whole), Recompute::Auto, auto);
+        let (rows, thrift, fits) = chosen(&[(1, 2), (2, 1)], peak(whole) * 21 / 20, Recompute::Full, auto);
         assert_eq!((rows, thrift, fits), (1, whole, true));
 
         let wish = Wish {
             sizes: one,
             recompute: Recompute::Full,
             tile: OFF,
+            offload: Offload::Off,
+            host: None,
             largest: &largest,
             budget: None,
             overhead: 200.0,
         };
         let advice = advice(run, &choose(run, &wish), &largest);
         assert!(advice.contains("training.tile_feed_forward: 1024 with every layer recomputed"), "{advice}");
+    });
+}
+
+#[test]
+fn offloading_is_for_what_recomputing_alone_does_not_fit_and_takes_the_hosts_memory() {
+    with(true, None, |run| {
+        let largest = |rows: u32, _| MicroBatchSize { tokens: u64::from(rows) * 32_768, trained: 32 };
+        let peak = |thrift| run.plan(Step { largest: largest(1, 1), accumulates: false, thrift });
+        let whole = Thrift::recomputing(32);
+        let away = Thrift { offload: true, ..whole };
+        let stream = 32_768 * 4096 * 2;
+        // All inputs but the two that are copied.
+        assert_eq!(peak(whole).activations - peak(away).activations, 30 * stream);
+        assert_eq!((peak(whole).host, peak(away).host), (0, 32 * stream));
+        assert!(peak(whole).peak - peak(away).peak > 25 * stream, "{:?} {:?}", peak(whole), peak(away));
+        let of_half = peak(Thrift { recomputed_layers: 16, ..away });
+        assert_eq!(of_half.host, 16 * stream);
+
+        let chosen = |budget, host, recompute, tile, offload| {
+            let sizes = &[(1, 1)];
+            let wish = Wish {
+                sizes,
+                recompute,
+                tile,
+                offload,
+                host,
+                largest: &largest,
+                budget: Some(budget),
+                overhead: 200.0,
+            };
+            let Choice { thrift, fits, .. } = choose(run, &wish);
+            (thrift, fits)
+        };
+        let auto = TileFeedForward::Left(Tiling::Auto);
+        let (recomputed, offloaded) = (peak(whole).peak, peak(away).peak);
+        assert_eq!(chosen(recomputed, None, Recompute::Full, auto, Offload::Auto), (whole, true));
+        assert_eq!(chosen(offloaded, None, Recompute::Full, auto, Offload::Auto), (away, true), "before tiles");
+        let (thrift, fits) = chosen(offloaded, None, Recompute::Auto, auto, Offload::Auto);
+        assert!(thrift.offload && thrift.feed_forward_tile.is_none() && fits, "{thrift:?}");
+        let (thrift, fits) = chosen(offloaded, Some(30 * stream), Recompute::Auto, auto, Offload::Auto);
+        assert!(!thrift.offload && !fits, "the host has no room: {thrift:?}");
+        let (thrift, fits) = chosen(offloaded - 1, None, Recompute::Full, auto, Offload::Auto);
+        assert!(thrift.feed_forward_tile.is_some() && fits, "{thrift:?}");
+        assert_eq!(chosen(u64::MAX, None, Recompute::Full, OFF, Offload::On), (away, true));
+        assert_eq!(chosen(u64::MAX, None, Recompute::Auto, OFF, Offload::On).0.recomputed_layers, 0);
+        assert_eq!(chosen(offloaded, None, Recompute::Full, OFF, Offload::Off), (whole, false));
+        assert_eq!(chosen(1, None, Recompute::None, auto, Offload::Auto), (Thrift::default(), false));
     });
 }
