@@ -262,9 +262,10 @@ char* engraft_transfer(at::Tensor* from, int to_host, int index, at::Tensor** ou
   });
 }
 
-char* engraft_transfer_done(void* event, int index) {
+char* engraft_transfer_done(void* event, int index, int this_thread) {
   return guarded([&] {
     const std::unique_ptr<c10::Event> end(static_cast<c10::Event*>(event));
+    if (this_thread) return end->synchronize();
     const c10::impl::VirtualGuardImpl streams(c10::kCUDA);
     end->block(streams.getStream(c10::Device(c10::kCUDA, static_cast<c10::DeviceIndex>(index))));
   });

@@ -70,8 +70,8 @@ char* engraft_placed(at::Tensor* tensor, int index, at::Tensor** out);
 // Begins to copy `from`, to pinned memory or from there to the CUDA device `index`, on a stream that does nothing else, once what this
 // thread's stream was given is done. `out` is where to; `event`, to be given to engraft_transfer_done, marks the end.
 char* engraft_transfer(at::Tensor* from, int to_host, int index, at::Tensor** out, void** event);
-// What this thread's stream is given from here on waits for the end. Consumes `event`.
-char* engraft_transfer_done(void* event, int index);
+// What this thread's stream is given from here on waits for the end, or this thread itself. Consumes `event`.
+char* engraft_transfer_done(void* event, int index, int this_thread);
 
 // The CUDA stream that this thread puts work of device `index` on; nullptr is the default one.
 char* engraft_cuda_stream(int index, void** stream);

@@ -10,7 +10,7 @@ use super::{Raw, owned, raw};
 unsafe extern "C" {
     fn engraft_transfer(from: Raw, to_host: c_int, index: c_int, out: *mut Raw, event: *mut *mut c_void)
     -> *mut c_char;
-    fn engraft_transfer_done(event: *mut c_void, index: c_int) -> *mut c_char;
+    fn engraft_transfer_done(event: *mut c_void, index: c_int, this_thread: c_int) -> *mut c_char;
 }
 
 /// A copy under way, on a stream of its own. It begins when what was given to this thread's stream before is done.
@@ -55,21 +55,27 @@ impl Transfer {
         &self.from
     }
 
-    /// Where it is copied to: to be read after [`Transfer::arrived`] alone.
+    /// Where it is copied to: not to be read before it has arrived.
     pub fn target(&self) -> &Tensor {
         &self.to
     }
 
     /// The copy: what is given to this thread's stream from here on waits for it, the thread does not.
     pub fn arrived(mut self) -> Tensor {
-        expect(self.wait());
+        expect(self.wait(false));
         self.to.shallow_clone()
     }
 
-    fn wait(&mut self) -> *mut c_char {
+    /// The copy, when this thread has waited for it: to be read on the host.
+    pub fn read(mut self) -> Tensor {
+        expect(self.wait(true));
+        self.to.shallow_clone()
+    }
+
+    fn wait(&mut self, this_thread: bool) -> *mut c_char {
         let Some((event, index)) = self.end.take() else { return std::ptr::null_mut() };
         // SAFETY: made by `engraft_transfer`, taken out and so handed back once.
-        unsafe { engraft_transfer_done(event, index as c_int) }
+        unsafe { engraft_transfer_done(event, index as c_int, this_thread.into()) }
     }
 }
 
@@ -77,7 +83,7 @@ impl Drop for Transfer {
     /// Neither memory is used for something else before the copy is made.
     fn drop(&mut self) {
         // What fails here fails in whatever is computed next, too.
-        drop(super::failure::message(self.wait()));
+        drop(super::failure::message(self.wait(false)));
     }
 }
 
@@ -94,6 +100,7 @@ mod tests {
         let away = Transfer::to_host(x.shallow_clone());
         assert_ne!(away.target().data_ptr(), x.data_ptr());
         assert_eq!((away.source().data_ptr(), away.target().device()), (x.data_ptr(), Device::Cpu));
+        assert!(Transfer::to_host(x.shallow_clone()).read().equal(&x.to_device(Device::Cpu)));
         let back = Transfer::to_device(away.arrived(), device).arrived();
         assert!(back.device() == device && back.data_ptr() != x.data_ptr() && back.equal(&x));
     }

@@ -2,6 +2,7 @@
 
 mod determinism;
 mod due;
+mod logging;
 mod saving;
 mod seed;
 
@@ -10,7 +11,7 @@ use std::time::Instant;
 use tch::{Device, Tensor, no_grad};
 
 use super::ledger::{Chosen, Identity, Ledger};
-use super::metrics::{EvalRecord, Event, Events, Metrics, StepRecord, peak_memory_bytes};
+use super::metrics::{EvalRecord, Event, Events, Metrics};
 use super::optimizer::{Optimizer, restore};
 use super::state::States;
 use super::{BatchSource, Interrupts, Outcome, Progress, RunFolder, Schedule, report};
@@ -19,6 +20,7 @@ use crate::objective::{Learner, Loss};
 use crate::recipe::TrainingRecipe;
 use crate::torch_ext::{catching, clear_gradients};
 use crate::{Error, Fault, Result};
+use logging::{Due, stacked};
 use seed::dropout_seed;
 
 /// Everything about a run but what is trained and on what.
@@ -57,6 +59,10 @@ pub struct Trainer<'a> {
     ledger: Ledger,
     /// Steps whose loss and gradient norm are still on the device.
     pending: Vec<Pending>,
+    /// Whether a step is logged when the next one is given to the device.
+    reads_late: bool,
+    /// That step.
+    due: Option<Due>,
     /// What the last settled step found.
     last: Option<Settled>,
     window: Window,
@@ -71,6 +77,7 @@ pub struct Trainer<'a> {
 struct Pending {
     step: u64,
     trained_tokens: u64,
+    learning_rate: f64,
     /// Loss, gradient norm, and the loss that balances experts where there is one.
     numbers: Tensor,
     rows: Vec<RowId>,
@@ -78,7 +85,6 @@ struct Pending {
 
 #[derive(Clone, Copy)]
 struct Settled {
-    loss: f64,
     gradient_norm: f64,
     learning_rate: f64,
 }
@@ -101,9 +107,11 @@ impl<'a> Trainer<'a> {
             optimizer: Optimizer::new(&parameters, &run.training),
             states: States::of(&run.folder.path),
             ledger,
-            parameters,
             run,
             pending: Vec::new(),
+            reads_late: device_of(&parameters) != Device::Cpu,
+            parameters,
+            due: None,
             last: None,
             window: Window::default(),
             began: Instant::now(),
@@ -138,10 +146,15 @@ impl<'a> Trainer<'a> {
     ) -> Result<Outcome> {
         let mut batches = source.batches(self.ledger.cursor)?;
         loop {
-            if let Some(signal) = self.run.interrupts.received() {
+            let signal = self.run.interrupts.received();
+            let evaluates = source.has_evaluation() && self.evaluation_is_due(total);
+            if signal.is_some() || evaluates || self.is_over(total) || self.save_is_due() {
+                self.tell(source, metrics)?;
+            }
+            if let Some(signal) = signal {
                 return Err(self.interrupted(signal, source, metrics)?);
             }
-            if source.has_evaluation() && self.evaluation_is_due(total) {
+            if evaluates {
                 self.evaluate(source, metrics)?;
                 continue;
             }
@@ -152,6 +165,7 @@ impl<'a> Trainer<'a> {
                 self.save(source, metrics)?;
             }
             self.step(&mut *batches, source, schedule)?;
+            self.tell(source, metrics)?;
             if self.is_logged(total) {
                 self.log(source, metrics)?;
             }
@@ -196,8 +210,8 @@ impl<'a> Trainer<'a> {
         self.window.trained_tokens += trained;
         let numbers: Vec<Tensor> = [loss, verdict.gradient_norm].into_iter().chain(balance).collect();
         let numbers = Tensor::stack(&numbers, 0);
-        self.pending.push(Pending { step: self.ledger.step, trained_tokens: trained, numbers, rows });
-        self.last = Some(Settled { loss: f64::NAN, gradient_norm: f64::NAN, learning_rate });
+        let step = self.ledger.step;
+        self.pending.push(Pending { step, trained_tokens: trained, learning_rate, numbers, rows });
         // The next step's loss scale depends on this one.
         if self.ledger.scaler.is_some() {
             self.settle(source)?;
@@ -255,16 +269,18 @@ impl<'a> Trainer<'a> {
             return Ok(());
         }
         let pending = std::mem::take(&mut self.pending);
-        let numbers: Vec<&Tensor> = pending.iter().map(|step| &step.numbers).collect();
-        let numbers = Tensor::stack(&numbers, 0).to_device(Device::Cpu); // (steps, 2 or 3)
+        let numbers = stacked(&pending).to_device(Device::Cpu);
+        self.count(pending, &numbers, source)
+    }
+
+    /// Counts steps by their numbers (steps, 2 or 3), which are on the CPU.
+    fn count(&mut self, pending: Vec<Pending>, numbers: &Tensor, source: &dyn BatchSource) -> Result<()> {
         let balanced = numbers.size()[1] > 2;
         let mut diverged = None;
-        for (index, Pending { step, trained_tokens, rows, .. }) in pending.into_iter().enumerate() {
+        for (index, Pending { step, trained_tokens, learning_rate, rows, .. }) in pending.into_iter().enumerate() {
             let loss = numbers.double_value(&[index as i64, 0]);
             let gradient_norm = numbers.double_value(&[index as i64, 1]);
-            if let Some(last) = &mut self.last {
-                (last.loss, last.gradient_norm) = (loss, gradient_norm);
-            }
+            self.last = Some(Settled { gradient_norm, learning_rate });
             let finite = loss.is_finite() && gradient_norm.is_finite();
             let mut counts = !finite;
             if let Some(scaler) = &mut self.ledger.scaler {
@@ -310,8 +326,13 @@ impl<'a> Trainer<'a> {
 
     /// A run whose device failed it, out of memory above all, leaves the state it came to, unless an update was cut short.
     fn out_of_memory(&mut self, fault: Fault, source: &dyn BatchSource, metrics: &mut Metrics) -> Error {
-        let saved =
-            if self.torn { false } else { self.settle(source).and_then(|()| self.write_state(metrics)).is_ok() };
+        let torn = self.torn;
+        let mut save = || {
+            self.tell(source, metrics)?;
+            self.settle(source)?;
+            self.write_state(metrics)
+        };
+        let saved = !torn && save().is_ok();
         let newest = self.states.steps().unwrap_or_default().last().map(|&step| self.states.path(step));
         let kept = match (saved, newest) {
             (true, _) => format!("the state of step {} is saved", self.ledger.step),
@@ -327,31 +348,6 @@ impl<'a> Trainer<'a> {
             }
         };
         Error::Device(Fault { what, hint, ..fault })
-    }
-
-    fn log(&mut self, source: &dyn BatchSource, metrics: &mut Metrics) -> Result<()> {
-        let reading = Instant::now();
-        self.settle(source)?;
-        let Some(last) = self.last else { return Ok(()) };
-        let window = std::mem::take(&mut self.window);
-        let seconds = (window.seconds + reading.elapsed().as_secs_f64()).max(1e-9);
-        let loss = std::mem::take(&mut self.ledger.unlogged).mean();
-        self.ledger.loss = loss;
-        let record = StepRecord {
-            step: self.ledger.step,
-            epoch: self.epoch(source)?,
-            loss: loss.unwrap_or(f64::NAN),
-            router_aux_loss: std::mem::take(&mut self.ledger.unlogged_balance).mean(),
-            learning_rate: last.learning_rate,
-            grad_norm: last.gradient_norm,
-            tokens: self.ledger.tokens,
-            trained_tokens: self.ledger.trained_tokens,
-            tokens_per_second: window.tokens as f64 / seconds,
-            trained_tokens_per_second: window.trained_tokens as f64 / seconds,
-            elapsed_seconds: self.elapsed(),
-            peak_memory_bytes: peak_memory_bytes(self.device()),
-        };
-        metrics.tell(&Event::Step(&record))
     }
 
     /// The mean loss over the trained tokens of the eval set. A signal ends it without a result; it is then still due.
@@ -427,8 +423,12 @@ impl<'a> Trainer<'a> {
     }
 
     fn device(&self) -> Device {
-        self.parameters.first().map_or(Device::Cpu, |(_, tensor)| tensor.device())
+        device_of(&self.parameters)
     }
+}
+
+fn device_of(parameters: &[(String, Tensor)]) -> Device {
+    parameters.first().map_or(Device::Cpu, |(_, tensor)| tensor.device())
 }
 
 fn not_finite(step: u64, what: String) -> Error {

@@ -212,3 +212,59 @@ fn a_new_run_in_an_old_ones_folder_removes_it_only_when_nothing_can_refuse_it() 
         .unwrap_err();
     assert!(States::of(folder.path()).steps().unwrap().is_empty());
 }
+
+#[test]
+fn numbers_that_are_read_late_are_the_same_wherever_the_run_stops() {
+    let late = |folder: &Path, start, toy: &Toy, toys: &Toys, logging_steps| {
+        let training = TrainingRecipe { logging_steps, ..training() };
+        let mut trainer = Trainer::new(run_of(folder, start, &training), toy);
+        trainer.reads_late = true;
+        trainer.run(toys)
+    };
+    for logging_steps in [1, 2, 4] {
+        let soon = tempfile::tempdir().unwrap();
+        let toy = Toy::new();
+        let training = TrainingRecipe { logging_steps, ..training() };
+        Trainer::new(run_of(soon.path(), Start::Fresh, &training), &toy).run(&Toys::new()).unwrap();
+        let expected = (toy.numbers(), series(soon.path()));
+
+        let folder = tempfile::tempdir().unwrap();
+        let toy = Toy::new();
+        late(folder.path(), Start::Fresh, &toy, &Toys::new(), logging_steps).unwrap();
+        assert!((toy.numbers(), series(folder.path())) == expected, "{logging_steps}");
+        // Killed, out of memory, and told to stop.
+        for at in 0..15 {
+            let killed = Toys { killed_before: Some(at), ..Toys::new() };
+            let interrupts = Interrupts::default();
+            let stopped = Toys { interrupts: Some((interrupts.share(), at)), ..Toys::new() };
+            let exhausted = Toy { exhausted_at: Some(at), ..Toy::new() };
+            for (toy, toys) in [(Toy::new(), &killed), (exhausted, &Toys::new()), (Toy::new(), &stopped)] {
+                let folder = tempfile::tempdir().unwrap();
+                let run = Run { interrupts: interrupts.share(), ..run_of(folder.path(), Start::Fresh, &training) };
+                let mut trainer = Trainer::new(run, &toy);
+                trainer.reads_late = true;
+                let ended = trainer.run(toys);
+                // A signal in the last step comes too late to stop anything.
+                assert!(ended.is_err() || at >= 13, "{at}");
+                let toy = Toy::new();
+                late(folder.path(), Start::Resume, &toy, &Toys::new(), logging_steps).unwrap();
+                assert!(series(folder.path()) == expected.1, "{logging_steps}, stopped at {at}");
+                assert!(toy.numbers() == expected.0, "{logging_steps}, stopped at {at}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_loss_that_is_read_late_and_not_finite_ends_the_run_a_step_later_with_a_state_that_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let training = TrainingRecipe { max_nonfinite_steps: 1, ..training() };
+    // Row 8 is in step 2.
+    let toy = Toy { poisoned: vec![8], ..Toy::new() };
+    let mut trainer = Trainer::new(run_of(folder.path(), Start::Fresh, &training), &toy);
+    trainer.reads_late = true;
+    let error = trainer.run(&Toys::new()).unwrap_err();
+    assert!(matches!(&error, Error::Diverged(_)) && error.to_string().starts_with("step 2: "), "{error}");
+    let newest = States::of(folder.path()).newest().unwrap().unwrap().state.ledger;
+    assert!((newest.step == 2 || newest.step == 3) && newest.skipped_steps == 1, "{newest:?}");
+}
