@@ -231,7 +231,9 @@ fn tiles_are_for_what_does_not_fit_otherwise_and_as_large_as_fits() {
         let none = chosen(one, peaks[1], Recompute::None, auto);
         assert_eq!((none.1, none.2), (Thrift::default(), false), "what is kept is kept whole");
         // Fewer rows that fit as they are come before more in tiles.
-        let (rows, thrift, fits) = chosen(&[(1, 2), (2, 1)], peak(whole) * 21 / 20, Recompute::Full, auto);
+        let two = run.plan(Step { largest: largest(2, 1), accumulates: false, thrift: tiled(1024) }).peak;
+        assert!(two > peak(whole) * 21 / 20, "one row and its gradients fit, too");
+        let (rows, thrift, fits) = chosen(&[(1, 2), (2, 1)], two, Recompute::Full, auto);
         assert_eq!((rows, thrift, fits), (1, whole, true));
 
         let wish = Wish {
