@@ -112,7 +112,7 @@ device-check: ## CUDA kernels beside their twins, and their speed, on a real GPU
 	cargo build --release --locked
 	$(ENGRAFT) doctor
 	cargo test --release --locked --lib -- ops:: quant:: model::families::kernels_tests --nocapture
-	cargo test --release --locked --lib -- ops::cuda::tests::speed_beside_a_copy --ignored --exact --nocapture
+	cargo test --release --locked --lib -- ops::cuda::speed::beside_a_copy --ignored --exact --nocapture
 
 datasets: ## The datasets, from their programs
 	@source .ci/setup

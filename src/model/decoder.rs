@@ -14,7 +14,7 @@ use super::load::Reader;
 use super::router::{Balance, Router};
 use super::spec::{ModelSpec, Position, Rope};
 use super::streams::Copies;
-use crate::ops::{self, Documents, Norm, Offload, rope::Rotation};
+use crate::ops::{self, Documents, Flow, Norm, Offload, rope::Rotation};
 use crate::quant::Scheme;
 use crate::torch_ext::{sent, uniform};
 use crate::weights::Checkpoint;
@@ -172,21 +172,23 @@ impl Decoder {
 
     /// The final hidden states (T, D) of documents laid end to end in `ids` (T), i64; `positions` (T), i64, restart at each.
     pub fn hidden(&self, ids: &Tensor, positions: &Tensor, documents: &Documents, forward: Forward<'_>) -> Tensor {
-        let (mut h, given) = self.given(ids, positions, documents, forward);
+        let reached: Vec<i64> = documents.spans().map(|(_, length)| length).collect();
+        let (h, given) = self.given(ids, (positions, &reached), documents, forward);
+        let mut flow = Flow::of(h);
         let mut handed_on = HandedOn::default();
         let offload = forward.thrift.offload.then(Offload::default);
         for (i, layer, pass) in self.passes() {
             let again = i < forward.thrift.recomputed_layers;
             let tile = forward.thrift.feed_forward_tile.filter(|_| again || forward.seed.is_none());
             let context = Context { tile, ..given.context(i, layer, pass) };
-            h = if again {
-                layer.forward_recomputed(&h, &context, &mut handed_on, offload.as_ref())
+            flow = if again {
+                layer.forward_recomputed(flow, &context, &mut handed_on, offload.as_ref())
             } else {
-                layer.forward(&h, &context, &mut handed_on, None)
+                layer.forward(flow, &context, &mut handed_on, None)
             };
         }
         forward.balance.inspect(|balance| balance.complete());
-        self.finish(&h)
+        self.finish(flow)
     }
 
     /// An empty cache for `sequences` sequences.
@@ -207,13 +209,14 @@ impl Decoder {
                 *seen += new;
             }
             let positions = Tensor::from_slice(&positions).to_device(self.device);
-            let (mut h, given) = self.given(ids, &positions, documents, Forward::default());
+            let (h, given) = self.given(ids, (&positions, &cache.lengths), documents, Forward::default());
+            let mut flow = Flow::of(h);
             let mut handed_on = HandedOn::default();
             for (i, layer, pass) in self.passes() {
                 let cache = &mut cache.layers[layer.cached_in * self.spec.passes + pass];
-                h = layer.forward(&h, &given.context(i, layer, pass), &mut handed_on, Some(cache));
+                flow = layer.forward(flow, &given.context(i, layer, pass), &mut handed_on, Some(cache));
             }
-            self.finish(&h)
+            self.finish(flow)
         })
     }
 
@@ -224,17 +227,18 @@ impl Decoder {
     }
 
     /// The final hidden states (T, D) of the stream after the last block.
-    fn finish(&self, h: &Tensor) -> Tensor {
-        match &self.copies {
-            Some(copies) => self.final_norm.apply(&copies.gather(h)),
-            None => self.final_norm.apply(h),
-        }
+    fn finish(&self, flow: Flow) -> Tensor {
+        let flow = match &self.copies {
+            Some(copies) => Flow::of(copies.gather(&flow.joined())),
+            None => flow,
+        };
+        flow.ended(&self.final_norm).into_rows()
     }
 
     /// The logits (S, V), fp32, of hidden states (S, D). No graph.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
         tch::no_grad(|| {
-            let products = ops::projection(hidden, None, &[self.head.operand(None)], None).remove(0);
+            let products = ops::projection(hidden, &[self.head.operand(None)], None).remove(0);
             self.spec.head.map.logits(&products)
         })
     }
@@ -328,11 +332,12 @@ impl Decoder {
         h + noise.to_kind(self.kind)
     }
 
-    /// The embedded tokens (T, D), or copies of them (T, M, D), and what is made once for all blocks.
+    /// The embedded tokens (T, D), or copies of them (T, M, D), and what is made once for all blocks. With the positions comes how many
+    /// there are of each document with those that `documents` ends with.
     fn given<'a>(
         &self,
         ids: &'a Tensor,
-        positions: &'a Tensor,
+        (positions, reached): (&'a Tensor, &[i64]),
         documents: &'a Documents,
         forward: Forward<'a>,
     ) -> (Tensor, Given<'a>) {
@@ -342,7 +347,7 @@ impl Decoder {
             documents,
             ids,
             positions,
-            rotations: self.ropes.iter().map(|rope| rope.rotation(positions, documents)).collect(),
+            rotations: self.ropes.iter().map(|rope| rope.rotation(positions, documents, reached)).collect(),
             inputs: inputs.unwrap_or_default(),
             kind: self.kind,
             dropout_seed: forward.seed,

@@ -9,7 +9,7 @@ use super::load::Reader;
 use super::router::Router;
 use super::spec::{self, ExpertGateUp};
 use crate::Result;
-use crate::ops::{self, Activation, ExpertInput, Weighted};
+use crate::ops::{self, Activation, ExpertInput, Normed, Weighted};
 
 /// Experts with their weights.
 #[derive(Debug, Clone)]
@@ -67,9 +67,8 @@ impl Experts {
 
     /// What they give for the stream.
     pub(super) fn forward(&self, stream: Stream<'_>, context: &Context<'_>) -> Tensor {
-        let Stream { h, norm, residual } = stream;
-        // Router, experts and the shared one read the same rows: normed once and kept once.
-        let x = norm.map_or_else(|| h.shallow_clone(), |norm| norm.apply(h)); // (T, D)
+        // Router, experts and the shared one read the same rows.
+        let Stream { h, x, residual } = stream;
         let (chosen, weights) = self.router.forward(h, &x, context);
         let shared = self.shared.as_ref().map(|shared| shared.forward(&x, residual, context));
         let seed = context.dropout_seed;
@@ -81,7 +80,7 @@ impl Experts {
         };
         let experts =
             ops::Experts { activation: self.activation, input, down: self.down.operand(seed), weighted: self.weighted };
-        ops::experts(&x, &chosen, &weights, &experts, shared.as_ref().or(residual))
+        ops::experts(x.rows(), &chosen, &weights, &experts, shared.as_ref().or(residual))
     }
 
     pub(super) fn router(&self) -> &Router {
@@ -125,12 +124,13 @@ impl Experts {
 
 impl Shared {
     /// What it gives for rows x (T, D), added to `residual` (T, D) if given.
-    fn forward(&self, x: &Tensor, residual: Option<&Tensor>, context: &Context<'_>) -> Tensor {
+    fn forward(&self, x: &Normed, residual: Option<&Tensor>, context: &Context<'_>) -> Tensor {
+        let stream = |residual| Stream { h: x.rows(), x: x.clone(), residual };
         let Some(gate) = &self.gate else {
-            return self.feed_forward.forward(Stream { h: x, norm: None, residual }, context);
+            return self.feed_forward.forward(stream(residual), context);
         };
-        let given = self.feed_forward.forward(Stream { h: x, norm: None, residual: None }, context);
-        let gate = ops::projection(x, None, &[gate.operand(context.dropout_seed)], None).remove(0); // (T, 1)
+        let given = self.feed_forward.forward(stream(None), context);
+        let gate = ops::projection(x, &[gate.operand(context.dropout_seed)], None).remove(0); // (T, 1)
         let given = given * gate.to_kind(Kind::Float).sigmoid().to_kind(context.kind);
         residual.map_or_else(|| given.shallow_clone(), |residual| residual + &given)
     }

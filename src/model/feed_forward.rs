@@ -9,7 +9,7 @@ use super::load::Reader;
 use super::router::Router;
 use super::spec::{self, GateUp};
 use crate::Result;
-use crate::ops::{self, Activation, Norm};
+use crate::ops::{self, Activation, Normed, Readers};
 
 /// A feed-forward with its weights.
 #[derive(Debug, Clone)]
@@ -57,10 +57,9 @@ impl FeedForward {
             Self::Dense(dense) => dense.forward(stream, context),
             Self::Experts(experts) => experts.forward(stream, context),
             Self::Sum(branches) => {
-                let Stream { h, norm, residual } = stream;
-                let h = norm.map_or_else(|| h.shallow_clone(), |norm| norm.apply(h));
+                let Stream { x, residual, .. } = stream;
                 let given = |Branch { norms, feed_forward }: &Branch| {
-                    norms.around(&h, |stream| feed_forward.forward(stream, context))
+                    norms.around(x.rows(), |stream| feed_forward.forward(stream, context))
                 };
                 let residual = residual.map(Tensor::shallow_clone).into_iter();
                 residual.chain(branches.iter().map(given)).reduce(|sum, given| sum + given).expect("a branch")
@@ -128,28 +127,33 @@ enum Input {
 impl Dense {
     /// What it gives for the stream.
     fn forward(&self, stream: Stream<'_>, context: &Context<'_>) -> Tensor {
-        let Stream { h, norm, residual } = stream;
+        let Stream { x, residual, .. } = stream;
         let seed = context.dropout_seed;
-        let Some(tile) = context.tile.map(|tile| tile as i64).filter(|tile| *tile < h.size()[0]) else {
-            return self.whole(stream, seed);
+        let Some(tile) = context.tile.map(|tile| tile as i64).filter(|tile| *tile < x.rows().size()[0]) else {
+            return self.whole(x, residual, seed);
         };
-        let of_linears = self.linears().into_iter().flat_map(Linear::leaves);
-        let trained: Vec<&Tensor> = of_linears.chain(norm.into_iter().flat_map(Norm::leaves)).collect();
-        let (dense, norm) = (self.clone(), norm.cloned());
-        ops::tiled(h, residual, &trained, tile, move |number, h, residual| {
+        let trained: Vec<&Tensor> = self.linears().into_iter().flat_map(Linear::leaves).collect();
+        let dense = self.clone();
+        ops::tiled(&x.into_rows(), residual, &trained, tile, move |number, rows, residual| {
             let seed = seed.map(|seed| seed.wrapping_add(TILE.wrapping_mul(number as u64)));
-            dense.whole(Stream { h, norm: norm.as_ref(), residual }, seed)
+            dense.whole(rows.into(), residual, seed)
         })
     }
 
-    /// What it gives for all of the stream at once.
-    fn whole(&self, stream: Stream<'_>, seed: Option<u64>) -> Tensor {
-        let Stream { h, norm, residual } = stream;
-        let one = |linear: &Linear| ops::projection(h, norm, &[linear.operand(seed)], None).remove(0);
-        let (gate, up) = match &self.input {
+    /// What it gives for all of x (T, D) at once.
+    fn whole(&self, x: Normed, residual: Option<&Tensor>, seed: Option<u64>) -> Tensor {
+        let (gate, up) = self.gate_and_up(x, seed);
+        let both = (&gate, up.as_ref());
+        ops::gated_projection(self.activation, both, Readers::None, self.down.operand(seed), residual)
+    }
+
+    /// Both (T, F), or what is activated alone.
+    fn gate_and_up(&self, x: Normed, seed: Option<u64>) -> (Tensor, Option<Tensor>) {
+        let one = |linear: &Linear| ops::projection(&x, &[linear.operand(seed)], None).remove(0);
+        match &self.input {
             Input::Plain(linear) => (one(linear), None),
             Input::Separate(linears) => {
-                let mut parts = ops::projection(h, norm, &linears.each_ref().map(|l| l.operand(seed)), None);
+                let mut parts = ops::projection(&x, &linears.each_ref().map(|l| l.operand(seed)), None);
                 let up = parts.pop();
                 (parts.remove(0), up)
             }
@@ -160,8 +164,7 @@ impl Dense {
                 let up = parts.pop();
                 (parts.remove(0), up)
             }
-        };
-        ops::gated_projection(self.activation, &gate, up.as_ref(), self.down.operand(seed), residual)
+        }
     }
 
     /// Linears in checkpoint order.

@@ -12,7 +12,7 @@ use super::router::{Balance, Router};
 use super::spec::{self, LayerSpec};
 use super::streams::StreamMix;
 use crate::Result;
-use crate::ops::{self, Documents, Norm, Offload, rope::Rotation};
+use crate::ops::{self, Documents, Flow, Norm, Normed, Offload, rope::Rotation};
 
 /// A block with its weights.
 #[derive(Debug, Clone)]
@@ -46,12 +46,11 @@ pub(super) struct Around {
 }
 
 /// What a half of a block works on.
-#[derive(Clone, Copy)]
 pub(super) struct Stream<'a> {
-    /// What it reads (T, D).
+    /// The stream (T, D).
     pub(super) h: &'a Tensor,
-    /// What it reads is normed by this first.
-    pub(super) norm: Option<&'a Norm>,
+    /// What it reads of it: normed, where there is a norm.
+    pub(super) x: Normed,
     /// What it gives is added to this (T, D).
     pub(super) residual: Option<&'a Tensor>,
 }
@@ -111,49 +110,50 @@ impl Layer {
     /// The stream (T, D), or its copies (T, M, D), after this block.
     pub(super) fn forward(
         &self,
-        h: &Tensor,
+        flow: Flow,
         context: &Context<'_>,
         handed_on: &mut HandedOn,
         cache: Option<&mut LayerCache>,
-    ) -> Tensor {
-        let h = self.both_halves(h, context, handed_on, cache);
-        let h = match &self.input {
-            Some(input) => input.add(&h, context),
-            None => h,
+    ) -> Flow {
+        let flow = self.both_halves(flow, context, handed_on, cache);
+        let flow = match &self.input {
+            Some(input) => Flow::of(input.add(&flow.joined(), context)),
+            None => flow,
         };
         match self.scale {
-            Some(scale) => h * scale,
-            None => h,
+            Some(scale) => Flow::of(flow.joined() * scale),
+            None => flow,
         }
     }
 
     fn both_halves(
         &self,
-        h: &Tensor,
+        flow: Flow,
         context: &Context<'_>,
         handed_on: &mut HandedOn,
         cache: Option<&mut LayerCache>,
-    ) -> Tensor {
+    ) -> Flow {
         match &self.residual {
             Residual::Sequential { attention, feed_forward, multiplier } => {
                 let attend = |stream: Stream<'_>| self.attention.forward(stream, context, handed_on, cache);
-                let h = attention.add(h, *multiplier, attend);
-                feed_forward.add(&h, *multiplier, |stream| self.feed_forward.forward(stream, context))
+                let flow = attention.add(flow, *multiplier, attend);
+                feed_forward.add(flow, *multiplier, |stream| self.feed_forward.forward(stream, context))
             }
             Residual::Parallel { norm, feed_forward_norm } => {
-                let (input, own) = Norm::ahead(Some(norm), h);
-                let stream = Stream { h: &input, norm: own, residual: Some(h) };
-                let attended = self.attention.forward(stream, context, handed_on, cache);
-                let (input, own) = match feed_forward_norm {
-                    Some(norm) => Norm::ahead(Some(norm), h),
-                    None => (input, own),
+                let (h, x) = flow.normed(Some(norm));
+                let (h, own) = match feed_forward_norm {
+                    Some(norm) => Flow::of(h).normed(Some(norm)),
+                    None => (h, x.clone()),
                 };
-                self.feed_forward.forward(Stream { h: &input, norm: own, residual: Some(&attended) }, context)
+                let attended = self.attention.forward(Stream { h: &h, x, residual: None }, context, handed_on, cache);
+                let stream = Stream { h: &h, x: own, residual: Some(&attended) };
+                let given = self.feed_forward.forward(stream, context);
+                Flow::with(h, given, 1.0)
             }
             Residual::Streams { attention, feed_forward } => {
                 let attend = |stream: Stream<'_>| self.attention.forward(stream, context, handed_on, cache);
-                let h = attention.around(h, attend);
-                feed_forward.around(&h, |stream| self.feed_forward.forward(stream, context))
+                let h = attention.around(&flow.joined(), attend);
+                Flow::of(feed_forward.around(&h, |stream| self.feed_forward.forward(stream, context)))
             }
         }
     }
@@ -161,11 +161,13 @@ impl Layer {
     /// [`Layer::forward`], keeping only what it reads and running again in backward. With `offload` the stream that it reads waits there.
     pub(super) fn forward_recomputed(
         &self,
-        h: &Tensor,
+        flow: Flow,
         context: &Context<'_>,
         handed_on: &mut HandedOn,
         offload: Option<&Offload>,
-    ) -> Tensor {
+    ) -> Flow {
+        // One tensor is kept, not two.
+        let h = flow.joined();
         let of_linears = self.linears().into_iter().flat_map(Linear::leaves);
         let trained: Vec<&Tensor> = of_linears.chain(self.norms().into_iter().flat_map(Norm::leaves)).collect();
         let layer = self.clone();
@@ -176,7 +178,7 @@ impl Layer {
         let balance = context.balance.cloned();
         let (reads, fills) = (self.attention.reads(), self.attention.fills());
         let read = reads.map(|slot| handed_on.of(slot));
-        let inputs: Vec<&Tensor> = [h].into_iter().chain(read.iter().flatten()).chain(context.input).collect();
+        let inputs: Vec<&Tensor> = [&h].into_iter().chain(read.iter().flatten()).chain(context.input).collect();
         let outputs = ops::recompute(&inputs, &trained, offload, move |inputs| {
             let (h, mut rest) = inputs.split_first().expect("the stream");
             let mut handed_on = HandedOn::default();
@@ -195,13 +197,13 @@ impl Layer {
                 balance: balance.as_ref(),
                 tile,
             };
-            let h = layer.forward(h, &context, &mut handed_on, None);
+            let h = layer.forward(Flow::of(h.shallow_clone()), &context, &mut handed_on, None).joined();
             [h].into_iter().chain(fills.into_iter().flat_map(|slot| handed_on.of(slot))).collect()
         });
         if let (Some(slot), [_, keys, values]) = (fills, &outputs[..]) {
             handed_on.put(slot, [keys, values]);
         }
-        outputs.into_iter().next().expect("the stream")
+        Flow::of(outputs.into_iter().next().expect("the stream"))
     }
 
     /// What chooses among its experts, if it has any.
@@ -270,21 +272,21 @@ impl Around {
 
     /// What `half` gives for `h` (T, D), both norms around it.
     pub(super) fn around(&self, h: &Tensor, half: impl FnOnce(Stream<'_>) -> Tensor) -> Tensor {
-        let (h, norm) = Norm::ahead(self.before.as_ref(), h);
-        let y = half(Stream { h: &h, norm, residual: None });
+        let x = self.before.as_ref().map_or_else(|| Normed::from(h), |norm| norm.of(h));
+        self.behind(half(Stream { h, x, residual: None }))
+    }
+
+    /// The stream with what `half` gives.
+    fn add(&self, flow: Flow, multiplier: f64, half: impl FnOnce(Stream<'_>) -> Tensor) -> Flow {
+        let (h, x) = flow.normed(self.before.as_ref());
+        let given = self.behind(half(Stream { h: &h, x, residual: None }));
+        Flow::with(h, given, multiplier)
+    }
+
+    fn behind(&self, y: Tensor) -> Tensor {
         match &self.after {
             Some(norm) => norm.apply(&y),
             None => y,
         }
-    }
-
-    /// The stream `h` (T, D) with what `half` gives added: in one go where nothing comes between.
-    fn add(&self, h: &Tensor, multiplier: f64, half: impl FnOnce(Stream<'_>) -> Tensor) -> Tensor {
-        if self.after.is_none() && multiplier == 1.0 {
-            let (input, norm) = Norm::ahead(self.before.as_ref(), h);
-            return half(Stream { h: &input, norm, residual: Some(h) });
-        }
-        let y = self.around(h, half);
-        if multiplier == 1.0 { h + y } else { h + y * multiplier }
     }
 }

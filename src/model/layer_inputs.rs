@@ -7,7 +7,7 @@ use super::linear::Linear;
 use super::load::Reader;
 use super::spec;
 use crate::Result;
-use crate::ops::{self, Activation, Norm};
+use crate::ops::{self, Activation, Norm, Readers};
 
 /// The inputs of all blocks, with their weights.
 #[derive(Debug)]
@@ -46,7 +46,7 @@ impl LayerInputs {
 
     /// (T, P) for each block, of tokens `ids` (T) embedded as `embedded` (T, D).
     pub(super) fn of(&self, ids: &Tensor, embedded: &Tensor, dropout_seed: Option<u64>) -> Vec<Tensor> {
-        let projected = ops::projection(embedded, None, &[self.projection.operand(dropout_seed)], None).remove(0);
+        let projected = ops::projection(embedded, &[self.projection.operand(dropout_seed)], None).remove(0);
         let projected = projected.view([-1, self.width]); // (T blocks, P)
         let of_ids = (self.table.index_select(0, ids) * &self.table_scale).view([-1, self.width]); // (T blocks, P)
         let both = (self.norm.apply(&projected) + of_ids) * self.scale;
@@ -68,8 +68,9 @@ impl LayerInput {
     /// The stream `h` (T, D) with the block's own input let in.
     pub(super) fn add(&self, h: &Tensor, context: &Context<'_>) -> Tensor {
         let seed = context.dropout_seed;
-        let gate = ops::projection(h, None, &[self.gate.operand(seed)], None).remove(0); // (T, P)
-        let added = ops::gated_projection(self.activation, &gate, context.input, self.projection.operand(seed), None);
+        let gate = ops::projection(h, &[self.gate.operand(seed)], None).remove(0); // (T, P)
+        let (operand, both) = (self.projection.operand(seed), (&gate, context.input));
+        let added = ops::gated_projection(self.activation, both, Readers::Others, operand, None);
         h + self.norm.apply(&added)
     }
 

@@ -14,8 +14,8 @@ impl Rope {
     /// Cosines and sines (T, rotated/2), fp32, of `positions` (T).
     ///
     /// Dynamic scaling and LongRoPE depend on how long a document is; each document gets its own, so that it does not matter
-    /// what it is packed with. `documents` end where their last position is.
-    pub fn rotation(&self, positions: &Tensor, documents: &Documents) -> Rotation {
+    /// what it is packed with: `reached` is the position after its last.
+    pub fn rotation(&self, positions: &Tensor, documents: &Documents, reached: &[i64]) -> Rotation {
         let tables = |positions: &Tensor, length: i64| {
             let angles = angles(positions, &self.frequencies(length, positions.device()));
             let scale = self.attention_factor(length);
@@ -23,10 +23,9 @@ impl Rope {
         };
         let (cos, sin) = match &self.scaling {
             RopeScaling::Dynamic { original, .. } | RopeScaling::LongRope { original, .. } => {
-                let parts = documents.spans().filter(|(_, length)| *length > 0).map(|(start, length)| {
-                    let own = positions.narrow(0, start, length);
-                    let reached = own.int64_value(&[length - 1]) + 1;
-                    tables(&own, reached.max(*original))
+                let spans = documents.spans().zip(reached).filter(|((_, length), _)| *length > 0);
+                let parts = spans.map(|((start, length), reached)| {
+                    tables(&positions.narrow(0, start, length), *reached.max(original))
                 });
                 let (cos, sin): (Vec<Tensor>, Vec<Tensor>) = parts.unzip();
                 (Tensor::cat(&cos, 0), Tensor::cat(&sin, 0))

@@ -9,7 +9,7 @@ use super::linear::Linear;
 use super::load::Reader;
 use super::spec::{self, Groups, Routing, Scores};
 use crate::Result;
-use crate::ops::{self, Documents, Norm};
+use crate::ops::{self, Documents, Norm, Normed};
 use crate::torch_ext::{custom, sent};
 
 /// A router with its weights.
@@ -93,10 +93,10 @@ impl Router {
     }
 
     /// The experts of each row of x (T, D), which is h (T, D) normed for them: (T, C), i64, and their weights (T, C), fp32.
-    pub(super) fn forward(&self, h: &Tensor, x: &Tensor, context: &Context<'_>) -> (Tensor, Tensor) {
-        let x = self.norm.as_ref().map_or_else(|| x.shallow_clone(), |norm| norm.apply(h));
-        let x = if self.wide { x.to_kind(Kind::Float) } else { x.shallow_clone() };
-        let products = ops::projection(&x, None, &[self.linear.operand(context.dropout_seed)], None).remove(0);
+    pub(super) fn forward(&self, h: &Tensor, x: &Normed, context: &Context<'_>) -> (Tensor, Tensor) {
+        let x = self.norm.as_ref().map_or_else(|| x.clone(), |norm| norm.of(h));
+        let x = if self.wide { Normed::from(&x.rows().to_kind(Kind::Float)) } else { x };
+        let products = ops::projection(x, &[self.linear.operand(context.dropout_seed)], None).remove(0);
         let logits = products.to_kind(Kind::Float); // (T, E)
         let (chosen, weights) = match &self.routing {
             Routing::Largest { chosen, scores, groups, normalised, scale, .. } => {

@@ -50,7 +50,7 @@ impl StreamMix {
     /// The copies `h` (T, M, D) after `half`, which is given what it reads of them.
     pub(super) fn around(&self, h: &Tensor, half: impl FnOnce(Stream<'_>) -> Tensor) -> Tensor {
         let (x, spread, h) = self.streams.enter(h); // (T, D)
-        let y = half(Stream { h: &x, norm: Some(&self.norm), residual: None });
+        let y = half(Stream { h: &x, x: self.norm.of(&x), residual: None });
         streams::spread(&h, &y, &spread)
     }
 }

@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::rope::{RopeLayout, Rotation};
 pub(super) use crate::torch_ext::Number as Stored;
-use crate::torch_ext::{elements, filled, filled_pair};
+use crate::torch_ext::{elements, filled, filled_beside, filled_pair};
 
 /// Whether the kernels serve these tensors: on the CPU, contiguous, one floating type that they know.
 pub(super) fn serves(tensors: &[&Tensor]) -> bool {
@@ -38,6 +38,7 @@ pub(super) mod choice;
 pub(super) mod gate_up;
 pub(super) mod latent;
 mod loss;
+mod normed_rope;
 mod parts;
 pub(super) mod products;
 pub(super) mod rows;
@@ -47,6 +48,7 @@ pub(super) mod windows;
 
 pub(super) use activation::{gated, gated_backward};
 pub(super) use loss::softmax_cross_entropy;
+pub(super) use normed_rope::{norm_and_rotate, norm_and_rotate_backward};
 pub(super) use parts::Parts;
 
 pub(super) const LANES: usize = 16;
@@ -167,6 +169,48 @@ fn norm_of<S: Stored>(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f
     (y, stats)
 }
 
+/// `h + given * factor` (T, D), and what [`norm`] makes of it.
+pub(super) fn norm_of_sum(
+    h: &Tensor,
+    given: &Tensor,
+    factor: f64,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    eps: f64,
+    centred: bool,
+) -> (Tensor, Tensor, Tensor) {
+    by_kind!(h.kind(), norm_of_sum_of(h, given, factor as f32, weight, bias, eps as f32, centred))
+}
+
+fn norm_of_sum_of<S: Stored>(
+    h: &Tensor,
+    given: &Tensor,
+    factor: f32,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    eps: f32,
+    centred: bool,
+) -> (Tensor, Tensor, Tensor) {
+    let (rows, width) = h.size2().expect("(T, D)");
+    assert_eq!(given.size(), h.size(), "as much is given as there is");
+    let (w, bias, d) = (Turns::new(weight, width), bias.map(elements::<f32>), width as usize);
+    let (h, given) = (elements::<S>(h), elements::<S>(given));
+    let ([sum, y], stats) = filled_beside([&[rows, width]; 2], &[rows, 2], |range, [sum, y]: [&mut [S]; 2], stats| {
+        let span = range.start * d..range.end * d;
+        add_rows(&h[span.clone()], &given[span], factor, sum);
+        norm_stats(sum, d, eps, centred, stats);
+        norm_rows(sum, w.from(range.start), bias, stats, y);
+    });
+    (sum, y, stats)
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
+fn add_rows<S: Stored>(h: &[S], given: &[S], factor: f32, sum: &mut [S]) {
+    for ((h, given), sum) in h.iter().zip(given).zip(sum) {
+        *sum = S::rounded(h.wide() + given.wide() * factor);
+    }
+}
+
 /// y (T, D) of [`norm`] again, from the kept statistics (T, 2).
 pub(super) fn norm_again(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, stats: &Tensor) -> Tensor {
     by_kind!(x.kind(), norm_again_of(x, weight, bias, stats))
@@ -182,19 +226,35 @@ fn norm_again_of<S: Stored>(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, 
     })
 }
 
-/// dx (T, D) of [`norm`].
-pub(super) fn norm_backward(dy: &Tensor, x: &Tensor, weight: &Tensor, stats: &Tensor, centred: bool) -> Tensor {
-    by_kind!(x.kind(), norm_backward_of(dy, x, weight, stats, centred))
+/// dx (T, D) of [`norm`], with `more` (T, D) added if given.
+pub(super) fn norm_backward(
+    dy: &Tensor,
+    x: &Tensor,
+    weight: &Tensor,
+    stats: &Tensor,
+    centred: bool,
+    more: Option<&Tensor>,
+) -> Tensor {
+    by_kind!(x.kind(), norm_backward_of(dy, x, weight, stats, centred, more))
 }
 
-fn norm_backward_of<S: Stored>(dy: &Tensor, x: &Tensor, weight: &Tensor, stats: &Tensor, centred: bool) -> Tensor {
+fn norm_backward_of<S: Stored>(
+    dy: &Tensor,
+    x: &Tensor,
+    weight: &Tensor,
+    stats: &Tensor,
+    centred: bool,
+    more: Option<&Tensor>,
+) -> Tensor {
+    assert!(more.is_none_or(|more| more.size() == x.size()), "as much is added as there is");
     let (size, d) = (x.size(), x.size()[1] as usize);
     let w = Turns::new(weight, d as i64);
-    let (dy, x, stats) = (elements::<S>(dy), elements::<S>(x), elements::<f32>(stats));
+    let (dy, x, stats, more) = (elements::<S>(dy), elements::<S>(x), elements::<f32>(stats), more.map(elements::<S>));
     filled::<S>(&size, |range, dx| {
         let span = range.start * d..range.end * d;
         let stats = &stats[range.start * 2..range.end * 2];
-        norm_backward_rows(&dy[span.clone()], &x[span], w.from(range.start), stats, centred, dx);
+        let more = more.map(|more| &more[span.clone()]);
+        norm_backward_rows(&dy[span.clone()], &x[span], w.from(range.start), stats, centred, more, dx);
     })
 }
 
@@ -236,7 +296,7 @@ fn norm_stats<S: Stored>(x: &[S], d: usize, eps: f32, centred: bool, stats: &mut
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn norm_rows<S: Stored>(x: &[S], weights: Turns<'_>, bias: Option<&[f32]>, stats: &[f32], y: &mut [S]) {
+fn norm_rows<X: Stored, S: Stored>(x: &[X], weights: Turns<'_>, bias: Option<&[f32]>, stats: &[f32], y: &mut [S]) {
     let d = weights.width;
     let rows = x.chunks_exact(d).zip(y.chunks_exact_mut(d)).zip(stats.chunks_exact(2));
     for (row, ((x, y), stats)) in rows.enumerate() {
@@ -249,7 +309,15 @@ fn norm_rows<S: Stored>(x: &[S], weights: Turns<'_>, bias: Option<&[f32]>, stats
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn norm_backward_rows<S: Stored>(dy: &[S], x: &[S], weights: Turns<'_>, stats: &[f32], centred: bool, dx: &mut [S]) {
+fn norm_backward_rows<G: Stored, S: Stored>(
+    dy: &[G],
+    x: &[S],
+    weights: Turns<'_>,
+    stats: &[f32],
+    centred: bool,
+    more: Option<&[S]>,
+    dx: &mut [S],
+) {
     let d = weights.width;
     let rows = dy.chunks_exact(d).zip(x.chunks_exact(d)).zip(dx.chunks_exact_mut(d)).zip(stats.chunks_exact(2));
     for (row, (((dy, x), dx), stats)) in rows.enumerate() {
@@ -257,8 +325,10 @@ fn norm_backward_rows<S: Stored>(dy: &[S], x: &[S], weights: Turns<'_>, stats: &
         let dot = sum_of_three(dy, weight, x, |dy, weight, x| dy * weight * (x - mean));
         let along = dot * scale * scale / d as f32;
         let shift = if centred { self::dot(dy, weight, target_cfg_f!(target_feature = "fma")) / d as f32 } else { 0.0 };
-        for i in 0..d {
-            dx[i] = S::rounded((dy[i].wide() * weight[i] - shift - (x[i].wide() - mean) * along) * scale);
+        let own = |i: usize| (dy[i].wide() * weight[i] - shift - (x[i].wide() - mean) * along) * scale;
+        match more.map(|more| &more[row * d..(row + 1) * d]) {
+            None => (0..d).for_each(|i| dx[i] = S::rounded(own(i))),
+            Some(more) => (0..d).for_each(|i| dx[i] = S::rounded(own(i) + more[i].wide())),
         }
     }
 }
@@ -285,8 +355,8 @@ fn rotate_of<S: Stored>(x: &Tensor, rotation: &Rotation, first: usize, direction
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn rotate_halves<S: Stored>(
-    x: &[S],
+fn rotate_halves<X: Stored, S: Stored>(
+    x: &[X],
     (cos, sin): (&[f32], &[f32]),
     (row, head, first): (usize, usize, usize),
     direction: f32,
@@ -298,7 +368,7 @@ fn rotate_halves<S: Stored>(
     for ((x, y), (cos, sin)) in tokens {
         for (x, y) in x.chunks_exact(head).zip(y.chunks_exact_mut(head)) {
             let ((before, x), (before_y, y)) = (x.split_at(first), y.split_at_mut(first));
-            before_y.copy_from_slice(before);
+            stay(before, before_y);
             let ((x1, rest), (y1, rest_y)) = (x.split_at(half), y.split_at_mut(half));
             let ((x2, still), (y2, still_y)) = (rest.split_at(half), rest_y.split_at_mut(half));
             for i in 0..half {
@@ -306,14 +376,14 @@ fn rotate_halves<S: Stored>(
                 y1[i] = S::rounded(x1[i].wide() * c - x2[i].wide() * s);
                 y2[i] = S::rounded(x2[i].wide() * c + x1[i].wide() * s);
             }
-            still_y.copy_from_slice(still);
+            stay(still, still_y);
         }
     }
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn rotate_pairs<S: Stored>(
-    x: &[S],
+fn rotate_pairs<X: Stored, S: Stored>(
+    x: &[X],
     (cos, sin): (&[f32], &[f32]),
     (row, head, first): (usize, usize, usize),
     direction: f32,
@@ -325,7 +395,7 @@ fn rotate_pairs<S: Stored>(
     for ((x, y), (cos, sin)) in tokens {
         for (x, y) in x.chunks_exact(head).zip(y.chunks_exact_mut(head)) {
             let ((before, x), (before_y, y)) = (x.split_at(first), y.split_at_mut(first));
-            before_y.copy_from_slice(before);
+            stay(before, before_y);
             let ((x, still), (y, still_y)) = (x.split_at(2 * half), y.split_at_mut(2 * half));
             for i in 0..half {
                 let (c, s) = (cos[i], sin[i] * direction);
@@ -333,8 +403,15 @@ fn rotate_pairs<S: Stored>(
                 y[2 * i] = S::rounded(first * c - second * s);
                 y[2 * i + 1] = S::rounded(second * c + first * s);
             }
-            still_y.copy_from_slice(still);
+            stay(still, still_y);
         }
+    }
+}
+
+#[inline(always)]
+fn stay<X: Stored, S: Stored>(x: &[X], y: &mut [S]) {
+    for (x, y) in x.iter().zip(y) {
+        *y = S::rounded(x.wide());
     }
 }
 

@@ -2,6 +2,8 @@
 //!
 //! `loss = scale * sum_s (logsumexp(h_s W^T) - h_s W^T[target_s])`, softmax statistics in fp32. The gradient of h is made
 //! while a chunk's logits are at hand, so backward only scales it (Liger Kernel, arXiv:2410.10989, does the same).
+//!
+//! On CUDA the logits of a plain head stay in the fp32 that products of half precision are summed in.
 
 use tch::{Kind, Tensor};
 
@@ -68,8 +70,15 @@ fn in_chunks_of(chunk: i64, hidden: &Tensor, head: Operand<'_>, map: LogitMap, t
             let length = chunk.min(rows - start);
             let h = hidden.narrow(0, start, length);
             let target = targets.narrow(0, start, length);
-            let (logits, kept) = group.forward(&h, None);
-            let (losses, dlogits) = softmax(&logits[0], map, &target, scale, wants_gradients);
+            let (products, kept) = match cuda::serves(&[&h]).then(|| group.wide_product(&h)).flatten() {
+                Some(wide) => wide,
+                None => {
+                    let (mut products, kept) = group.forward(&h, None);
+                    (products.remove(0), kept)
+                }
+            };
+            let kind = wants_gradients.then_some(hidden.kind());
+            let (losses, dlogits) = softmax(&products, map, &target, scale, kind);
             loss += losses.sum(Kind::Float) * scale;
             if let Some(dlogits) = dlogits {
                 let (dh, df) = group.backward(|_| h.shallow_clone(), &kept, &[dlogits], wants_dhidden);
@@ -96,19 +105,21 @@ fn in_chunks_of(chunk: i64, hidden: &Tensor, head: Operand<'_>, map: LogitMap, t
     .remove(0)
 }
 
-/// Each row's loss (C, 1), fp32, and, if wanted, the gradient (C, V) of `scale` times it, of products (C, V) and targets (C).
+/// Each row's loss (C, 1), fp32, and, if one of some kind is wanted, the gradient (C, V) of `scale` times it, of products (C, V), of that
+/// kind or fp32, and targets (C).
 pub(super) fn softmax(
     products: &Tensor,
     map: LogitMap,
     targets: &Tensor,
     scale: f64,
-    wants_gradients: bool,
+    gradient: Option<Kind>,
 ) -> (Tensor, Option<Tensor>) {
-    if wants_gradients && cuda::serves(&[products]) {
-        let (losses, gradient) = cuda::softmax_cross_entropy(products, targets, (map.scale, map.soft_cap), scale);
+    if let Some(kind) = gradient.filter(|kind| cuda::serves(&[products]) && cuda::known(*kind)) {
+        let map = (map.scale, map.soft_cap);
+        let (losses, gradient) = cuda::softmax_cross_entropy(products, targets, map, scale, kind);
         return (losses, Some(gradient));
     }
-    if wants_gradients && cpu::serves(&[products]) {
+    if gradient.is_some_and(|kind| cpu::serves(&[products]) && products.kind() == kind) {
         let (losses, gradient) = cpu::softmax_cross_entropy(products, map, targets, scale);
         return (losses, Some(gradient));
     }
@@ -116,10 +127,10 @@ pub(super) fn softmax(
     let logits = map.logits(products);
     let logsumexp = logits.logsumexp([1i64].as_slice(), true); // (C, 1)
     let losses = &logsumexp - logits.gather(1, &targets, false);
-    let gradient = wants_gradients.then(|| {
+    let gradient = gradient.map(|kind| {
         let mut gradient = (&logits - logsumexp).exp_();
         let _ = gradient.scatter_add_(1, &targets, &Tensor::full_like(&targets, -1).to_kind(Kind::Float));
-        map.backward(gradient * scale, &logits).to_kind(products.kind())
+        map.backward(gradient * scale, &logits).to_kind(kind)
     });
     (losses, gradient)
 }

@@ -1,7 +1,8 @@
 //! The feed-forward's second half: `Y = (act(G) * U) W^T + updates (+ residual)` (arXiv:2002.05202), or without U where there is
 //! no gate.
 //!
-//! Keeps G and U; the product is made again in backward and the gradients take the place of what they came from.
+//! Keeps G and U. The product is made again in backward, and on CUDA everything there takes the place of what it came from: the gradients of
+//! G and U theirs, the product that of its own gradient.
 
 use tch::Tensor;
 
@@ -45,15 +46,17 @@ impl Activation {
         up.map_or_else(|| activated.shallow_clone(), |up| &activated * self.up(up))
     }
 
-    /// The gradients of gate and up from that of [`Activation::gated`], and its value again.
+    /// The gradients of gate and up from that of [`Activation::gated`], and its value again. What is said to be over may be written over:
+    /// all three that are given.
     pub(super) fn gated_backward(
         self,
         grad: &Tensor,
         gate: &Tensor,
         up: Option<&Tensor>,
+        over: bool,
     ) -> (Tensor, Option<Tensor>, Tensor) {
         if cuda::serves(&[gate, up.unwrap_or(gate), grad]) {
-            return cuda::gated_backward(self.curve(), grad, gate, up);
+            return cuda::gated_backward(self.curve(), grad, gate, up, over);
         }
         if cpu::serves(&[gate, up.unwrap_or(gate), grad]) {
             return cpu::gated_backward(self, grad, gate, up);
@@ -119,11 +122,20 @@ impl Activation {
     }
 }
 
+/// Who else reads gate and up after a forward.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Readers {
+    /// No one: backward may write over them.
+    None,
+    /// What made them, say, for its own backward.
+    Others,
+}
+
 /// Projects `act(gate) * up` (both (T, F)), or `act(gate)` without `up`, by `operand` and adds `residual` (T, D).
 pub fn gated_projection(
     activation: Activation,
-    gate: &Tensor,
-    up: Option<&Tensor>,
+    (gate, up): (&Tensor, Option<&Tensor>),
+    readers: Readers,
     operand: Operand<'_>,
     residual: Option<&Tensor>,
 ) -> Tensor {
@@ -141,7 +153,7 @@ pub fn gated_projection(
         let mut passed = (None, up.as_ref().map(|_| None));
         let x = |dx: Option<&Tensor>| match dx {
             Some(dx) => {
-                let (dgate, dup, product) = activation.gated_backward(dx, &gate, up.as_ref());
+                let (dgate, dup, product) = activation.gated_backward(dx, &gate, up.as_ref(), readers == Readers::None);
                 passed = (Some(dgate), dup.map(Some));
                 product
             }
@@ -192,15 +204,23 @@ mod tests {
                         dropout_seed: None,
                     };
                     vec![
-                        gated_projection(activation, &x[0], Some(&x[1]), operand, Some(&x[2])),
-                        gated_projection(activation, &x[0], None, operand, None),
+                        gated_projection(activation, (&x[0], Some(&x[1])), Readers::Others, operand, Some(&x[2])),
+                        gated_projection(activation, (&x[0], None), Readers::Others, operand, None),
+                        gated_projection(
+                            activation,
+                            (&(&x[0] * 1.0), Some(&(&x[1] * 1.0))),
+                            Readers::None,
+                            operand,
+                            None,
+                        ),
                     ]
                 },
                 |kind, x| {
                     let project =
                         |h: &Tensor| h.matmul(&weight(kind).tr()) + h.matmul(&x[3].tr()).matmul(&x[4].tr()) * 0.5;
                     let activated = activation.forward(&x[0]);
-                    vec![project(&(&activated * activation.up(&x[1]))) + &x[2], project(&activated)]
+                    let both = project(&(&activated * activation.up(&x[1])));
+                    vec![&both + &x[2], project(&activated), both]
                 },
             );
         }

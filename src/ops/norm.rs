@@ -3,8 +3,8 @@
 
 use tch::{Kind, Tensor};
 
+use super::normed::sum;
 use super::{cpu, cuda};
-use crate::torch_ext::custom;
 
 /// A norm: frozen, but for what is trained in its place.
 #[derive(Debug)]
@@ -63,7 +63,8 @@ impl Norm {
     /// y (T, D) in x's number type, and of each row its mean (0 for RMSNorm) and 1/deviation: (T, 2) in fp32. No graph.
     pub(crate) fn forward(&self, x: &Tensor) -> (Tensor, Tensor) {
         if self.runs_on_cuda(&[x]) {
-            return cuda::norm(x, &self.weight, self.bias.as_ref(), self.eps, self.centred);
+            let (_, y, stats) = cuda::norm(x, None, &self.weight, self.bias.as_ref(), self.eps, self.centred);
+            return (y, stats);
         }
         if cpu::serves(&[x]) {
             return cpu::norm(x, &self.weight, self.bias.as_ref(), self.eps, self.centred);
@@ -78,6 +79,25 @@ impl Norm {
         (self.again(x, &stats), stats)
     }
 
+    /// The sum `h + given * factor` (T, D) where something is given, and what [`Norm::forward`] makes of it. No graph.
+    pub(crate) fn forward_of_sum(&self, h: &Tensor, given: Option<(&Tensor, f64)>) -> (Tensor, Tensor, Tensor) {
+        let Some((given, factor)) = given else {
+            let (y, stats) = self.forward(h);
+            return (h.shallow_clone(), y, stats);
+        };
+        if self.runs_on_cuda(&[h, given]) {
+            let given = Some((given, factor));
+            let (sum, y, stats) = cuda::norm(h, given, &self.weight, self.bias.as_ref(), self.eps, self.centred);
+            return (sum.expect("something is given"), y, stats);
+        }
+        if cpu::serves(&[h, given]) {
+            return cpu::norm_of_sum(h, given, factor, &self.weight, self.bias.as_ref(), self.eps, self.centred);
+        }
+        let sum = sum(h, given, factor);
+        let (y, stats) = self.forward(&sum);
+        (sum, y, stats)
+    }
+
     /// y again, from x and the kept statistics: cheaper than keeping y.
     pub(crate) fn again(&self, x: &Tensor, stats: &Tensor) -> Tensor {
         if self.runs_on_cuda(&[x]) {
@@ -90,15 +110,16 @@ impl Norm {
         self.bias.as_ref().map_or_else(|| y.shallow_clone(), |bias| &y + bias).to_kind(x.kind())
     }
 
-    /// dx (T, D) from dy (T, D).
+    /// dx (T, D) from dy (T, D), with `more` (T, D) added if given.
     ///
     /// With g = dy * w and n the normed x: `dx = (g - n * mean(g * n)) / deviation`, and for LayerNorm less the mean of g.
-    pub(crate) fn backward(&self, dy: &Tensor, x: &Tensor, stats: &Tensor) -> Tensor {
-        if self.runs_on_cuda(&[x, dy]) {
-            return cuda::norm_backward(dy, x, &self.weight, stats, self.centred);
+    pub(crate) fn backward(&self, dy: &Tensor, x: &Tensor, stats: &Tensor, more: Option<&Tensor>) -> Tensor {
+        let all: Vec<&Tensor> = [x, dy].into_iter().chain(more).collect();
+        if self.runs_on_cuda(&all) {
+            return cuda::norm_backward(dy, x, &self.weight, stats, self.centred, more);
         }
-        if cpu::serves(&[dy, x]) {
-            return cpu::norm_backward(dy, x, &self.weight, stats, self.centred);
+        if cpu::serves(&all) {
+            return cpu::norm_backward(dy, x, &self.weight, stats, self.centred, more);
         }
         let g = dy.to_kind(Kind::Float) * self.weight_of_rows(x);
         let n = normed(x, stats);
@@ -107,38 +128,8 @@ impl Norm {
             true => &g - g.mean_dim([-1i64].as_slice(), true, Kind::Float),
             false => g,
         };
-        ((through - n * dot) * stats.narrow(1, 1, 1)).to_kind(x.kind())
-    }
-
-    /// The norm alone, differentiable in x (T, D) and in what is trained of it.
-    pub fn apply(&self, x: &Tensor) -> Tensor {
-        let norm = self.as_it_is();
-        let (y, stats) = tch::no_grad(|| norm.forward(x));
-        let saved = x.detach();
-        let inputs: Vec<&Tensor> = [x].into_iter().chain(self.leaves()).collect();
-        let trained = self.trained.as_ref().map(|trained| (trained.weight.size(), trained.bias.is_some()));
-        custom(c"engraft::norm", &inputs, vec![y], move |grads| {
-            let mut all = vec![Some(norm.backward(&grads[0], &saved, &stats))];
-            if let Some((shape, biased)) = &trained {
-                // Each row's own, summed over the rows that share a weight.
-                let dy = grads[0].to_kind(Kind::Float);
-                let turns = [-1, norm.weight.size()[0], norm.weight.size()[1]];
-                let dweight =
-                    (&dy * normed(&saved, &stats)).view(turns).sum_dim_intlist([0i64].as_slice(), false, Kind::Float);
-                all.push(Some(dweight.view(&shape[..])));
-                all.extend(biased.then(|| Some(dy.sum_dim_intlist([0i64].as_slice(), false, Kind::Float))));
-            }
-            all
-        })
-        .remove(0)
-    }
-
-    /// x (T, D), and `norm` where it is frozen; where it is trained, x normed by it: what fuses a norm makes no gradients of its numbers.
-    pub fn ahead<'a>(norm: Option<&'a Self>, x: &Tensor) -> (Tensor, Option<&'a Self>) {
-        match norm.filter(|norm| norm.trained.is_some()) {
-            Some(norm) => (norm.apply(x), None),
-            None => (x.shallow_clone(), norm),
-        }
+        let dx = (through - n * dot) * stats.narrow(1, 1, 1);
+        more.map_or_else(|| dx.shallow_clone(), |more| &dx + more).to_kind(x.kind())
     }
 
     /// What is trained of it.
@@ -147,7 +138,7 @@ impl Norm {
     }
 
     /// With what is trained in place. No graph.
-    fn as_it_is(&self) -> Self {
+    pub(super) fn as_it_is(&self) -> Self {
         let Some(trained) = &self.trained else { return self.clone() };
         let weight = trained.weight.detach().view([-1, self.weight.size()[1]]) + self.offset;
         let bias = trained.bias.as_ref().map(Tensor::detach);
@@ -175,7 +166,7 @@ impl Norm {
 }
 
 /// (x - mean) / deviation, fp32.
-fn normed(x: &Tensor, stats: &Tensor) -> Tensor {
+pub(super) fn normed(x: &Tensor, stats: &Tensor) -> Tensor {
     (x.to_kind(Kind::Float) - stats.narrow(1, 0, 1)) * stats.narrow(1, 1, 1)
 }
 

@@ -1,15 +1,15 @@
 //! Low-rank linear projections of one input: `Y_i = X W_i^T + bias_i + s_i drop_i(X) A_i^T B_i^T (+ residual)`,
-//! with `X = norm(input)` where a norm goes before (arXiv:2106.09685).
+//! (arXiv:2106.09685).
 //!
-//! All projections that share X are one operation: X is kept once (before the norm, which is cheap to redo), the A
+//! All projections that share X are one operation: X is kept once (before its norm, which is cheap to redo), the A
 //! matrices are stacked so that X meets them in one product, and dX is summed in place. A frozen W costs one product
 //! forward and one backward; no gradient of W is ever made and no copy of it kept: a quantised W is made whole for each product.
 
 use tch::{Kind, Tensor};
 
-use super::Norm;
 use super::dropout::dropped;
 use super::magnitude::{self, Decomposed, Lengthened, Magnitude};
+use super::normed::Normed;
 use super::update::Update;
 use crate::quant::Weight;
 use crate::torch_ext::custom;
@@ -137,43 +137,20 @@ impl<'a> Operand<'a> {
     }
 }
 
-/// Projects `input` (T, in), after `norm` if given, by every operand; `residual` (T, out) is added to the only one.
-pub fn projection(
-    input: &Tensor,
-    norm: Option<&Norm>,
-    operands: &[Operand<'_>],
-    residual: Option<&Tensor>,
-) -> Vec<Tensor> {
+/// Projects rows (T, in) by every operand; `residual` (T, out) is added to the only one.
+pub fn projection(input: impl Into<Normed>, operands: &[Operand<'_>], residual: Option<&Tensor>) -> Vec<Tensor> {
+    let (input, source) = input.into().into_parts();
     let group = Group::of(operands);
-    let (outputs, stats, kept) = tch::no_grad(|| {
-        let (x, stats) = match norm {
-            Some(norm) => {
-                let (x, stats) = norm.forward(input);
-                (x, Some(stats))
-            }
-            None => (input.shallow_clone(), None),
-        };
-        let (outputs, kept) = group.forward(&x, residual);
-        (outputs, stats, kept)
-    });
+    let (outputs, kept) = tch::no_grad(|| group.forward(&input, residual));
 
-    let mut inputs = vec![input];
+    let mut inputs = vec![&input];
     inputs.extend(residual);
     inputs.extend(factors(operands));
     let wants_dx = input.requires_grad();
     let has_residual = residual.is_some();
-    let saved = input.detach();
-    let normed = norm.cloned().zip(stats);
     custom(c"engraft::projection", &inputs, outputs, move |grads| {
-        let x = |_: Option<&Tensor>| {
-            normed.as_ref().map_or_else(|| saved.shallow_clone(), |(norm, stats)| norm.again(&saved, stats))
-        };
-        let (dx, dfactors) = group.backward(x, &kept, grads, wants_dx);
-        let dinput = dx.map(|dx| match &normed {
-            Some((norm, stats)) => norm.backward(&dx, &saved, stats),
-            None => dx,
-        });
-        let mut out = vec![dinput];
+        let (dx, dfactors) = group.backward(|_| source.rows(), &kept, grads, wants_dx);
+        let mut out = vec![dx];
         if has_residual {
             out.push(Some(grads[0].shallow_clone()));
         }
@@ -249,6 +226,15 @@ impl Group {
         let u = self.a.as_ref().map(|a| self.down(x, a));
         let (outputs, decomposed) = self.members.iter().map(|member| member.forward(x, u.as_ref(), residual)).collect();
         (outputs, Kept { u, decomposed })
+    }
+
+    /// The only Y (T, out) in fp32, where nothing but a weight in half precision makes it; and what the backward needs.
+    pub(super) fn wide_product(&self, x: &Tensor) -> Option<(Tensor, Kept)> {
+        let [Member { weight, trained: Part::Nothing, bias: None, update: None, .. }] = &self.members[..] else {
+            return None;
+        };
+        let served = weight.kind() != Kind::Float && !weight.is_multiplied();
+        served.then(|| (weight.wide_product(x), Kept { u: None, decomposed: vec![None] }))
     }
 
     /// dX (T, in) when wanted, and the gradients of [`factors`], fp32, from every dY_i (T, out_i).
@@ -491,7 +477,7 @@ mod tests {
                             dropout_seed: Some(70 + i as u64),
                         })
                         .collect();
-                    projection(&x[0], Some(&norm), &operands, None)
+                    projection(norm.of(&x[0]), &operands, None)
                 },
                 |kind, x| {
                     let normed = norm_twin(&x[0], &norm.weight, 1e-6);
@@ -523,7 +509,7 @@ mod tests {
                     low_rank: Some(&low_rank),
                     dropout_seed: None,
                 };
-                projection(&x[0], None, &[bare, adapted], None)
+                projection(&x[0], &[bare, adapted], None)
             },
             |kind, x| {
                 let l = low_rank(x, 0, 0.0);
@@ -547,7 +533,7 @@ mod tests {
                     low_rank: Some(&low_rank),
                     dropout_seed: None,
                 };
-                projection(&x[0], None, &[operand], Some(&x[3]))
+                projection(&x[0], &[operand], Some(&x[3]))
             },
             |kind, x| {
                 let l = low_rank(x, 0, 0.0);
@@ -578,7 +564,7 @@ mod tests {
                 low_rank: Some(&low_rank),
                 dropout_seed: None,
             };
-            let y = projection(x, None, &[operand], None).remove(0);
+            let y = projection(x, &[operand], None).remove(0);
             let update = x.detach().mm(&a.tr()).mm(&b.tr()) * 1.5;
             let expected = (codes().product(&x.detach()) + update) * &gain + &bias;
             let close = |found: &Tensor, expected: &Tensor, what: &str| {
@@ -615,7 +601,7 @@ mod tests {
                         low_rank: Some(&low_rank),
                         dropout_seed: Some(70),
                     };
-                    projection(&x[0], None, &[operand], Some(&residual.to_kind(kind)))
+                    projection(&x[0], &[operand], Some(&residual.to_kind(kind)))
                 },
                 |kind, x| {
                     let (w, l) = (weight(0, kind), low_rank(x, 0, dropout));
@@ -649,7 +635,7 @@ mod tests {
                 let of = |weight, trained, bias| Operand { weight, trained, bias, low_rank: None, dropout_seed: None };
                 let [whole, mixed] = [of(&weights[0], Some(&whole), Some(&bias)), of(&weights[0], Some(&rows), None)];
                 let with_bias = of(&weights[0], Some(&with_bias), Some(&bias));
-                projection(&x[0], None, &[whole, mixed, of(&weights[1], None, None), with_bias], None)
+                projection(&x[0], &[whole, mixed, of(&weights[1], None, None), with_bias], None)
             },
             |kind, x| {
                 let mixed = weight(0, kind).index_copy(0, &ids, &x[2].to_kind(kind));

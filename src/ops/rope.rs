@@ -1,9 +1,11 @@
 //! Rotary position embedding (arXiv:2104.09864): pairs (x1, x2) of the rotated part of a head become
 //! `(x1 cos - x2 sin, x2 cos + x1 sin)`. Linear in x, so backward is the rotation the other way and keeps nothing of x.
+//!
+//! Heads that are normed before are so on the way, where there is a kernel: what is kept is x before its norm, as a norm alone keeps it.
 
 use tch::{Kind, Tensor};
 
-use super::{cpu, cuda};
+use super::{Norm, cpu, cuda};
 use crate::torch_ext::custom;
 
 /// Which elements of the rotated part of a head turn together.
@@ -42,6 +44,91 @@ pub fn rope<const X: usize>(x: [&Tensor; X], rotation: &Rotation) -> [Tensor; X]
 pub fn rope_last<const X: usize>(x: [&Tensor; X], rotation: &Rotation) -> [Tensor; X] {
     let rotated = 2 * rotation.cos.size()[1];
     rotate_from(x, rotation, |head| head - rotated)
+}
+
+/// [`rope`] of heads (T, heads, H) that are normed first, each by itself.
+pub fn normed_rope<const X: usize>(x: [&Tensor; X], norms: [&Norm; X], rotation: &Rotation) -> [Tensor; X] {
+    norm_and_rotate_from(x, norms, rotation, |_| 0)
+}
+
+/// [`rope_last`] of heads (T, heads, H) that are normed first, each by itself.
+pub fn normed_rope_last<const X: usize>(x: [&Tensor; X], norms: [&Norm; X], rotation: &Rotation) -> [Tensor; X] {
+    let rotated = 2 * rotation.cos.size()[1];
+    norm_and_rotate_from(x, norms, rotation, |head| head - rotated)
+}
+
+fn norm_and_rotate_from<const X: usize>(
+    x: [&Tensor; X],
+    norms: [&Norm; X],
+    rotation: &Rotation,
+    first: impl Fn(i64) -> i64,
+) -> [Tensor; X] {
+    let heads = Heads {
+        x: x.map(Tensor::detach).into(),
+        norms: norms.map(Norm::clone).into(),
+        rotation: rotation.shallow_clone(),
+        first: x.map(|x| first(x.size()[2])).into(),
+    };
+    let Some(outputs) = tch::no_grad(|| heads.forward()) else {
+        let mut norms = norms.into_iter();
+        let normed = x.map(|x| norms.next().expect("one of each").apply_to_heads(x));
+        return rotate_from(normed.each_ref(), rotation, first);
+    };
+    let outputs = custom(c"engraft::normed_rope", &x, outputs, move |grads| {
+        heads.backward(&grads.iter().map(Tensor::contiguous).collect::<Vec<_>>()).into_iter().map(Some).collect()
+    });
+    outputs.try_into().expect("an output for every x")
+}
+
+/// Heads that are normed and rotated on the way.
+struct Heads {
+    x: Vec<Tensor>,
+    norms: Vec<Norm>,
+    rotation: Rotation,
+    /// The element of a head from which on it turns.
+    first: Vec<i64>,
+}
+
+impl Heads {
+    /// Nothing where no kernel serves.
+    fn forward(&self) -> Option<Vec<Tensor>> {
+        if self.norms.iter().any(|norm| norm.trained.is_some() || norm.bias.is_some()) {
+            return None;
+        }
+        let (on_cuda, angles) = (self.on_cuda(), self.angles());
+        if cuda::norms_and_rotates(&on_cuda, angles) {
+            return Some(cuda::norm_and_rotate(&on_cuda, angles));
+        }
+        cpu::serves(&self.x.iter().collect::<Vec<_>>())
+            .then(|| self.each().map(|(x, norm, first)| cpu::norm_and_rotate(x, norm, &self.rotation, first)).collect())
+    }
+
+    fn backward(&self, dy: &[Tensor]) -> Vec<Tensor> {
+        let (on_cuda, angles) = (self.on_cuda(), self.angles());
+        if cuda::norms_and_rotates(&on_cuda, angles) {
+            return cuda::norm_and_rotate_backward(&dy.iter().collect::<Vec<_>>(), &on_cuda, angles);
+        }
+        let back = |((x, norm, first), dy)| cpu::norm_and_rotate_backward(dy, x, norm, &self.rotation, first);
+        self.each().zip(dy).map(back).collect()
+    }
+
+    fn each(&self) -> impl Iterator<Item = (&Tensor, &Norm, i64)> {
+        self.x.iter().zip(&self.norms).zip(&self.first).map(|((x, norm), first)| (x, norm, *first))
+    }
+
+    fn on_cuda(&self) -> Vec<cuda::NormedHeads<'_>> {
+        self.each()
+            .map(|(x, norm, first)| {
+                let Norm { weight, eps, centred, .. } = norm;
+                cuda::NormedHeads { x, weight, eps: *eps, centred: *centred, first }
+            })
+            .collect()
+    }
+
+    fn angles(&self) -> cuda::Angles<'_> {
+        let Rotation { layout, cos, sin } = &self.rotation;
+        cuda::Angles { pairs: *layout == RopeLayout::Pairs, cos, sin }
+    }
 }
 
 /// Rotates from the element on that `first` gives for a head's size.
@@ -125,6 +212,46 @@ mod tests {
                 &[randn(&[9, 4, 12], 1), randn(&[9, 2, 12], 2)],
                 |_, x| rope([&x[0], &x[1]], &rotation).into(),
                 |_, x| vec![twin(&x[0], &rotation), twin(&x[1], &rotation)],
+            );
+        }
+    }
+
+    /// RMSNorm with one weight, LayerNorm with a weight for each head; heads of whole vectors and not, of which all turns, or a part.
+    #[test]
+    fn heads_that_are_normed_on_the_way_equal_plain_autograd() {
+        for (layout, head, half, centred) in [
+            (RopeLayout::Halves, 16, 8, false),
+            (RopeLayout::Pairs, 16, 8, true),
+            (RopeLayout::Halves, 40, 8, true),
+            (RopeLayout::Pairs, 40, 8, false),
+            (RopeLayout::Halves, 13, 3, false),
+            (RopeLayout::Pairs, 13, 3, true),
+        ] {
+            let angle = randn(&[9, half], 3);
+            let rotation = Rotation { layout, cos: angle.cos(), sin: angle.sin() };
+            let norm = |heads, seed| {
+                let weight = randn(&[if centred { heads } else { 1 }, head], seed) * 0.3 + 1.0;
+                crate::ops::norm::tests::frozen(weight, None, 1e-5, centred)
+            };
+            let norms = [norm(4, 4), norm(2, 5)];
+            let inputs = [randn(&[9, 4, head], 1) + 0.3, randn(&[9, 2, head], 2)];
+            let twin_of = |x: &Tensor, norm: &Norm| {
+                let x = if centred { x - x.mean_dim([-1i64].as_slice(), true, Kind::Float) } else { x.shallow_clone() };
+                let rms = (x.square().mean_dim([-1i64].as_slice(), true, Kind::Float) + 1e-5).sqrt();
+                x / rms * &norm.weight
+            };
+            check(
+                &inputs,
+                |_, x| normed_rope([&x[0], &x[1]], [&norms[0], &norms[1]], &rotation).into(),
+                |_, x| [0, 1].map(|i| twin(&twin_of(&x[i], &norms[i]), &rotation)).into(),
+            );
+            let still = head - 2 * half;
+            let last =
+                |x: &Tensor| Tensor::cat(&[x.narrow(2, 0, still), twin(&x.narrow(2, still, 2 * half), &rotation)], 2);
+            check(
+                &inputs,
+                |_, x| normed_rope_last([&x[0], &x[1]], [&norms[0], &norms[1]], &rotation).into(),
+                |_, x| [0, 1].map(|i| last(&twin_of(&x[i], &norms[i]))).into(),
             );
         }
     }

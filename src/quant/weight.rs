@@ -84,6 +84,16 @@ impl Weight {
         added.map_or_else(|| x.mm(&weight), |added| added.addmm(x, &weight))
     }
 
+    /// `X W^T` (T, out) of X (T, in), both in half precision, in the fp32 that products are summed in.
+    pub fn wide_product(&self, x: &Tensor) -> Tensor {
+        let weight = self.dense().tr(); // (in, out)
+        match x.device() {
+            Device::Cuda(_) => x.mm_dtype(&weight, Kind::Float),
+            // Libtorch has no such product elsewhere.
+            _ => x.to_kind(Kind::Float).mm(&weight.to_kind(Kind::Float)),
+        }
+    }
+
     /// `dY W` (T, in) of dY (T, out), added in place to what there is.
     pub fn product_back(&self, dy: &Tensor, onto: Option<Tensor>) -> Tensor {
         match (self.multiplied(), onto) {

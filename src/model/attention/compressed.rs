@@ -86,22 +86,21 @@ impl CompressedAttention {
 
     /// What attention gives for the stream.
     pub(super) fn forward(&self, stream: Stream<'_>, context: &Context<'_>, cache: Option<&mut Compressed>) -> Tensor {
-        let Stream { h, norm, residual } = stream;
+        let Stream { h, x, residual } = stream;
         let (tokens, seed) = (h.size()[0], context.dropout_seed);
         let rotation = context.rotation.expect("compressed attention rotates");
         let mut linears = vec![&self.query_down, &self.key_value];
         linears.extend(self.source.compressor().into_iter().flat_map(|c| [&c.key_value, &c.gate]));
         let operands: Vec<_> = linears.iter().map(|linear| linear.operand(seed)).collect();
-        let mut parts = ops::projection(h, norm, &operands, None).into_iter();
+        let mut parts = ops::projection(&x, &operands, None).into_iter();
         let mut next = || parts.next().expect("as many as there are linears");
         let (latent, key) = (next(), next());
-        let q = ops::projection(&latent, Some(&self.query_norm), &[self.query_up.operand(seed)], None).remove(0);
-        let q = self.query_head_norm.apply_to_heads(&q.view([tokens, self.heads, self.head_size])); // (T, N, H)
-        let key = self.key_value_norm.apply(&key).view([tokens, 1, self.head_size]); // (T, 1, H)
-        let [q, key] = ops::rope_last([&q, &key], rotation);
+        let q = ops::projection(self.query_norm.of(&latent), &[self.query_up.operand(seed)], None).remove(0);
+        let q = q.view([tokens, self.heads, self.head_size]); // (T, N, H)
+        let key = key.view([tokens, 1, self.head_size]); // (T, 1, H)
+        let [q, key] = ops::normed_rope_last([&q, &key], [&self.query_head_norm, &self.key_value_norm], rotation);
         let made = self.source.compressor().map(|_| (next(), next()));
-        let indexed =
-            || self.source.indexer().map(|indexer| indexer.read(h, norm, (&latent, &self.query_norm), rotation));
+        let indexed = || self.source.indexer().map(|indexer| indexer.read(&x, (&latent, &self.query_norm), rotation));
         let attended = match cache {
             None => match made {
                 None => ops::attention(&q, &key, &key, context.documents, &self.scoring),
@@ -116,7 +115,7 @@ impl CompressedAttention {
         let [attended] = ops::rope_last([&attended], &back);
         let attended = attended.view([tokens, self.heads * self.head_size]); // (T, N H)
         let grouped = ops::block_projection(&attended, self.groups, self.group.operand(seed)); // (T, G R')
-        ops::projection(&grouped, None, &[self.output.operand(seed)], residual).remove(0)
+        ops::projection(&grouped, &[self.output.operand(seed)], residual).remove(0)
     }
 
     /// The entries of whole documents, from k and g of their tokens. What the indexer makes is asked for only where a document has

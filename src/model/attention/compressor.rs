@@ -7,7 +7,7 @@ use crate::model::linear::Linear;
 use crate::model::load::Reader;
 use crate::model::spec::{self, Rope};
 use crate::ops::rope::Rotation;
-use crate::ops::{self, Documents, Norm, choose_entries};
+use crate::ops::{self, Documents, Norm, Normed, choose_entries};
 use crate::torch_ext::sent;
 
 /// Makes entries.
@@ -81,8 +81,8 @@ impl Compressor {
         }
         let entries = self.norm.apply(&entries).view([-1, 1, self.width]);
         let positions: Vec<i64> = numbers.iter().map(|number| number * self.rate).collect();
-        let positions = sent(&Tensor::from_slice(&positions), k.device());
-        let rotation = rope.rotation(&positions, &Documents::one(positions.size()[0]));
+        let (all, reached) = (Documents::one(positions.len() as i64), positions.last().map_or(0, |last| last + 1));
+        let rotation = rope.rotation(&sent(&Tensor::from_slice(&positions), k.device()), &all, &[reached]);
         let [rotated] = ops::rope_last([&entries], &rotation);
         rotated.view([-1, self.width])
     }
@@ -100,22 +100,16 @@ impl Indexer {
         })
     }
 
-    /// What it makes of the stream `h` (T, D), normed first where `norm` is there, and of the latent of queries before its norm.
-    pub(super) fn read(
-        &self,
-        h: &Tensor,
-        norm: Option<&Norm>,
-        latent: (&Tensor, &Norm),
-        rotation: &Rotation,
-    ) -> Indexed {
+    /// What it makes of rows of the stream (T, D), and of the latent of queries before its norm.
+    pub(super) fn read(&self, x: &Normed, latent: (&Tensor, &Norm), rotation: &Rotation) -> Indexed {
         tch::no_grad(|| {
             let linears = [&self.compressor.key_value, &self.compressor.gate, &self.weights];
-            let mut parts = ops::projection(h, norm, &linears.map(|linear| linear.operand(None)), None);
+            let mut parts = ops::projection(x, &linears.map(|linear| linear.operand(None)), None);
             let weights = parts.pop().expect("three projections").to_kind(Kind::Float);
             let scale = ((self.heads * self.head_size) as f64).powf(-0.5);
             let g = parts.pop().expect("three projections");
             let k = parts.pop().expect("three projections");
-            let queries = ops::projection(latent.0, Some(latent.1), &[self.query.operand(None)], None).remove(0);
+            let queries = ops::projection(latent.1.of(latent.0), &[self.query.operand(None)], None).remove(0);
             let [queries] = ops::rope_last([&queries.view([-1, self.heads, self.head_size])], rotation); // (T, I, H')
             Indexed { queries, weights: weights * scale, k, g }
         })

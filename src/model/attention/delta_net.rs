@@ -8,7 +8,7 @@ use crate::model::linear::Linear;
 use crate::model::load::Reader;
 use crate::model::recurrent::Recurrent;
 use crate::model::spec::{self, DeltaProjection};
-use crate::ops::{self, Activation, Convolution, DeltaGates, Norm};
+use crate::ops::{self, Activation, Convolution, DeltaGates, Norm, Normed, Readers};
 
 /// A delta-net with its weights.
 #[derive(Debug, Clone)]
@@ -75,8 +75,8 @@ impl DeltaNet {
 
     /// What the net gives for the stream.
     pub(super) fn forward(&self, stream: Stream<'_>, context: &Context<'_>, cache: Option<&mut Recurrent>) -> Tensor {
-        let Stream { h, norm, residual } = stream;
-        let Projected { streams, z, b, a } = self.project(h, norm, context);
+        let Stream { x, residual, .. } = stream;
+        let Projected { streams, z, b, a } = self.project(x, context);
         let (log_decay, beta) = self.gates.apply(&a, &b);
         let heads = |[q, k, v]: [Tensor; 3]| {
             [
@@ -98,14 +98,14 @@ impl DeltaNet {
         };
         let normed = self.norm.apply_to_heads(&read).view([-1, self.value_heads * self.value_size]); // (T, N H)
         let output = self.output.operand(context.dropout_seed);
-        ops::gated_projection(Activation::Silu, &z, Some(&normed), output, residual)
+        ops::gated_projection(Activation::Silu, (&z, Some(&normed)), Readers::None, output, residual)
     }
 
-    fn project(&self, h: &Tensor, norm: Option<&Norm>, context: &Context<'_>) -> Projected {
+    fn project(&self, x: Normed, context: &Context<'_>) -> Projected {
         let (keys, values) = (self.key_heads * self.key_size, self.value_heads * self.value_size);
         let linears = self.input.linears();
         let operands: Vec<_> = linears.iter().map(|linear| linear.operand(context.dropout_seed)).collect();
-        let mut parts = ops::projection(h, norm, &operands, None).into_iter();
+        let mut parts = ops::projection(x, &operands, None).into_iter();
         let mut next = || parts.next().expect("as many as there are linears");
         match &self.input {
             Input::Interleaved(_) => {

@@ -9,7 +9,7 @@ use crate::model::layer::{Context, Stream};
 use crate::model::linear::Linear;
 use crate::model::load::Reader;
 use crate::model::spec::{self, LayerSpec, Mask, Position, Projection, Temperature};
-use crate::ops::{self, Activation, Alibi, Norm, Scoring};
+use crate::ops::{self, Activation, Alibi, Norm, Normed, Readers, Scoring};
 
 /// Grouped attention with its weights.
 #[derive(Debug, Clone)]
@@ -122,9 +122,9 @@ impl GroupedAttention {
         handed_on: &mut HandedOn,
         mut cache: Option<&mut KeysValues>,
     ) -> Tensor {
-        let Stream { h, norm, residual } = stream;
+        let Stream { h, x, residual } = stream;
         let tokens = h.size()[0];
-        let (q, own, gate) = self.projected(h, norm, context);
+        let (q, own, gate) = self.projected(x, context);
         let q = q.view([tokens, self.heads, self.head_size]); // (T, N, H)
         let (q, k, v) = match own {
             Own::KeysValues(keys_values) => {
@@ -156,8 +156,12 @@ impl GroupedAttention {
         let attended = attended.view([tokens, self.heads * self.head_size]); // (T, N H)
         let output = self.output.operand(context.dropout_seed);
         match gate {
-            Some(gate) => ops::gated_projection(Activation::Sigmoid, &gate, Some(&attended), output, residual),
-            None => ops::projection(&attended, None, &[output], residual).remove(0),
+            // Attention keeps its output, too.
+            Some(gate) => {
+                let both = (&gate, Some(&attended));
+                ops::gated_projection(Activation::Sigmoid, both, Readers::Others, output, residual)
+            }
+            None => ops::projection(&attended, &[output], residual).remove(0),
         }
     }
 
@@ -167,6 +171,14 @@ impl GroupedAttention {
             Some(rotation) => ops::rope(x.each_ref(), rotation),
             None => x,
         };
+        let of_heads = |norm: &Option<HeadNorm>| norm.as_ref().is_some_and(|norm| !norm.whole);
+        if let Some(rotation) = context.rotation
+            && !self.norms_after_rotation
+            && x.iter().all(|(_, norm)| of_heads(norm))
+        {
+            let norms = x.each_ref().map(|(_, norm)| &norm.as_ref().expect("asked just now").norm);
+            return ops::normed_rope(x.each_ref().map(|(x, _)| x), norms, rotation);
+        }
         if !self.norms_after_rotation {
             return rotated(x.map(|(x, norm)| normed(x, norm.as_ref())));
         }
@@ -177,12 +189,12 @@ impl GroupedAttention {
 
     /// Queries (T, N H), this block's own keys and values (T, K H) if it has them, and the gate of the output (T, N H) where there is
     /// one.
-    fn projected(&self, h: &Tensor, norm: Option<&Norm>, context: &Context<'_>) -> (Tensor, Own, Option<Tensor>) {
+    fn projected(&self, x: Normed, context: &Context<'_>) -> (Tensor, Own, Option<Tensor>) {
         let seed = context.dropout_seed;
-        let one = |linear: &Linear| ops::projection(h, norm, &[linear.operand(seed)], None).remove(0);
+        let one = |linear: &Linear| ops::projection(&x, &[linear.operand(seed)], None).remove(0);
         let (query, key) = (self.heads * self.head_size, self.kv_heads * self.head_size);
         let separate = |linears: &[Linear; 3]| -> [Tensor; 3] {
-            let parts = ops::projection(h, norm, &linears.each_ref().map(|l| l.operand(seed)), None);
+            let parts = ops::projection(&x, &linears.each_ref().map(|l| l.operand(seed)), None);
             parts.try_into().expect("one of each")
         };
         let parts = match &self.input {
@@ -194,7 +206,7 @@ impl GroupedAttention {
                 return (parts.remove(0), Own::KeysValues([k, v]), gate);
             }
             Input::ValuesAreKeys(linears) => {
-                let mut parts = ops::projection(h, norm, &linears.each_ref().map(|l| l.operand(seed)), None);
+                let mut parts = ops::projection(&x, &linears.each_ref().map(|l| l.operand(seed)), None);
                 parts.push(parts[1].shallow_clone());
                 parts
             }

@@ -78,18 +78,18 @@ impl LatentAttention {
 
     /// What attention gives for the stream.
     pub(super) fn forward(&self, stream: Stream<'_>, context: &Context<'_>, cache: Option<&mut KeysValues>) -> Tensor {
-        let Stream { h, norm, residual } = stream;
+        let Stream { h, x, residual } = stream;
         let (tokens, seed) = (h.size()[0], context.dropout_seed);
         let first = match &self.query {
             Query::Direct(linear) => linear,
             Query::LowRank { down, .. } => down,
         };
-        let mut parts = ops::projection(h, norm, &[first.operand(seed), self.down.operand(seed)], None);
+        let mut parts = ops::projection(x, &[first.operand(seed), self.down.operand(seed)], None);
         let down = parts.pop().expect("two projections"); // (T, Z + P)
         let q = parts.pop().expect("two projections");
         let q = match &self.query {
             Query::Direct(_) => q,
-            Query::LowRank { norm, up, .. } => ops::projection(&q, Some(norm), &[up.operand(seed)], None).remove(0),
+            Query::LowRank { norm, up, .. } => ops::projection(norm.of(&q), &[up.operand(seed)], None).remove(0),
         };
         let mut parts = ops::split(&down, 1, &[self.latent_size, self.rotated]);
         let key = parts.pop().expect("two parts").view([tokens, 1, self.rotated]); // (T, 1, P)
@@ -109,14 +109,14 @@ impl LatentAttention {
             }
         };
         let attended = attended.view([tokens, self.heads * self.value_size]); // (T, N W)
-        ops::projection(&attended, None, &[self.output.operand(seed)], residual).remove(0)
+        ops::projection(&attended, &[self.output.operand(seed)], residual).remove(0)
     }
 
     /// Attends q (T, N, U + P) within its documents, to keys and values made of `latent` (T, Z) before its norm and to `key`
     /// (T, 1, P): (T, N, W).
     fn attend(&self, q: &Tensor, latent: &Tensor, key: &Tensor, context: &Context<'_>) -> Tensor {
         let operand = self.up.operand(context.dropout_seed);
-        let up = ops::projection(latent, Some(&self.norm), &[operand], None).remove(0); // (T, N (U + W))
+        let up = ops::projection(self.norm.of(latent), &[operand], None).remove(0); // (T, N (U + W))
         let (k, v) = ops::keys_values(&up, key, self.heads, self.unrotated);
         ops::attention(q, &k, &v, &self.mask.documents(context.documents), &self.scoring)
     }

@@ -77,10 +77,10 @@ __device__ void forward(const Curve& curve, const T* __restrict__ gate, const T*
   put(y + first, whole, count, g);
 }
 
-// The gradients of gate and up from dy, and y again.
+// The gradients of gate and up from dy, and y again: each may take the place of one of these, as a thread reads its numbers before it
+// writes any.
 template <class T>
-__device__ void backward(const Curve& curve, const T* __restrict__ dy, const T* __restrict__ gate,
-                         const T* __restrict__ up, T* __restrict__ dgate, T* __restrict__ dup, T* __restrict__ y, i64 n) {
+__device__ void backward(const Curve& curve, const T* dy, const T* gate, const T* up, T* dgate, T* dup, T* y, i64 n) {
   const int LENGTH = 16 / sizeof(T);
   const i64 first = ((i64)blockIdx.x * THREADS + threadIdx.x) * LENGTH;
   if (first >= n) return;

@@ -40,15 +40,18 @@ pub(crate) fn gated(curve: Curve, gate: &Tensor, up: Option<&Tensor>) -> Tensor 
     y
 }
 
-/// The gradients of gate and up from that of [`gated`], and its value again.
+/// The gradients of gate and up from that of [`gated`], and its value again; in place of gate, up and the gradient if they are no longer
+/// needed.
 pub(crate) fn gated_backward(
     curve: Curve,
     grad: &Tensor,
     gate: &Tensor,
     up: Option<&Tensor>,
+    in_place: bool,
 ) -> (Tensor, Option<Tensor>, Tensor) {
     assert!(up.is_none_or(|up| up.size() == gate.size()) && grad.size() == gate.size(), "as much of each as gate");
-    let (dgate, dup, y, n) = (gate.empty_like(), up.map(Tensor::empty_like), gate.empty_like(), gate.numel() as i64);
+    let place = |of: &Tensor| if in_place { of.shallow_clone() } else { of.empty_like() };
+    let (dgate, dup, y, n) = (place(gate), up.map(place), place(grad), gate.numel() as i64);
     let outputs = [(&dgate).into(), dup.as_ref().into(), (&y).into(), Argument::Long(n)];
     let arguments: Vec<Argument<'_>> =
         [curve.argument(), grad.into(), gate.into(), up.into()].into_iter().chain(outputs).collect();

@@ -19,11 +19,13 @@ __device__ inline float logit(const Map& map, float product) {
 //
 // A row is read twice: once for its largest logit and the sum of exponentials beside it, kept as one goes (arXiv:1805.02867), once for the
 // gradient. What is not finite is seen in both.
-template <class T>
-__device__ void cross_entropy(const T* __restrict__ products, const i64* __restrict__ targets, Map map, float scale,
+//
+// Products are of the gradient's type, or in fp32 as they were summed.
+template <class P, class T>
+__device__ void cross_entropy(const P* __restrict__ products, const i64* __restrict__ targets, Map map, float scale,
                               int width, float* __restrict__ losses, T* __restrict__ gradient) {
   const int LENGTH = 16 / sizeof(T);
-  const T* x = products + (i64)blockIdx.x * width;
+  const P* x = products + (i64)blockIdx.x * width;
   T* d = gradient + (i64)blockIdx.x * width;
   const bool whole = width % LENGTH == 0;
   const int first = threadIdx.x * LENGTH, step = THREADS * LENGTH;
@@ -72,7 +74,12 @@ __device__ void cross_entropy(const T* __restrict__ products, const i64* __restr
   extern "C" __global__ void __launch_bounds__(THREADS)                                                               \
       cross_entropy_##name(const T* products, const i64* targets, Map map, float scale, int width, float* losses,     \
                            T* gradient) {                                                                             \
-    cross_entropy<T>(products, targets, map, scale, width, losses, gradient);                                         \
+    cross_entropy<T, T>(products, targets, map, scale, width, losses, gradient);                                      \
+  }                                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                                               \
+      cross_entropy_of_fp32_##name(const float* products, const i64* targets, Map map, float scale, int width,        \
+                                   float* losses, T* gradient) {                                                      \
+    cross_entropy<float, T>(products, targets, map, scale, width, losses, gradient);                                  \
   }
 
 KERNELS(f32, float)

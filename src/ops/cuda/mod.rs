@@ -31,7 +31,10 @@ mod int8;
 mod launch;
 mod loss;
 mod norm;
+mod normed_rope;
 mod rope;
+#[cfg(test)]
+mod speed;
 #[cfg(test)]
 mod tests;
 
@@ -46,6 +49,7 @@ pub(crate) use groups::{Groups, grouped as grouped_dequantise, mxfp4 as mxfp4_de
 pub(crate) use int8::dequantise as int8_dequantise;
 pub(crate) use loss::softmax_cross_entropy;
 pub(crate) use norm::{norm, norm_again, norm_backward};
+pub(crate) use normed_rope::{NormedHeads, norm_and_rotate, norm_and_rotate_backward, norms_and_rotates};
 pub(crate) use rope::{Angles, rotate, rotates};
 
 /// Threads of a block, in every launch: `THREADS` of `number.cuh`.
@@ -91,15 +95,29 @@ macro_rules! source {
     };
 }
 
-static SOURCES: [Source; 8] = [
+static SOURCES: [Source; 9] = [
     source!("nf4.cu", EXACT, &["four_bit_dequantise", "four_bit_quantise"]),
     source!("int8.cu", EXACT, &["int8_dequantise"]),
     source!("fp8.cu", EXACT, &["fp8_quantise", "fp8_dequantise"]),
     source!("groups.cu", EXACT, &["grouped_dequantise", "mxfp4_dequantise"]),
     source!("norm.cu", IEEE, &["norm", "norm_again", "norm_backward"]),
     source!("rope.cu", IEEE, &["rope_halves", "rope_pairs", "rope_halves_odd", "rope_pairs_odd"]),
+    source!(
+        "normed_rope.cu",
+        IEEE,
+        &[
+            "normed_rope_halves",
+            "normed_rope_pairs",
+            "normed_rope_halves_odd",
+            "normed_rope_pairs_odd",
+            "normed_rope_backward_halves",
+            "normed_rope_backward_pairs",
+            "normed_rope_backward_halves_odd",
+            "normed_rope_backward_pairs_odd",
+        ]
+    ),
     source!("gated.cu", IEEE, &["gated", "gated_backward"]),
-    source!("loss.cu", IEEE, &["cross_entropy"]),
+    source!("loss.cu", IEEE, &["cross_entropy", "cross_entropy_of_fp32"]),
 ];
 
 /// How a kernel's name ends for the number type it is made for.

@@ -5,15 +5,36 @@ use tch::{Kind, Tensor};
 use super::launch::{Argument, launch};
 use super::{THREADS, team};
 
-/// y (T, D) and each row's mean and 1/deviation (T, 2), of x (T, D), w (P, D) and b (D).
-pub(crate) fn norm(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64, centred: bool) -> (Tensor, Tensor) {
+/// y (T, D) and each row's mean and 1/deviation (T, 2), of x (T, D), w (P, D) and b (D). Where something is given (T, D), and a factor of
+/// it, x is the sum of the two, which comes first.
+pub(crate) fn norm(
+    x: &Tensor,
+    given: Option<(&Tensor, f64)>,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    eps: f64,
+    centred: bool,
+) -> (Option<Tensor>, Tensor, Tensor) {
     let shape = Shape::of(x, weight, bias, centred);
+    assert!(given.is_none_or(|(given, _)| given.size() == x.size()), "as much is given as there is");
     let (y, stats) = (x.empty_like(), Tensor::empty([shape.rows, 2], (Kind::Float, x.device())));
-    let eps = Argument::Float(eps as f32);
-    let arguments = [x.into(), weight.into(), bias.into(), eps, shape.argument(), (&y).into(), (&stats).into()];
+    let sum = given.map(|_| x.empty_like());
+    let factor = given.map_or(1.0, |(_, factor)| factor as f32);
+    let arguments = [
+        x.into(),
+        given.map(|(given, _)| given).into(),
+        Argument::Float(factor),
+        weight.into(),
+        bias.into(),
+        Argument::Float(eps as f32),
+        shape.argument(),
+        sum.as_ref().into(),
+        (&y).into(),
+        (&stats).into(),
+    ];
     // SAFETY: what `norm` takes; the outputs were made for it.
     unsafe { launch(x.device(), "norm", x.kind(), shape.blocks(), &arguments) };
-    (y, stats)
+    (sum, y, stats)
 }
 
 /// y (T, D) of [`norm`] again, from the kept statistics (T, 2).
@@ -26,12 +47,19 @@ pub(crate) fn norm_again(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, sta
     y
 }
 
-/// dx (T, D) of [`norm`].
-pub(crate) fn norm_backward(dy: &Tensor, x: &Tensor, weight: &Tensor, stats: &Tensor, centred: bool) -> Tensor {
+/// dx (T, D) of [`norm`], with `more` (T, D) added if given.
+pub(crate) fn norm_backward(
+    dy: &Tensor,
+    x: &Tensor,
+    weight: &Tensor,
+    stats: &Tensor,
+    centred: bool,
+    more: Option<&Tensor>,
+) -> Tensor {
     let shape = Shape::of(x, weight, None, centred);
-    assert_eq!(dy.size(), x.size(), "a gradient of every number");
+    assert!(dy.size() == x.size() && more.is_none_or(|more| more.size() == x.size()), "a gradient of every number");
     let dx = x.empty_like();
-    let arguments = [dy.into(), x.into(), weight.into(), stats.into(), shape.argument(), (&dx).into()];
+    let arguments = [dy.into(), x.into(), weight.into(), stats.into(), more.into(), shape.argument(), (&dx).into()];
     // SAFETY: what `norm_backward` takes; sizes as just asserted.
     unsafe { launch(x.device(), "norm_backward", x.kind(), shape.blocks(), &arguments) };
     dx

@@ -1,12 +1,10 @@
-//! That every kernel compiles, that those of the block equal their twins on the GPU that tests emulate and on a real one, and how near
-//! to the speed of memory they are there. (Those of `quant` are compared beside their formats.)
-
-use std::time::Instant;
+//! That every kernel compiles, and that those of the block equal their twins on the GPU that tests emulate and on a real one. (Those of
+//! `quant` are compared beside their formats.)
 
 use tch::{Device, Kind, Tensor};
 
 use super::compiler::{Compiler, Target};
-use super::emulator::{gpu, names, on_gpus, plainly};
+use super::emulator::{names, on_gpus, plainly};
 use super::*;
 use crate::ops::LogitMap;
 use crate::ops::cross_entropy::softmax;
@@ -14,7 +12,6 @@ use crate::ops::norm::tests::frozen;
 use crate::ops::rope::{RopeLayout, Rotation};
 use crate::ops::testing::randn;
 use crate::ops::{Activation, Norm};
-use crate::quant::{FourBit, FourBitType, Fp8, Int8};
 use crate::torch_ext;
 
 /// NVRTC; nothing, said so, where it is not. A libtorch with CUDA brings it.
@@ -177,7 +174,12 @@ fn norms_equal_their_twins_at_every_width() {
                     frozen(weight, biased.then(|| randn(&[width], 4).to_device(device)), 1e-5, centred)
                 };
                 let (y, stats) = plainly(|| norm(Device::Cpu).forward(&wide_x));
-                let dx = plainly(|| norm(Device::Cpu).backward(&wide_dy, &wide_x, &stats));
+                let dx = plainly(|| norm(Device::Cpu).backward(&wide_dy, &wide_x, &stats, None));
+                // The same of a sum, as it is rounded, and with a gradient added that comes another way.
+                let ((given, wide_given), (more, wide_more)) =
+                    (both(&[rows, width], 5, kind), both(&[rows, width], 6, kind));
+                let sum = (&wide_x + &wide_given * 0.3).to_kind(kind).to_kind(Kind::Float);
+                let (y_of_sum, _) = plainly(|| norm(Device::Cpu).forward(&sum));
                 on_gpus(|device| {
                     let (x, dy, norm) = (x.to_device(device), dy.to_device(device), norm(device));
                     let what = format!("{rows} x {width}, {turns} turns, centred {centred}, {kind:?} on {device:?}");
@@ -186,8 +188,20 @@ fn norms_equal_their_twins_at_every_width() {
                     assert!(off(&own_y, &y, 0.1) < tolerance(kind), "y, {what}: {:e}", off(&own_y, &y, 0.1));
                     let again = norm_again(&x, &norm.weight, norm.bias.as_ref(), &own_stats);
                     assert!(again.equal(&own_y), "y again, {what}");
-                    let own_dx = norm_backward(&dy, &x, &norm.weight, &own_stats, centred);
+                    let back = |more| norm_backward(&dy, &x, &norm.weight, &own_stats, centred, more);
+                    let own_dx = back(None);
                     assert!(off(&own_dx, &dx, 0.1) < 2.0 * tolerance(kind), "dx, {what}: {:e}", off(&own_dx, &dx, 0.1));
+                    let (given, more) = (given.to_device(device), more.to_device(device));
+                    let with_more = off(&back(Some(&more)), &(&dx + &wide_more), 0.1);
+                    assert!(with_more < 2.0 * tolerance(kind), "dx and more, {what}: {with_more:e}");
+                    let given = Some((&given, 0.3));
+                    let (own_sum, own_y, _) =
+                        super::norm(&x, given, &norm.weight, norm.bias.as_ref(), norm.eps, norm.centred);
+                    let own_sum = own_sum.expect("something is given");
+                    assert!(off(&own_sum, &sum, 0.1) < 2.0 * tolerance(kind), "the sum, {what}");
+                    // Where the sum is rounded otherwise, by a bit, so is what is made of it.
+                    let sum_off = off(&own_y, &y_of_sum, 0.1);
+                    assert!(sum_off < 4.0 * tolerance(kind), "y of the sum, {what}: {sum_off:e}");
                 });
             }
         }
@@ -196,7 +210,8 @@ fn norms_equal_their_twins_at_every_width() {
 
 fn cuda_norm(norm: &Norm, x: &Tensor) -> (Tensor, Tensor) {
     assert!(serves(&[x]));
-    super::norm(x, &norm.weight, norm.bias.as_ref(), norm.eps, norm.centred)
+    let (_, y, stats) = super::norm(x, None, &norm.weight, norm.bias.as_ref(), norm.eps, norm.centred);
+    (y, stats)
 }
 
 #[test]
@@ -239,6 +254,70 @@ fn rotations_of_two_tensors_in_one_launch_equal_their_twins() {
     }
 }
 
+/// Heads of whole vectors and not, which turn whole or in part, by norms of either kind, with weights that take turns.
+#[test]
+fn heads_normed_and_rotated_in_one_launch_equal_their_twins() {
+    for kind in KINDS {
+        for pairs in [false, true] {
+            for ([q, k], [head_q, head_k], half, first, centred) in [
+                ([4, 2], [64, 64], 32, [0, 0], false),
+                ([3, 1], [96, 64], 16, [64, 32], true),
+                ([3, 1], [72, 40], 16, [8, 0], false),
+                ([2, 5], [13, 6], 3, [7, 0], true),
+                ([2, 5], [13, 6], 3, [2, 0], false),
+            ] {
+                let tokens = 11;
+                let angle = randn(&[tokens, half], 5) * 3.0;
+                let (cos, sin) = (angle.cos(), angle.sin());
+                let layout = if pairs { RopeLayout::Pairs } else { RopeLayout::Halves };
+                let (counts, sizes) = ([q, k], [head_q, head_k]);
+                let make = |i: usize, seed| both(&[tokens, counts[i], sizes[i]], seed, kind);
+                let (x, dy) = ([make(0, 6), make(1, 7)], [make(0, 8), make(1, 9)]);
+                let norm = |i: usize| {
+                    let turns = if centred { counts[i] } else { 1 };
+                    frozen(randn(&[turns, sizes[i]], 10 + i as u64) * 0.2 + 1.0, None, 1e-5, centred)
+                };
+                let norms = [norm(0), norm(1)];
+                let rotation = Rotation { layout, cos: cos.shallow_clone(), sin: sin.shallow_clone() };
+                let turned =
+                    |x: &Tensor, i: usize, direction| crate::ops::rope::rotate(x, &rotation, first[i], direction);
+                let expected = [0, 1].map(|i| {
+                    plainly(|| {
+                        let rows = x[i].1.view([-1, sizes[i]]);
+                        let (y, stats) = norms[i].forward(&rows);
+                        let back = turned(&dy[i].1, i, -1.0).view([-1, sizes[i]]);
+                        let dx = norms[i].backward(&back, &rows, &stats, None);
+                        (turned(&y.view_as(&x[i].1), i, 1.0), dx.view_as(&x[i].1))
+                    })
+                });
+                on_gpus(|device| {
+                    let [x, dy] = [&x, &dy].map(|both| both.each_ref().map(|(t, _)| t.to_device(device)));
+                    let weights = norms.each_ref().map(|norm| norm.weight.to_device(device));
+                    let (cos, sin) = (cos.to_device(device), sin.to_device(device));
+                    let angles = Angles { pairs, cos: &cos, sin: &sin };
+                    let heads = [0, 1].map(|i| NormedHeads {
+                        x: &x[i],
+                        weight: &weights[i],
+                        eps: 1e-5,
+                        centred,
+                        first: first[i],
+                    });
+                    assert!(norms_and_rotates(&heads, angles));
+                    let y = norm_and_rotate(&heads, angles);
+                    let dx = norm_and_rotate_backward(&[&dy[0], &dy[1]], &heads, angles);
+                    for (i, (expected_y, expected_dx)) in expected.iter().enumerate() {
+                        let (y, dx) = (off(&y[i], expected_y, 0.1), off(&dx[i], expected_dx, 0.1));
+                        let what = format!("{i}, {kind:?} {layout:?} {sizes:?} on {device:?}");
+                        assert!(y < tolerance(kind) && dx < 2.0 * tolerance(kind), "y {y:e}, dx {dx:e}: {what}");
+                    }
+                    let alone = norm_and_rotate(&heads[..1], angles);
+                    assert!(alone[0].equal(&y[0]), "alone, {kind:?} {layout:?} {sizes:?}");
+                });
+            }
+        }
+    }
+}
+
 #[test]
 fn gated_activations_equal_their_twins_with_and_without_up() {
     let clamped = Activation::Clamped { limit: 1.2, slope: 1.702, offset: 1.0 };
@@ -249,9 +328,10 @@ fn gated_activations_equal_their_twins_with_and_without_up() {
                 for with_up in [true, false] {
                     let wide_up = with_up.then_some(&up.1);
                     let y = plainly(|| activation.gated(&gate.1, wide_up));
-                    let (dgate, dup, _) = plainly(|| activation.gated_backward(&dy.1, &gate.1, wide_up));
+                    let (dgate, dup, _) = plainly(|| activation.gated_backward(&dy.1, &gate.1, wide_up, false));
                     on_gpus(|device| {
-                        let [gate, up, dy] = [&gate.0, &up.0, &dy.0].map(|t| t.to_device(device));
+                        // Of their own: they are written over at last.
+                        let [gate, up, dy] = [&gate.0, &up.0, &dy.0].map(|t| t.to_device(device).copy());
                         let up = with_up.then_some(&up);
                         let what = format!("{activation:?} {kind:?} {shape:?}, up {with_up}, on {device:?}");
                         let own_y = gated(activation.curve(), &gate, up);
@@ -260,12 +340,17 @@ fn gated_activations_equal_their_twins_with_and_without_up() {
                             assert!(off < tolerance(kind), "{name}, {what}: {off:e}");
                         };
                         close(&own_y, &y, "y");
-                        let (own_dgate, own_dup, again) = gated_backward(activation.curve(), &dy, &gate, up);
-                        assert!(again.equal(&own_y), "y again, {what}");
-                        close(&own_dgate, &dgate, "dgate");
-                        assert_eq!(own_dup.is_some(), with_up);
-                        if let (Some(own), Some(dup)) = (&own_dup, &dup) {
-                            close(own, dup, "dup");
+                        // Onto memory of their own, then onto what they are made of.
+                        for in_place in [false, true] {
+                            let curve = activation.curve();
+                            let (own_dgate, own_dup, again) = gated_backward(curve, &dy, &gate, up, in_place);
+                            assert_eq!(own_dgate.data_ptr() == gate.data_ptr(), in_place, "{what}");
+                            assert!(again.equal(&own_y), "y again, {what}, {in_place}");
+                            close(&own_dgate, &dgate, "dgate");
+                            assert_eq!(own_dup.is_some(), with_up);
+                            if let (Some(own), Some(dup)) = (&own_dup, &dup) {
+                                close(own, dup, "dup");
+                            }
                         }
                     });
                 }
@@ -284,14 +369,18 @@ fn cross_entropies_and_their_gradients_equal_their_twins() {
                 let (products, wide) = (products * 4.0, wide * 4.0);
                 let targets = Tensor::from_slice(&[0, width - 1, width / 2]);
                 let map = LogitMap { scale: factor, soft_cap: cap };
-                let (losses, gradient) = plainly(|| softmax(&wide, map, &targets, 3.0, true));
+                let (losses, gradient) = plainly(|| softmax(&wide, map, &targets, 3.0, Some(Kind::Float)));
                 on_gpus(|device| {
                     let (products, targets) = (products.to_device(device), targets.to_device(device));
-                    let (own, own_gradient) = softmax_cross_entropy(&products, &targets, (factor, cap), 3.0);
+                    let (own, own_gradient) = softmax_cross_entropy(&products, &targets, (factor, cap), 3.0, kind);
                     let what = format!("{width} logits, {factor} {cap:?} {kind:?} on {device:?}");
                     assert!(off(&own, &losses, 0.1) < 2e-5, "loss, {what}: {:e}", off(&own, &losses, 0.1));
                     let off = off(&own_gradient, gradient.as_ref().unwrap(), 1e-2);
                     assert!(off < tolerance(kind) + 1e-4, "gradient, {what}: {off:e}");
+                    // The same products in fp32.
+                    let wide = wide.to_device(device);
+                    let (of_fp32, its_gradient) = softmax_cross_entropy(&wide, &targets, (factor, cap), 3.0, kind);
+                    assert!(of_fp32.equal(&own) && its_gradient.equal(&own_gradient), "of fp32, {what}");
                 });
             }
         }
@@ -306,7 +395,7 @@ fn what_is_not_finite_is_seen_in_the_loss_and_the_gradient() {
             logits[at] = wrong;
             let products = Tensor::from_slice(&logits).view([1, 600]).to_device(device);
             let target = Tensor::from_slice(&[3i64]).to_device(device);
-            let (loss, gradient) = softmax_cross_entropy(&products, &target, (1.0, None), 1.0);
+            let (loss, gradient) = softmax_cross_entropy(&products, &target, (1.0, None), 1.0, Kind::Float);
             assert!(!loss.double_value(&[0, 0]).is_finite(), "{wrong} on {device:?}");
             assert!(gradient.isnan().all().int64_value(&[]) == 1, "{wrong} on {device:?}");
         }
@@ -314,82 +403,14 @@ fn what_is_not_finite_is_seen_in_the_loss_and_the_gradient() {
         let mut logits = [f32::NEG_INFINITY; 600];
         logits[17] = 2.0;
         let products = Tensor::from_slice(&logits).view([1, 600]).to_device(device);
-        let (loss, gradient) =
-            softmax_cross_entropy(&products, &Tensor::from_slice(&[17i64]).to_device(device), (1.0, None), 1.0);
+        let (loss, gradient) = softmax_cross_entropy(
+            &products,
+            &Tensor::from_slice(&[17i64]).to_device(device),
+            (1.0, None),
+            1.0,
+            Kind::Float,
+        );
         assert_eq!(loss.double_value(&[0, 0]), 0.0);
         assert!(gradient.abs().max().double_value(&[]) == 0.0, "{device:?}");
     });
-}
-
-/// Bytes that each kernel moves in a second, beside those of a copy on the same device, at the shapes of an 8B model.
-#[test]
-#[ignore = "measures a GPU: `make device-check` runs it"]
-fn speed_beside_a_copy() {
-    let device = gpu().expect("a GPU: this is for machines that have one");
-    let Device::Cuda(index) = device else { unreachable!("a CUDA device was asked for") };
-    let (tokens, width, hidden, heads, head) = (8192, 4096, 14336, 32, 128);
-    let bf16 = |shape: &[i64]| Tensor::randn(shape, (Kind::BFloat16, device));
-    // Seconds of one call: the median of five rounds of twenty.
-    let seconds = |run: &dyn Fn()| {
-        let mut rounds: Vec<f64> = (0..6)
-            .map(|_| {
-                tch::Cuda::synchronize(index as i64);
-                let began = Instant::now();
-                (0..20).for_each(|_| run());
-                tch::Cuda::synchronize(index as i64);
-                began.elapsed().as_secs_f64() / 20.0
-            })
-            .skip(1)
-            .collect();
-        rounds.sort_by(f64::total_cmp);
-        rounds[2]
-    };
-    let (from, mut to) = (bf16(&[hidden, 4 * width]), bf16(&[hidden, 4 * width]));
-    let copied = 2.0 * 2.0 * from.numel() as f64;
-    let copy = {
-        let to = std::cell::RefCell::new(&mut to);
-        copied / seconds(&|| to.borrow_mut().copy_(&from))
-    };
-    println!("{:<34} {:>9.0} GB/s", "copy", copy / 1e9);
-    let row = |name: &str, bytes: f64, run: &dyn Fn()| {
-        let rate = bytes / seconds(run);
-        println!("{name:<34} {:>9.0} GB/s  {:>5.1} % of a copy", rate / 1e9, 100.0 * rate / copy);
-    };
-    let weight = bf16(&[hidden, width]);
-    let numbers = weight.numel() as f64;
-    for (nested, block) in [(false, 64), (true, 64), (true, 256)] {
-        let four_bit = FourBit::of(&weight, FourBitType::Nf4, block, nested);
-        let scales = if nested { 1.0 + 4.0 / 256.0 } else { 4.0 };
-        let bytes = numbers * (0.5 + scales / block as f64 + 2.0);
-        row(&format!("nf4 made whole, {block}, nested {nested}"), bytes, &|| drop(four_bit.dequantised()));
-        row("  its twin", bytes, &|| plainly(|| drop(four_bit.dequantised())));
-    }
-    row("nf4 made", numbers * 2.5, &|| drop(FourBit::of(&weight, FourBitType::Nf4, 64, false)));
-    let int8 = Int8::of(&weight);
-    row("int8 made whole", numbers * 3.0, &|| drop(int8.dequantised()));
-    let fp8 = Fp8::of(&weight);
-    row("fp8 rows made whole", numbers * 3.0, &|| drop(fp8.dequantised()));
-    row("fp8 rows made", numbers * 3.0, &|| drop(Fp8::of(&weight)));
-    let (x, dy) = (bf16(&[tokens, width]), bf16(&[tokens, width]));
-    let norm = frozen(Tensor::ones([1, width], (Kind::Float, device)), None, 1e-5, false);
-    let elements = x.numel() as f64;
-    let (_, stats) = norm.forward(&x);
-    row("RMSNorm", elements * 4.0, &|| drop(norm.forward(&x)));
-    row("RMSNorm, backward", elements * 6.0, &|| drop(norm.backward(&dy, &x, &stats)));
-    let (q, k) = (bf16(&[tokens, heads, head]), bf16(&[tokens, heads / 4, head]));
-    let angle = Tensor::randn([tokens, head / 2], (Kind::Float, device));
-    let (cos, sin) = (angle.cos(), angle.sin());
-    let angles = Angles { pairs: false, cos: &cos, sin: &sin };
-    row("RoPE of q and k", (q.numel() + k.numel()) as f64 * 4.0, &|| drop(rotate(&[&q, &k], angles, &[0, 0], 1.0)));
-    let [gate, up, dy] = [(); 3].map(|()| bf16(&[tokens, hidden]));
-    let elements = gate.numel() as f64;
-    row("SwiGLU", elements * 6.0, &|| drop(Activation::Silu.gated(&gate, Some(&up))));
-    row("SwiGLU, backward", elements * 12.0, &|| drop(Activation::Silu.gated_backward(&dy, &gate, Some(&up))));
-    row("GeGLU, backward", elements * 12.0, &|| drop(Activation::GeluTanh.gated_backward(&dy, &gate, Some(&up))));
-    let (rows, vocabulary) = (128, 128_256);
-    let products = bf16(&[rows, vocabulary]);
-    let targets = Tensor::zeros([rows], (Kind::Int64, device));
-    let bytes = products.numel() as f64 * 4.0;
-    row("cross-entropy and gradient", bytes, &|| drop(softmax(&products, LogitMap::PLAIN, &targets, 1.0, true)));
-    row("  its twin", bytes, &|| plainly(|| drop(softmax(&products, LogitMap::PLAIN, &targets, 1.0, true))));
 }

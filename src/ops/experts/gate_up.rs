@@ -57,7 +57,7 @@ impl Fusion {
             GateUp::Whole(products) => kernels::gated_backward(activation, self, dy, weights, products),
             GateUp::Apart(gate, up) => {
                 let weighted = weights.map_or_else(|| dy.shallow_clone(), |weights| dy * weights.to_kind(dy.kind()));
-                let (dgate, dup, y) = activation.gated_backward(&weighted, gate, Some(up));
+                let (dgate, dup, y) = activation.gated_backward(&weighted, gate, Some(up), false);
                 let dot = row_products(dy, &y);
                 (self.together(dgate, dup.expect("up was given")), y, dot)
             }

@@ -149,9 +149,12 @@ impl Costs<'_> {
             kept += self.numbers(queries);
         }
         if let Some(norms) = query_key_norm {
-            kept += self.numbers(queries) + self.fp32(2 * heads);
+            // Statistics are made again where heads are normed on the way to the rotation.
+            let again = !norms.after_rotation && norms.query.shape.last() == Some(head_size);
+            let statistics = |heads: i64| if again { 0 } else { self.fp32(2 * heads) };
+            kept += self.numbers(queries) + statistics(*heads);
             if norms.key.is_some() {
-                kept += self.numbers(keys) + self.fp32(2 * kv_heads);
+                kept += self.numbers(keys) + statistics(*kv_heads);
             }
         }
         if value_norm.is_some() {

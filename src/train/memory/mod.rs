@@ -249,7 +249,8 @@ impl<'a> RunMemory<'a> {
     /// Walks through a step; bytes beyond weights, adapters and the optimizer's state.
     fn walk(&self, blocks: &[Block], step: Step) -> Walked {
         let Step { largest: MicroBatchSize { tokens, trained }, accumulates, thrift } = step;
-        let (spec, costs) = (self.planned.spec, self.costs(tokens, None));
+        let Planned { spec, device, .. } = self.planned;
+        let costs = self.costs(tokens, None);
         let stream = blocks.first().map_or(0, |block| block.input);
         let recomputed = |index: usize| index / spec.passes < thrift.recomputed_layers;
         let gradients = if accumulates { self.gradients } else { 0 };
@@ -272,10 +273,12 @@ impl<'a> RunMemory<'a> {
         walked.activations = alive - gradients;
         let (vocabulary, hidden) = (spec.vocab_size as u64, spec.hidden_size as u64 * costs.element);
         let chunk = trained.min(LOGITS_AT_ONCE as u64 / (4 * vocabulary)).max(1);
+        // GPUs keep logits in fp32.
+        let logit = if device == Device::Cpu { costs.element } else { 4 };
         // Logits and their gradient; the last stream, hidden states, the trained ones of these and their gradient.
         let head_module = spec.names.module(&spec.head.name);
         let head_weight = if self.tuned.is_quantised(&head_module) { vocabulary * hidden } else { 0 };
-        walked.logits = (2 * chunk * vocabulary) * costs.element
+        walked.logits = chunk * vocabulary * (logit + costs.element)
             + stream
             + tokens * hidden
             + 2 * trained * hidden
