@@ -32,6 +32,7 @@ help: ## What there is to make
 	echo "make parity      compare with PEFT, transformers and bitsandbytes, live, on the demo model (installs them into the cache)"
 	echo "                 SEEDS=1,2: of the random tensors and models that are quantised"
 	echo "                 FAMILY=qwen3 or qwen3,phi or all [SEED=1 HIDDEN=48 LAYERS=6 LENGTHS=230,7,90]: families on random models of that size"
+	echo "                 FAMILY=qwen3 FIELDS=1: the same model with every field of its config.json otherwise, one at a time"
 	echo "make bench       speed and memory beside PEFT and transformers; results go to bench/results"
 	echo "                 FAMILY=qwen3 or all [HIDDEN=576 LAYERS=6 TOKENS=1024]: speed per FLOP of a family beside Llama's"
 	echo "                 GRID=gpu or cpu [BENCH='--only 8b']: engraft beside PEFT, Unsloth and torchtune on models of 0.1 to 8B (bench/grid.py)"
@@ -82,6 +83,9 @@ parity: ## Live comparison with PEFT, transformers and bitsandbytes
 	toolchain; libtorch
 	cargo build --release --locked
 	python_with torch==$$TORCH $(PEERS) $(QUANTISERS) $(PYARROW)
+	if [ -n "$(FAMILY)" ] && [ -n "$(FIELDS)" ]; then
+		exec "$$PYTHON" -B tests/python/family_fields.py --engraft "$(ENGRAFT)" --family "$(FAMILY)"
+	fi
 	if [ -n "$(FAMILY)" ]; then
 		exec "$$PYTHON" -B tests/python/family_live.py --engraft "$(ENGRAFT)" --family "$(FAMILY)" $(if $(SEED),--seed $(SEED)) $(if $(HIDDEN),--hidden $(HIDDEN)) $(if $(LAYERS),--layers $(LAYERS)) $(if $(LENGTHS),--lengths $(LENGTHS))
 	fi

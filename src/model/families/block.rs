@@ -36,7 +36,7 @@ pub(super) fn activation(config: &Config<'_>, field: &str, default: Activation) 
     let Some(value) = config.field(field) else { return Ok(default) };
     match value.as_str() {
         Some("silu" | "swish") => Ok(Activation::Silu),
-        Some("gelu") => Ok(Activation::Gelu),
+        Some("gelu" | "gelu_python") => Ok(Activation::Gelu),
         Some("gelu_new" | "gelu_fast" | "gelu_pytorch_tanh") => Ok(Activation::GeluTanh),
         _ => Err(wrong(field, value, "one of silu, gelu, gelu_new, gelu_fast, gelu_pytorch_tanh")),
     }

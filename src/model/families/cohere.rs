@@ -33,7 +33,7 @@ pub(super) fn cohere2(config: &Config<'_>) -> Result<ModelSpec> {
         ("use_qk_norm", &[json!(false)]),
     ])?;
     config.passed_over(&["_sliding_window_pattern"]);
-    let masks = masks(&slides, config.window_or(4096)?);
+    let masks = masks(&slides, config.window_or(4096)?)?;
     build(config, 10_000.0, false, &slides.into_iter().zip(masks).collect::<Vec<_>>())
 }
 

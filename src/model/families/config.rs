@@ -139,11 +139,12 @@ impl<'a> Config<'a> {
         found
     }
 
-    /// Fields that the published configs have and that the reference passes over, as if they were always one of these values.
+    /// Fields that the published configs have and that the reference passes over, as if they were always one of these values, or null.
     pub(super) fn always(&self, fields: &[(&str, &[Value])]) -> Result<()> {
         for (field, expected) in fields {
             if let Some(found) = self.field(field).filter(|found| !expected.contains(found)) {
-                let expected: Vec<String> = expected.iter().map(Value::to_string).collect();
+                let expected: Vec<String> =
+                    expected.iter().chain(expected.is_empty().then_some(&Value::Null)).map(Value::to_string).collect();
                 return Err(wrong(field, found, &expected.join(" or ")));
             }
         }
@@ -180,8 +181,7 @@ impl<'a> Config<'a> {
     }
 
     pub(super) fn size_or(&self, name: &str, default: i64) -> Result<i64> {
-        let known = self.defaults.iter().any(|(known, _)| *known == name);
-        if known || self.field(name).is_some() { self.size(name) } else { Ok(default) }
+        Ok(self.optional_size(name)?.unwrap_or(default))
     }
 
     /// A whole number from 0 to 2^30.
@@ -193,6 +193,12 @@ impl<'a> Config<'a> {
                 .filter(|n| (0..=LARGEST).contains(n))
                 .ok_or_else(|| wrong(name, value, "a whole number from 0 to 2^30")),
         }
+    }
+
+    /// A size, or the default there is for it, if any.
+    pub(super) fn optional_size(&self, name: &str) -> Result<Option<i64>> {
+        let known = self.defaults.iter().any(|(known, _)| *known == name);
+        if known || self.field(name).is_some() { self.size(name).map(Some) } else { Ok(None) }
     }
 
     /// `sliding_window`: none where it is null, `default` where it is absent.
@@ -240,9 +246,28 @@ impl<'a> Config<'a> {
         }
     }
 
+    /// A flag that transformers takes for off where it is null; `default` where it is absent.
+    pub(super) fn flag_or_null(&self, name: &str, default: bool) -> Result<bool> {
+        let absent = self.value.get(name).is_none();
+        self.flag_or(name, absent && default)
+    }
+
     /// Whether the field was asked for and is there.
     pub(super) fn has(&self, name: &str) -> bool {
         self.asked.borrow().contains(name) && self.value.get(name).is_some()
+    }
+
+    /// All that it says.
+    pub(super) fn value(&self) -> &'a Value {
+        self.value
+    }
+
+    /// An object of this config that is put together from several.
+    pub(super) fn inside<'b>(&self, value: &'b Value) -> Config<'b>
+    where
+        'a: 'b,
+    {
+        Config { value, asked: self.asked, defaults: &[] }
     }
 
     /// Whether it has no fields.

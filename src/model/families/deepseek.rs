@@ -50,7 +50,7 @@ pub(super) fn v2(config: &Config<'_>) -> Result<ModelSpec> {
 /// `DeepseekV3Config`, also of R1. Pairs that turn together come out apart there: an order that queries and keys share makes no
 /// difference.
 pub(super) fn v3(config: &Config<'_>) -> Result<ModelSpec> {
-    let layout = if config.flag_or("rope_interleave", true)? { RopeLayout::Pairs } else { RopeLayout::Halves };
+    let layout = if config.flag_or_null("rope_interleave", true)? { RopeLayout::Pairs } else { RopeLayout::Halves };
     let mut spec = build(config, Sizes::read(config, layout)?, false, 3, &|config| {
         config.always(&[("scoring_func", &[json!("sigmoid")]), ("topk_method", &[json!("noaux_tc")])])?;
         let count = experts::count(config, "n_routed_experts", 256)?;
@@ -65,7 +65,7 @@ pub(super) fn v3(config: &Config<'_>) -> Result<ModelSpec> {
                 scores: Scores::Sigmoid,
                 correction: None, // named in each layer
                 groups,
-                normalised: config.flag_or("norm_topk_prob", true)?.then_some(1e-20),
+                normalised: config.flag_or_null("norm_topk_prob", true)?.then_some(1e-20),
                 scale: config.positive_or("routed_scaling_factor", 2.5)?,
                 expert_scale: None,
             },
@@ -213,9 +213,9 @@ impl Sizes {
 fn magnitude(config: &Config<'_>, rope: &Rope) -> Result<f64> {
     let parameters = rope::parameters(config)?.map(|(_, parameters)| parameters);
     let Some(parameters) = parameters.filter(|_| rope.scaling != RopeScaling::None) else { return Ok(1.0) };
-    match parameters.optional("mscale_all_dim")? {
-        Some(mscale) => Ok(rope::yarn_scale(parameters.positive("factor")?, mscale)),
-        None => Ok(1.0),
+    match parameters.number_or("mscale_all_dim", 0.0)? {
+        0.0 => Ok(1.0),
+        mscale => Ok(rope::yarn_scale(parameters.positive("factor")?, mscale)),
     }
 }
 

@@ -22,7 +22,7 @@ pub(super) const TAKEN_FOR_EXPERTS: &[&str] = &["gate", "gate_proj", "up_proj", 
 /// `MixtralConfig`: every layer has experts, whose weights add up to 1.
 pub(super) fn mixtral(config: &Config<'_>) -> Result<ModelSpec> {
     refuse_jitter(config)?;
-    let window = if config.field("sliding_window").is_some() { Some(config.size("sliding_window")?) } else { None };
+    let window = llama::window(config)?;
     let differences = Differences {
         biases: (false, false),
         theta: 1e6,
@@ -41,7 +41,7 @@ pub(super) fn mixtral(config: &Config<'_>) -> Result<ModelSpec> {
 
 /// `PhimoeConfig` (Phi-3.5-MoE): Mixtral's names, LayerNorm, biases, two experts chosen by SparseMixer.
 pub(super) fn phimoe(config: &Config<'_>) -> Result<ModelSpec> {
-    let window = llama::window(config, true)?;
+    let window = llama::window(config)?;
     let bias = config.flag_or("attention_bias", false)?;
     let differences = Differences {
         biases: (bias, bias),
@@ -64,10 +64,10 @@ pub(super) fn phimoe(config: &Config<'_>) -> Result<ModelSpec> {
         if let Residual::Sequential { attention, feed_forward, .. } = &mut layer.residual {
             [attention, feed_forward].into_iter().filter_map(|around| around.before.as_mut()).for_each(centre);
         }
-        if let (Position::Rope(rope), Some(magnitudes)) = (&mut layer.position, magnitudes)
-            && let RopeScaling::LongRope { attention_factors, .. } = &mut rope.scaling
+        if let (Position::Rope(rope), Some(magnitudes)) = (&mut layer.position, &magnitudes)
+            && let RopeScaling::LongRope { attention_factors, original, .. } = &mut rope.scaling
         {
-            *attention_factors = magnitudes;
+            (*attention_factors, *original) = (magnitudes.factors, magnitudes.trained);
         }
     }
     centre(&mut spec.final_norm);
@@ -107,54 +107,60 @@ fn centre(norm: &mut NormSpec) {
     norm.kind = NormKind::Layer;
 }
 
-/// `short_mscale` and `long_mscale`, which cosines and sines are multiplied by.
-fn magnitudes(config: &Config<'_>) -> Result<Option<[f64; 2]>> {
-    match rope::parameters(config)? {
-        Some((_, p)) if p.field("short_mscale").is_some() => {
-            Ok(Some([p.positive("short_mscale")?, p.positive("long_mscale")?]))
-        }
-        _ => Ok(None),
-    }
+/// What cosines and sines are multiplied by: up to the length that was trained, and beyond it.
+struct Magnitudes {
+    factors: [f64; 2],
+    trained: i64,
+}
+
+/// `short_mscale` and `long_mscale`; a length outside, which comes first elsewhere, is not read here.
+fn magnitudes(config: &Config<'_>) -> Result<Option<Magnitudes>> {
+    let Some((_, p)) = rope::parameters(config)?.filter(|(_, p)| p.field("short_mscale").is_some()) else {
+        return Ok(None);
+    };
+    let own = p.optional_size("original_max_position_embeddings")?;
+    let trained = own.map_or_else(|| config.size("max_position_embeddings"), Ok)?;
+    Ok(Some(Magnitudes { factors: [p.positive("short_mscale")?, p.positive("long_mscale")?], trained }))
 }
 
 /// `Qwen2MoeConfig`: some layers have experts, with a shared one that a gate lets through.
 pub(super) fn qwen2_moe(config: &Config<'_>) -> Result<ModelSpec> {
     let layers = layers::count(config, "num_hidden_layers")?;
-    let used = config.flag_or("use_sliding_window", false)?;
-    let window = llama::window(config, used)?;
+    let window = llama::qwen_window(config)?;
     let first_full = config.count_or("max_window_layers", 28)?;
-    let slides = layers::layer_types(config, layers, |i| used && window.is_some() && i % 2 == 0 && i < first_full)?;
+    let slides = layers::layer_types(config, layers, |i| window.is_some() && i % 2 == 0 && i < first_full)?;
     let bias = config.flag_or("qkv_bias", true)?;
     let differences = Differences {
         biases: (bias, false),
-        layers: llama::masks(&slides, window).into_iter().map(|mask| (true, mask)).collect(),
+        layers: llama::masks(&slides, window)?.into_iter().map(|mask| (true, mask)).collect(),
         ..llama::plain(config)?
     };
     let mut spec = llama::build(config, differences)?;
     let shared = config.size("shared_expert_intermediate_size")?;
-    qwen_experts(config, &mut spec, Some(shared), false)?;
+    qwen_experts(config, &mut spec, Some(shared), (4, false))?;
     Ok(spec)
 }
 
 /// `Qwen3MoeConfig`: Qwen 3 with experts in some layers, none of them shared.
 pub(super) fn qwen3_moe(config: &Config<'_>) -> Result<ModelSpec> {
-    let window = llama::window(config, config.flag_or("use_sliding_window", false)?)?;
+    let window = llama::qwen_window(config)?;
     let differences =
         Differences { query_key_norm: true, layers: llama::every(config, window)?, ..llama::plain(config)? };
     let mut spec = llama::build(config, differences)?;
     // Read by the config's class, used by none of its layers.
     config.passed_over(&["max_window_layers"]);
-    qwen_experts(config, &mut spec, None, false)?;
+    qwen_experts(config, &mut spec, None, (8, false))?;
     Ok(spec)
 }
 
 /// Qwen's experts in the layers that have them: those that `mlp_only_layers` does not name, every `decoder_sparse_step`. `shared` is
-/// the width of the shared expert; `normalised` whether weights add up to 1 where the config does not say.
+/// the width of the shared expert; `defaults` say, where the config does not, how many a token goes through and whether their weights add
+/// up to 1.
 pub(super) fn qwen_experts(
     config: &Config<'_>,
     spec: &mut ModelSpec,
     shared: Option<i64>,
-    normalised: bool,
+    defaults: (i64, bool),
 ) -> Result<()> {
     spec.names.taken_for_experts = TAKEN_FOR_EXPERTS;
     config.passed_over(&["decoder_sparse_step", "mlp_only_layers", "norm_topk_prob", "num_experts_per_tok"]);
@@ -174,8 +180,8 @@ pub(super) fn qwen_experts(
         }
     };
     let count = count(config, field, 60)?;
-    let normalised = config.flag_or("norm_topk_prob", normalised)?.then_some(0.0);
-    let routing = softmax(config, "num_experts_per_tok", 4, count, normalised)?;
+    let normalised = config.flag_or("norm_topk_prob", defaults.1)?.then_some(0.0);
+    let routing = softmax(config, "num_experts_per_tok", defaults.0, count, normalised)?;
     let balance = balance(config)?;
     let (hidden, width) = (spec.hidden_size, config.size("moe_intermediate_size")?);
     let act = activation(config, "hidden_act", Activation::Silu)?;

@@ -1,9 +1,9 @@
 //! Phi-3, GLM and GLM-4: projections stored fused, a part of each head rotating.
 
 use super::block::{self, activation};
-use super::config::Config;
+use super::config::{Config, wrong};
 use super::heads::Heads;
-use super::{assembly, layers};
+use super::{assembly, layers, rope};
 use crate::Result;
 use crate::model::spec::{
     Around, Attention, Ending, FeedForward, GateUp, LayerSpec, LinearSpec, Mask, ModelSpec, NormKind, Position,
@@ -11,8 +11,20 @@ use crate::model::spec::{
 };
 use crate::ops::{Activation, LogitMap, RopeLayout};
 
+/// How positions of Phi-3 may be stretched; the second and the third are the same.
+const KINDS: [&str; 3] = ["default", "longrope", "su"];
+
 /// `Phi3Config`, also of Phi-3.5 and Phi-4.
 pub(super) fn phi3(config: &Config<'_>) -> Result<ModelSpec> {
+    // The length outside comes before the one of `rope_scaling`, and is this where the config does not say.
+    let config = &config.with_defaults(&[("original_max_position_embeddings", 4096)]);
+    if let Some((field, p)) = rope::parameters(config)? {
+        for name in ["rope_type", "type"] {
+            if let Some(kind) = p.field(name).filter(|kind| !KINDS.contains(&kind.as_str().unwrap_or_default())) {
+                return Err(wrong(&format!("{field}.{name}"), kind, &format!("one of {}", KINDS.join(", "))));
+            }
+        }
+    }
     let heads = Heads::read(config, None)?;
     let rope = heads.rope(config, 10_000.0, heads.partial(config, 1.0)?)?;
     let mask = config.window_or(0)?.filter(|window| *window > 0).map_or(Mask::Full, |window| Mask::Sliding { window });

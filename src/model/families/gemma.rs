@@ -29,7 +29,7 @@ pub(super) fn gemma2(config: &Config<'_>) -> Result<ModelSpec> {
     let rope = heads.rope(config, 10_000.0, heads.head_size)?;
     let count = layers::count(config, "num_hidden_layers")?;
     let slides = layer_types(config, count, |i| i % 2 == 0)?;
-    let masks = masks(&slides, config.window_or(4096)?);
+    let masks = masks(&slides, config.window_or(4096)?)?;
     config.passed_over(&["hidden_act", "sliding_window_size"]);
     let kind = Kind {
         activation: "hidden_activation",
@@ -55,7 +55,7 @@ pub(super) fn gemma3(config: &Config<'_>) -> Result<ModelSpec> {
     let count = layers::count(config, "num_hidden_layers")?;
     let pattern = config.size_or("sliding_window_pattern", 6)?;
     let slides = layer_types(config, count, |i| (i + 1) % pattern != 0)?;
-    let masks = masks(&slides, config.window_or(4096)?);
+    let masks = masks(&slides, config.window_or(4096)?)?;
     let local = config.positive_or("rope_local_base_freq", 10_000.0)?;
     let [full, sliding] = rope::by_kind(config, [1_000_000.0, local], heads.head_size)?;
     let layers = slides.iter().zip(masks).map(|(slides, mask)| (if *slides { &sliding } else { &full }.clone(), mask));
@@ -70,6 +70,12 @@ pub(super) fn gemma3(config: &Config<'_>) -> Result<ModelSpec> {
     };
     let soft_cap = config.optional("final_logit_softcapping")?;
     build(config, heads, &kind, layers.collect(), soft_cap)
+}
+
+/// The same inside a larger model, whose logits the reference does not cap.
+pub(super) fn gemma3_within(config: &Config<'_>) -> Result<ModelSpec> {
+    config.always(&[("final_logit_softcapping", &[])])?;
+    gemma3(config)
 }
 
 /// What tells the generations apart.

@@ -141,7 +141,7 @@ fn blocks(config: &Config<'_>, whole: &Whole) -> Result<Vec<Block>> {
     let mut slides = layer_types(config, count, |i| (i + 1) % 6 != 0)?;
     // The reference makes the last one full whatever the config says.
     slides[count as usize - 1] = false;
-    let masks = masks(&slides, config.window_or(512)?);
+    let masks = masks(&slides, config.window_or(512)?)?;
     let heads = heads(config, whole, &slides)?;
     let keys_values = keys_values(&slides, config.count_or("num_kv_shared_layers", 0)?)?;
     let width = config.size("intermediate_size")?;
@@ -238,7 +238,10 @@ fn rope(config: &Config<'_>, slides: bool, head_size: i64) -> Result<Rope> {
     })?;
     let theta = p.positive_or("rope_theta", 10_000.0)?;
     if p.field("rope_type").and_then(|kind| kind.as_str()) != Some("proportional") {
-        return Ok(Rope { scaling: rope::scaling(config, "rope_parameters", &p, head_size)?, ..plain(theta) });
+        return Ok(Rope {
+            scaling: rope::of_some_layers(config, &format!("rope_parameters.{kind}"), &p, head_size)?,
+            ..plain(theta)
+        });
     }
     let part = p.positive_or("partial_rotary_factor", 1.0)?;
     if part > 1.0 {

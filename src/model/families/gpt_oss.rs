@@ -25,7 +25,7 @@ pub(super) fn gpt_oss(config: &Config<'_>) -> Result<ModelSpec> {
     let (hidden, eps) = (heads.hidden_size, config.positive_or("rms_norm_eps", 1e-5)?);
     let layers = layers::count(config, "num_hidden_layers")?;
     let slides = layer_types(config, layers, |i| i % 2 == 0)?;
-    let masks = masks(&slides, config.window_or(128)?);
+    let masks = masks(&slides, config.window_or(128)?)?;
     let bias = config.flag_or("attention_bias", true)?;
     let rope = rope(config, &heads)?;
     let count = count(config, "num_local_experts", 128)?;

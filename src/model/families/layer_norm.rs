@@ -56,8 +56,16 @@ pub(super) fn gpt_neox(config: &Config<'_>) -> Result<ModelSpec> {
     let bias = config.flag_or("attention_bias", true)?;
     let width = config.size("intermediate_size")?;
     let act = activation(config, "hidden_act", Activation::Gelu)?;
-    let rotated = heads.partial(config, config.positive_or("rotary_pct", 0.25)?)?;
-    let rope = heads.rope(config, config.positive_or("rotary_emb_base", 10_000.0)?, rotated)?;
+    let (part, base) = (config.positive_or("rotary_pct", 0.25)?, config.positive_or("rotary_emb_base", 10_000.0)?);
+    // transformers 4 has also written the names of other families; the reference goes by these.
+    for (field, own, expected) in
+        [("partial_rotary_factor", "rotary_pct", part), ("rope_theta", "rotary_emb_base", base)]
+    {
+        if let Some(value) = config.field(field).filter(|value| value.as_f64() != Some(expected)) {
+            return Err(wrong(field, value, &format!("{expected}, as {own} has it,")));
+        }
+    }
+    let rope = heads.rope(config, base, heads.partial(config, part)?)?;
     let parallel = config.flag_or("use_parallel_residual", true)?;
     let layers = (0..layers::count(config, "num_hidden_layers")?).map(|i| {
         let at = |part: &str| format!("gpt_neox.layers.{i}.{part}");
@@ -171,8 +179,8 @@ pub(super) fn phi(config: &Config<'_>) -> Result<ModelSpec> {
 pub(super) fn falcon(config: &Config<'_>) -> Result<ModelSpec> {
     let (hidden, n) = (config.size("hidden_size")?, config.size("num_attention_heads")?);
     let grouped = config.flag_or("new_decoder_architecture", false)?;
-    let multi_query = config.flag_or("multi_query", true)?;
-    let parallel = config.flag_or("parallel_attn", true)?;
+    let multi_query = config.flag_or_null("multi_query", true)?;
+    let parallel = config.flag_or_null("parallel_attn", true)?;
     let alibi = config.flag_or("alibi", false)?;
     config.always(&[("apply_residual_connection_post_layernorm", &[json!(false)])])?;
     // The reference has nothing between the halves of grouped blocks, and one norm before the others'.
@@ -236,11 +244,15 @@ pub(super) fn falcon(config: &Config<'_>) -> Result<ModelSpec> {
 
 /// `BloomConfig`: linear biases, a norm on the embeddings, and the oldest names for its sizes.
 pub(super) fn bloom(config: &Config<'_>) -> Result<ModelSpec> {
-    let either =
-        |name: &str, old: &str| if config.field(name).is_some() { config.size(name) } else { config.size(old) };
-    let hidden = either("hidden_size", "n_embed")?;
-    let heads = equal_heads(hidden, either("n_head", "num_attention_heads")?)?;
-    let count = if config.field("n_layer").is_some() { "n_layer" } else { "num_hidden_layers" };
+    // Two names for one thing, of which the reference takes the older here, the newer there.
+    let either = |name: &'static str, other: &'static str| match (config.field(name), config.field(other)) {
+        (Some(one), Some(two)) if one != two => Err(wrong(other, two, &format!("{one}, as {name} says,"))),
+        (None, Some(_)) => Ok(other),
+        _ => Ok(name),
+    };
+    let hidden = config.size(either("hidden_size", "n_embed")?)?;
+    let heads = equal_heads(hidden, config.size(either("n_head", "num_attention_heads")?)?)?;
+    let count = either("n_layer", "num_hidden_layers")?;
     for (field, what) in [
         ("apply_residual_connection_post_layernorm", "residuals taken after the norm"),
         ("slow_but_exact", "products summed in slices"),

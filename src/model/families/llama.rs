@@ -35,8 +35,12 @@ pub(super) struct Differences {
 pub(super) fn llama(config: &Config<'_>) -> Result<ModelSpec> {
     // Falcon 3 says what hidden_act is once more, with the gate.
     config.always(&[("activation", &[json!("swiglu"), json!("silu")])])?;
-    let mut spec = build(config, plain(config)?)?;
-    // MobileLLM's names for a tied head, and for blocks that are gone through twice (arXiv:2402.14905).
+    build(config, plain(config)?)
+}
+
+/// MobileLLM's own config: its names for a tied head, and for blocks that are gone through twice (arXiv:2402.14905).
+pub(super) fn mobilellm(config: &Config<'_>) -> Result<ModelSpec> {
+    let mut spec = llama(config)?;
     spec.head.tied |= config.flag_or("share_embedding", false)?;
     spec.passes = if config.flag_or("layer_sharing", false)? { 2 } else { 1 };
     Ok(spec)
@@ -55,9 +59,11 @@ pub(super) fn smollm3(config: &Config<'_>) -> Result<ModelSpec> {
         return Err(Error::Model(Fault::new("config.json: no_rope_layers", what)));
     }
     config.passed_over(&["max_window_layers"]);
-    let window = window(config, config.flag_or("use_sliding_window", false)?)?;
-    let slides = layer_types(config, count, |i| window.is_some() && !rotates.get(i as usize).is_some_and(|r| *r))?;
-    let layers = rotates.iter().zip(masks(&slides, window)).map(|(rotates, mask)| (*rotates, mask)).collect();
+    // `layer_types` that say so slide also where this says that none does.
+    let (window, used) = (window(config)?, config.flag_or("use_sliding_window", false)?);
+    let derived = |i: i64| used && window.is_some() && !rotates[i as usize];
+    let slides = layer_types(config, count, derived)?;
+    let layers = rotates.iter().zip(masks(&slides, window)?).map(|(rotates, mask)| (*rotates, mask)).collect();
     build(config, Differences { theta: 2e6, tied: true, layers, ..plain(config)? })
 }
 
@@ -73,7 +79,7 @@ pub(super) fn ministral(config: &Config<'_>) -> Result<ModelSpec> {
     let count = layers::count(config, "num_hidden_layers")?;
     let window = config.window_or(4096)?;
     let slides = layer_types(config, count, |_| window.is_some())?;
-    let layers = masks(&slides, window).into_iter().map(|mask| (true, mask)).collect();
+    let layers = masks(&slides, window)?.into_iter().map(|mask| (true, mask)).collect();
     build(config, Differences { layers, biases: (false, false), ..plain(config)? })
 }
 
@@ -82,12 +88,10 @@ pub(super) fn ministral3(config: &Config<'_>) -> Result<ModelSpec> {
     let (_, parameters) = rope::parameters(config)?
         .ok_or_else(|| Error::Model(Fault::new("config.json: rope_parameters", "missing; this family needs them")))?;
     let temperature = match parameters.optional("llama_4_scaling_beta")? {
-        Some(growth) => {
-            Some(Temperature { growth, every: parameters.size("original_max_position_embeddings")?, first: 0 })
-        }
+        Some(growth) => Some(Temperature { growth, every: rope::trained_length(config, &parameters)?, first: 0 }),
         None => None,
     };
-    let window = window(config, true)?;
+    let window = window(config)?;
     let differences = Differences {
         layers: every(config, window)?,
         biases: (false, false),
@@ -146,16 +150,21 @@ pub(super) fn plain(config: &Config<'_>) -> Result<Differences> {
 
 fn qwen_layers(config: &Config<'_>) -> Result<Vec<(bool, Mask)>> {
     let count = layers::count(config, "num_hidden_layers")?;
-    let window = window(config, config.flag_or("use_sliding_window", false)?)?;
+    let window = qwen_window(config)?;
     let first = config.count_or("max_window_layers", 28)?;
     let slides = layer_types(config, count, |i| window.is_some() && i >= first)?;
-    Ok(masks(&slides, window).into_iter().map(|mask| (true, mask)).collect())
+    Ok(masks(&slides, window)?.into_iter().map(|mask| (true, mask)).collect())
 }
 
-/// `sliding_window`, where it is `used`; 0 is none.
-pub(super) fn window(config: &Config<'_>, used: bool) -> Result<Option<i64>> {
-    let window = config.count_or("sliding_window", 0)?;
-    Ok(Some(window).filter(|window| used && *window > 0))
+/// `sliding_window`, 4096 where it is absent, unless `use_sliding_window` says that there is none: then it may say anything.
+pub(super) fn qwen_window(config: &Config<'_>) -> Result<Option<i64>> {
+    config.passed_over(&["sliding_window"]);
+    if config.flag_or("use_sliding_window", false)? { config.window_or(4096) } else { Ok(None) }
+}
+
+/// `sliding_window`; none where it is absent or null.
+pub(super) fn window(config: &Config<'_>) -> Result<Option<i64>> {
+    config.optional_size("sliding_window")
 }
 
 pub(super) fn every(config: &Config<'_>, window: Option<i64>) -> Result<Vec<(bool, Mask)>> {
@@ -163,10 +172,17 @@ pub(super) fn every(config: &Config<'_>, window: Option<i64>) -> Result<Vec<(boo
     Ok((0..layers::count(config, "num_hidden_layers")?).map(|_| (true, mask)).collect())
 }
 
-/// The mask of each layer by whether it slides; one without a window cannot.
-pub(super) fn masks(slides: &[bool], window: Option<i64>) -> Vec<Mask> {
-    let sliding = window.map_or(Mask::Full, |window| Mask::Sliding { window });
-    slides.iter().map(|slides| if *slides { sliding } else { Mask::Full }).collect()
+/// The mask of each layer by whether it slides.
+pub(super) fn masks(slides: &[bool], window: Option<i64>) -> Result<Vec<Mask>> {
+    let mask = |slides: &bool| match (slides, window) {
+        (false, _) => Ok(Mask::Full),
+        (true, Some(window)) => Ok(Mask::Sliding { window }),
+        (true, None) => {
+            let what = "a layer slides, but sliding_window says that there is no window";
+            Err(Error::Model(Fault::new("config.json: layer_types", what).hint("give sliding_window")))
+        }
+    };
+    slides.iter().map(mask).collect()
 }
 
 pub(super) fn build(config: &Config<'_>, differences: Differences) -> Result<ModelSpec> {

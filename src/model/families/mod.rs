@@ -43,7 +43,7 @@ type Page = fn(&Config<'_>) -> Result<ModelSpec>;
 
 const FAMILIES: &[Family] = &[
     Family { model_type: "llama", known_as: "Llama 2 and 3, Yi, SmolLM2, Falcon 3, TinyLlama", spec: llama::llama },
-    Family { model_type: "mobilellm", known_as: "MobileLLM, also with shared blocks (LS)", spec: llama::llama },
+    Family { model_type: "mobilellm", known_as: "MobileLLM, also with shared blocks (LS)", spec: llama::mobilellm },
     Family { model_type: "smollm3", known_as: "SmolLM3", spec: llama::smollm3 },
     Family { model_type: "mistral", known_as: "Mistral 7B, Nemo, Small", spec: llama::mistral },
     Family { model_type: "ministral", known_as: "Ministral", spec: llama::ministral },
@@ -96,6 +96,9 @@ const FAMILIES: &[Family] = &[
     Family { model_type: "bloom", known_as: "BLOOM, BLOOMZ", spec: layer_norm::bloom },
 ];
 
+/// Other pages of some types: the same model in files that are laid out otherwise, as the files alone tell.
+const ALSO: &[(&str, Page)] = &[("qwen3_5_moe_text", qwen_next::qwen3_5_moe_of_larger)];
+
 /// Every `model_type` that is supported, with what people know it by.
 pub fn supported() -> impl Iterator<Item = (&'static str, &'static str)> {
     FAMILIES.iter().map(|family| (family.model_type, family.known_as))
@@ -106,10 +109,18 @@ pub fn supported() -> impl Iterator<Item = (&'static str, &'static str)> {
 /// Errors, which name the file: what [`ModelSpec::prove`] finds; a `model_type` that no family answers to (the answer lists those supported), a field
 /// that is missing, out of range or asks for something not supported.
 pub fn spec(checkpoint: &Checkpoint) -> Result<ModelSpec> {
-    let mut spec = from_config(&checkpoint.config).map_err(|error| checkpoint.located(error))?;
-    spec.settle(checkpoint)?;
-    spec.prove(checkpoint)?;
-    Ok(spec)
+    let fitted = |spec: Result<ModelSpec>| -> Result<ModelSpec> {
+        let mut spec = spec.map_err(|error| checkpoint.located(error))?;
+        spec.settle(checkpoint)?;
+        spec.prove(checkpoint)?;
+        Ok(spec)
+    };
+    fitted(from_config(&checkpoint.config)).or_else(|error| {
+        let model_type = checkpoint.config.get("model_type").and_then(|value| value.as_str());
+        let also = ALSO.iter().filter(|(known, _)| Some(*known) == model_type);
+        let found = also.map(|(known, page)| fitted(from_page(&checkpoint.config, known, *page))).find_map(Result::ok);
+        found.ok_or(error)
+    })
 }
 
 /// [`spec`] of a `config.json` alone.
@@ -128,14 +139,21 @@ pub fn from_config(config: &serde_json::Value) -> Result<ModelSpec> {
         };
         Error::Model(Fault::new("config.json: model_type", what).hint(format!("supported: {}", known.join(", "))))
     })?;
-    let spec = (family.spec)(&config)?;
+    from_page(config.value(), family.model_type, family.spec)
+}
+
+/// [`spec`] of a `config.json` alone, by a page of its type.
+fn from_page(config: &serde_json::Value, model_type: &str, page: Page) -> Result<ModelSpec> {
+    let asked = RefCell::default();
+    let config = Config::new(config, &asked);
+    let spec = page(&config)?;
     // A larger model's own fields are of its other parts.
     if config.has("text_config") {
         config.prove_featureless()?
     } else {
         config.prove_understood()?
     }
-    Ok(ModelSpec { model_type: family.model_type.to_string(), ..spec })
+    Ok(ModelSpec { model_type: model_type.to_string(), ..spec })
 }
 
 /// How many fields an error names.
@@ -151,6 +169,8 @@ fn unknown_features(config: &Config<'_>) -> Vec<String> {
     unknown.into_iter().take(NAMED).map(|(name, _)| name.to_string()).chain(more).collect()
 }
 
+#[cfg(test)]
+mod fields_tests;
 #[cfg(test)]
 mod kernels_tests;
 #[cfg(test)]

@@ -27,7 +27,7 @@ pub(super) fn olmo3(config: &Config<'_>) -> Result<ModelSpec> {
     let [full, sliding] = rope::by_kind(config, [500_000.0; 2], heads.head_size)?;
     let count = layers::count(config, "num_hidden_layers")?;
     let slides = layer_types(config, count, |i| (i + 1) % 4 != 0)?;
-    let masks = masks(&slides, config.window_or(4096)?);
+    let masks = masks(&slides, config.window_or(4096)?)?;
     let layers = slides.iter().zip(masks).map(|(slides, mask)| (if *slides { &sliding } else { &full }.clone(), mask));
     build(config, heads, layers.collect())
 }

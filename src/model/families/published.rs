@@ -1,6 +1,10 @@
 //! Configs as models are published with them: read with all that they say besides, to models of as many numbers as these have; and
 //! refused where they say something else.
 
+mod dense;
+mod experts;
+mod larger;
+
 use serde_json::{Value, json};
 
 use super::from_config;
@@ -15,14 +19,37 @@ fn besides() -> Value {
     })
 }
 
+/// What transformers says of every model, and most files of the language model.
+fn besides_text() -> Value {
+    json!({
+        "attention_dropout": 0.0, "dtype": "bfloat16", "initializer_range": 0.02, "use_cache": true, "output_attentions": false,
+        "output_hidden_states": false, "return_dict": true, "chunk_size_feed_forward": 0, "is_encoder_decoder": false,
+        "problem_type": null, "id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+    })
+}
+
 fn with(mut config: Value, more: Value) -> Value {
     config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     config
 }
 
-/// Name, numbers, config, and fields that make it another model.
-#[allow(clippy::type_complexity)]
-fn models() -> Vec<(&'static str, i64, Value, Vec<Value>)> {
+/// The same said of the language model, which may be a part of what the config tells of.
+fn with_text(mut config: Value, more: Value) -> Value {
+    match config.get_mut("text_config") {
+        Some(text) => *text = with(text.take(), more),
+        None => config = with(config, more),
+    }
+    config
+}
+
+/// Name, numbers of the language model, config, and fields that make it another model.
+type Published = (&'static str, i64, Value, Vec<Value>);
+
+fn models() -> Vec<Published> {
+    [firsts(), dense::models(), experts::models(), larger::models()].concat()
+}
+
+fn firsts() -> Vec<Published> {
     let changed = |fields: &[Value]| fields.to_vec();
     vec![
         (
@@ -324,7 +351,8 @@ fn models() -> Vec<(&'static str, i64, Value, Vec<Value>)> {
 #[test]
 fn published_configs_are_read_with_all_they_say() {
     for (name, numbers, config, _) in models() {
-        let spec = from_config(&with(besides(), config)).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let spec = from_config(&with(besides(), with_text(config, besides_text())))
+            .unwrap_or_else(|error| panic!("{name}: {error}"));
         let found: i64 = spec.tensors().values().map(|shape| shape.iter().product::<i64>()).sum();
         assert_eq!(found, numbers, "{name}");
     }
@@ -335,7 +363,7 @@ fn a_field_that_asks_for_another_model_is_an_error_that_names_it() {
     for (name, _, config, changes) in models() {
         for change in changes {
             let field = change.as_object().unwrap().keys().next().unwrap().clone();
-            let found = from_config(&with(config.clone(), change.clone())).map(|_| change);
+            let found = from_config(&with_text(config.clone(), change.clone())).map(|_| change);
             let error = found.map_err(|error| error.to_string()).expect_err(name);
             assert!(error.contains(&format!("config.json: {field}")), "{name}: {error}");
         }
@@ -343,7 +371,7 @@ fn a_field_that_asks_for_another_model_is_an_error_that_names_it() {
         for field in ["norm_placement", "residual_scale", "use_some_gate"] {
             let value = if field == "use_some_gate" { json!(true) } else { json!(0.5) };
             let error =
-                from_config(&with(config.clone(), json!({ field: value }))).map(|_| ()).unwrap_err().to_string();
+                from_config(&with_text(config.clone(), json!({ field: value }))).map(|_| ()).unwrap_err().to_string();
             assert!(error.contains(field) && error.contains("is not understood"), "{name}: {error}");
         }
     }

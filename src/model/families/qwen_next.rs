@@ -6,7 +6,7 @@ use super::block::{self, activation, pre_norm};
 use super::config::{Config, wrong};
 use super::experts::{self, Apart};
 use super::heads::Heads;
-use super::{assembly, layers};
+use super::{assembly, layers, wrapped};
 use crate::model::spec::{
     Attention, DeltaNet, DeltaProjection, Ending, ExpertGateUp, ExpertLinear, Experts, FeedForward, LayerSpec,
     LinearSpec, Mask, ModelSpec, NormKind, Position, Projection, QueryKeyNorm, Stored,
@@ -18,13 +18,15 @@ use crate::{Error, Fault, Result};
 pub(super) fn qwen3_next(config: &Config<'_>) -> Result<ModelSpec> {
     let mut spec = build(config, &Net::interleaved, &dense(config)?)?;
     let shared = config.size("shared_expert_intermediate_size")?;
-    experts::qwen_experts(config, &mut spec, Some(shared), true)?;
+    experts::qwen_experts(config, &mut spec, Some(shared), (10, true))?;
     Ok(spec)
 }
 
-/// `Qwen3_5TextConfig`: a dense feed-forward in every layer.
+/// `Qwen3_5TextConfig`: a dense feed-forward in every layer; transformers saves what it has read from a larger model under names of that.
 pub(super) fn qwen3_5(config: &Config<'_>) -> Result<ModelSpec> {
-    build(config, &Net::separate, &dense(config)?)
+    let mut spec = build(config, &Net::separate, &dense(config)?)?;
+    spec.names.layouts = vec![Vec::new(), wrapped::INSIDE.to_vec()];
+    Ok(spec)
 }
 
 /// `Qwen3_5MoeTextConfig` as published, inside the larger model: the experts of a layer in one tensor.
@@ -50,6 +52,13 @@ pub(super) fn qwen3_5_moe_apart(config: &Config<'_>) -> Result<ModelSpec> {
     let linears = |at: &str, count, hidden, width| Apart::below(at).linears(count, hidden, width);
     let mut spec = build(config, &Net::separate, &with_experts(config, &linears)?)?;
     spec.names.taken_for_experts = experts::TAKEN_FOR_EXPERTS;
+    Ok(spec)
+}
+
+/// `Qwen3_5MoeTextConfig` as transformers saves the text model that it has read from a larger one: in the files as those of that one.
+pub(super) fn qwen3_5_moe_of_larger(config: &Config<'_>) -> Result<ModelSpec> {
+    let mut spec = qwen3_5_moe(config)?;
+    spec.names.layouts = vec![wrapped::INSIDE.to_vec()];
     Ok(spec)
 }
 

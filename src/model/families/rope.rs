@@ -1,5 +1,7 @@
 //! How a config tells of rotary position embedding.
 
+use serde_json::json;
+
 use super::config::{Config, wrong};
 use crate::model::spec::{Rope, RopeScaling};
 use crate::ops::RopeLayout;
@@ -16,53 +18,81 @@ pub(super) fn read(config: &Config<'_>, default_theta: f64, rotated: i64) -> Res
     };
     let plain = Rope { theta, rotated, layout: RopeLayout::Halves, scaling: RopeScaling::None };
     let Some((field, parameters)) = parameters else { return Ok(plain) };
-    let scaling = scaling(config, field, &parameters, rotated)?;
-    Ok(Rope { scaling, ..plain })
+    // Of the length that was trained, what stands outside comes first.
+    let original = config.optional_size("original_max_position_embeddings")?;
+    Ok(Rope { scaling: scaling(config, field, &parameters, rotated, original)?, ..plain })
 }
 
 /// The object that tells of positions, and its name: where both are there, transformers goes by the older one.
 pub(super) fn parameters<'a>(config: &Config<'a>) -> Result<Option<(&'static str, Config<'a>)>> {
-    for field in ["rope_scaling", "rope_parameters"] {
-        if let Some(found) = config.object(field)?.filter(|found| !found.is_empty()) {
-            return Ok(Some((field, found)));
-        }
-    }
-    Ok(None)
+    let [older, newer] = ["rope_scaling", "rope_parameters"].map(|field| config.object(field).map(|p| (field, p)));
+    Ok([older?, newer?].into_iter().find_map(|(field, p)| Some((field, p.filter(|p| !p.is_empty())?))))
 }
 
 /// The rotary embeddings of full and of sliding layers: `rope_parameters` by kind (transformers 5), or `rope_theta` and `rope_scaling`,
 /// which are of full layers alone; `defaults` are the bases where the config has none.
 pub(super) fn by_kind(config: &Config<'_>, defaults: [f64; 2], rotated: i64) -> Result<[Rope; 2]> {
-    let plain = |theta| Rope { theta, rotated, layout: RopeLayout::Halves, scaling: RopeScaling::None };
     let kinds = ["full_attention", "sliding_attention"];
     config.passed_over(&["rope_theta"]);
     let by_kind = config.object("rope_parameters")?;
-    let Some(by_kind) = by_kind.filter(|p| kinds.into_iter().any(|kind| p.field(kind).is_some())) else {
-        return Ok([read(config, defaults[0], rotated)?, plain(defaults[1])]);
-    };
-    let full = config.positive_or("rope_theta", defaults[0])?;
-    let of = |kind: &str, theta: f64| -> Result<Rope> {
-        let Some(p) = by_kind.object(kind)? else { return Ok(plain(theta)) };
-        let theta = p.positive_or("rope_theta", theta)?;
-        Ok(Rope { scaling: scaling(config, &format!("rope_parameters.{kind}"), &p, rotated)?, ..plain(theta) })
-    };
-    let [mut full, sliding] = [of(kinds[0], full)?, of(kinds[1], defaults[1])?];
-    // Beside it, the older one is of full layers.
-    if let Some(older) = config.object("rope_scaling")?.filter(|older| !older.is_empty()) {
-        full.scaling = scaling(config, "rope_scaling", &older, rotated)?;
+    if let Some(by_kind) = &by_kind {
+        by_kind.only("rope_parameters", &kinds)?;
     }
-    Ok([full, sliding])
+    let of = |kind: &str| by_kind.as_ref().map_or(Ok(None), |by_kind| by_kind.object(kind));
+    let full = config.positive_or("rope_theta", defaults[0])?;
+    let rope = |place: &str, p: &Config<'_>, theta: f64| -> Result<Rope> {
+        let theta = p.positive_or("rope_theta", theta)?;
+        let scaling = of_some_layers(config, place, p, rotated)?;
+        Ok(Rope { theta, rotated, layout: RopeLayout::Halves, scaling })
+    };
+    // Field by field, the older one comes before what is of full layers.
+    let [own, sliding] = [of(kinds[0])?, of(kinds[1])?];
+    let mut said = own.map_or_else(|| json!({"rope_type": "default"}), |own| own.value().clone());
+    let place = match config.object("rope_scaling")? {
+        Some(older) => {
+            let fields =
+                older.value().as_object().into_iter().flatten().map(|(name, value)| (name.clone(), value.clone()));
+            said.as_object_mut().into_iter().for_each(|said| said.extend(fields.clone()));
+            "rope_scaling"
+        }
+        None => "rope_parameters.full_attention",
+    };
+    let none = json!({});
+    let sliding = sliding.unwrap_or_else(|| config.inside(&none));
+    Ok([rope(place, &config.inside(&said), full)?, rope("rope_parameters.sliding_attention", &sliding, defaults[1])?])
 }
 
-/// How `parameters`, which the config calls `field`, scale.
-pub(super) fn scaling(config: &Config<'_>, field: &str, p: &Config<'_>, rotated: i64) -> Result<RopeScaling> {
-    // Only what reaches beyond a length needs to know the length.
-    let longest = || config.size_or("max_position_embeddings", 2048);
-    let original = || -> Result<i64> {
-        if config.field("original_max_position_embeddings").is_some() {
-            return config.size("original_max_position_embeddings");
-        }
-        p.size_or("original_max_position_embeddings", longest()?)
+/// The length that was trained, where positions are stretched by `p`; what stands outside comes first.
+pub(super) fn trained_length(config: &Config<'_>, p: &Config<'_>) -> Result<i64> {
+    let outer = config.optional_size("original_max_position_embeddings")?;
+    let own = p.optional_size("original_max_position_embeddings")?;
+    outer.or(own).map_or_else(|| config.size("max_position_embeddings"), Ok)
+}
+
+/// How `p`, which the config calls `field`, scales the positions of some of the layers.
+pub(super) fn of_some_layers(config: &Config<'_>, field: &str, p: &Config<'_>, rotated: i64) -> Result<RopeScaling> {
+    let mut scaling = scaling(config, field, p, rotated, None)?;
+    if let RopeScaling::Yarn { truncate, .. } = &mut scaling {
+        // The reference looks for it beside what is of these layers, where it cannot be.
+        *truncate = true;
+    }
+    Ok(scaling)
+}
+
+/// How `p`, which the config calls `field`, scales; `original` is the length that was trained, where the config says so elsewhere.
+fn scaling(
+    config: &Config<'_>,
+    field: &str,
+    p: &Config<'_>,
+    rotated: i64,
+    original: Option<i64>,
+) -> Result<RopeScaling> {
+    // Only what reaches beyond a length needs to know the length: transformers has another for every family that does not say.
+    let longest = || config.size("max_position_embeddings");
+    let own = p.optional_size("original_max_position_embeddings")?;
+    let original = || original.or(own).map_or_else(longest, Ok);
+    let stretch = |original: i64| -> Result<f64> {
+        Ok(if p.field("factor").is_some() { p.positive("factor")? } else { longest()? as f64 / original as f64 })
     };
     let (kind_field, kind) = match p.field("rope_type") {
         Some(kind) => ("rope_type", Some(kind)),
@@ -80,20 +110,20 @@ pub(super) fn scaling(config: &Config<'_>, field: &str, p: &Config<'_>, rotated:
         },
         Some((_, Some("yarn"))) => {
             let original = original()?;
-            let factor = p.positive_or("factor", longest()? as f64 / original as f64)?;
-            let inferred = match (p.field("mscale"), p.field("mscale_all_dim")) {
-                (Some(_), Some(_)) => {
-                    yarn_scale(factor, p.positive("mscale")?) / yarn_scale(factor, p.positive("mscale_all_dim")?)
-                }
+            let factor = stretch(original)?;
+            // As in the reference, 0 says nothing.
+            let said = |name: &str| Ok(Some(p.number_or(name, 0.0)?).filter(|number| *number > 0.0));
+            let inferred = match (said("mscale")?, said("mscale_all_dim")?) {
+                (Some(rotation), Some(scores)) => yarn_scale(factor, rotation) / yarn_scale(factor, scores),
                 _ => yarn_scale(factor, 1.0),
             };
             RopeScaling::Yarn {
                 factor,
                 original,
-                beta_fast: p.positive_or("beta_fast", 32.0)?,
-                beta_slow: p.positive_or("beta_slow", 1.0)?,
+                beta_fast: said("beta_fast")?.unwrap_or(32.0),
+                beta_slow: said("beta_slow")?.unwrap_or(1.0),
                 attention_factor: p.positive_or("attention_factor", inferred)?,
-                truncate: p.flag_or("truncate", true)?,
+                truncate: p.flag_or_null("truncate", true)?,
             }
         }
         Some((_, Some("longrope" | "su"))) => {
@@ -106,7 +136,7 @@ pub(super) fn scaling(config: &Config<'_>, field: &str, p: &Config<'_>, rotated:
                 }
                 Ok(list)
             };
-            let factor = p.positive_or("factor", longest()? as f64 / original as f64)?;
+            let factor = stretch(original)?;
             let inferred = if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / (original as f64).ln()).sqrt() };
             RopeScaling::LongRope {
                 short: factors("short_factor")?,

@@ -26,13 +26,13 @@ pub(super) struct Wrapper {
 /// As first published: the text model whole, head and all, in a part of its own.
 const APART: &[Rename] = &[Start("model", "language_model.model"), Start("lm_head", "language_model.lm_head")];
 /// As transformers saves it since 4.52: the head outside.
-const INSIDE: &[Rename] = &[Start("model", "model.language_model")];
+pub(super) const INSIDE: &[Rename] = &[Start("model", "model.language_model")];
 const PICTURES: &[&str] =
     &["vision_tower", "multi_modal_projector", "model.vision_tower", "model.multi_modal_projector"];
 
 /// `Gemma3Config`.
 pub(super) const GEMMA3: Wrapper = Wrapper {
-    text: &[("gemma3_text", gemma::gemma3)],
+    text: &[("gemma3_text", gemma::gemma3_within)],
     tied: true,
     layouts: &[APART, INSIDE],
     modules: INSIDE,

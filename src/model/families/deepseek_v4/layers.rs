@@ -66,46 +66,40 @@ pub(super) struct Ropes {
 }
 
 /// `rope_parameters` with `main` and `compress` (transformers 5), or `rope_theta`, `compress_rope_theta` and `rope_scaling`, which is of
-/// the second alone.
+/// the second alone; where both are there, `rope_scaling` comes first, as it does everywhere.
 pub(super) fn ropes(config: &Config<'_>, rotated: i64) -> Result<Ropes> {
     let plain = |theta| Rope { theta, rotated, layout: RopeLayout::Pairs, scaling: RopeScaling::None };
     let main = plain(config.positive_or("rope_theta", 10_000.0)?);
     let compress = plain(config.positive_or("compress_rope_theta", 160_000.0)?);
-    let (parameters, scaling) = (config.object("rope_parameters")?, config.object("rope_scaling")?);
-    let nested = match &parameters {
-        Some(p) => p.object("main")?.zip(p.object("compress")?),
-        None => None,
-    };
-    if let Some((of_main, of_compress)) = nested {
-        let own = |p: &Config<'_>, part: &str| -> Result<Rope> {
-            let field = format!("rope_parameters.{part}");
-            let head = config.size_or("head_dim", 512)?;
-            let own = p.optional("partial_rotary_factor")?.map_or(rotated, |factor| (head as f64 * factor) as i64);
-            if own != rotated {
-                let what = format!("{own} elements rotate, {rotated} by the other fields");
-                let place = format!("config.json: {field}.partial_rotary_factor");
-                return Err(Error::Model(Fault::new(place, what)));
-            }
-            Ok(Rope { scaling: stretched(config, &field, p, rotated)?, ..plain(p.positive("rope_theta")?) })
-        };
-        return Ok(Ropes { main: own(&of_main, "main")?, compress: own(&of_compress, "compress")? });
+    let Some((field, p)) = rope::parameters(config)? else { return Ok(Ropes { main, compress }) };
+    let parts = ["main", "compress"].map(|part| p.object(part));
+    if let [Ok(None), Ok(None)] = parts {
+        let mut stretch = stretched(config, field, &p, rotated)?;
+        if let RopeScaling::Yarn { attention_factor, .. } = &mut stretch {
+            // Not the one that is inferred from the factor.
+            *attention_factor = p.positive_or("attention_factor", 1.0)?;
+        }
+        return Ok(Ropes { main, compress: Rope { scaling: stretch, ..compress } });
     }
-    let (field, flat) = match parameters {
-        Some(parameters) => ("rope_parameters", Some(parameters)),
-        None => ("rope_scaling", scaling),
+    let own = |part: &str, found: Result<Option<Config<'_>>>| -> Result<Rope> {
+        let place = format!("{field}.{part}");
+        let fault = |place: &str, what: String| Error::Model(Fault::new(format!("config.json: {place}"), what));
+        let p = found?.ok_or_else(|| fault(&place, "missing; there is the other one of main and compress".into()))?;
+        let head = config.size_or("head_dim", 512)?;
+        let own = p.optional("partial_rotary_factor")?.map_or(rotated, |factor| (head as f64 * factor) as i64);
+        if own != rotated {
+            let what = format!("{own} elements rotate, {rotated} by the other fields");
+            return Err(fault(&format!("{place}.partial_rotary_factor"), what));
+        }
+        Ok(Rope { scaling: stretched(config, &place, &p, rotated)?, ..plain(p.positive_or("rope_theta", main.theta)?) })
     };
-    let Some(p) = flat else { return Ok(Ropes { main, compress }) };
-    let mut stretch = stretched(config, field, &p, rotated)?;
-    if let RopeScaling::Yarn { attention_factor, .. } = &mut stretch {
-        // Not the one that is inferred from the factor.
-        *attention_factor = p.positive_or("attention_factor", 1.0)?;
-    }
-    Ok(Ropes { main, compress: Rope { scaling: stretch, ..compress } })
+    let [of_main, of_compress] = parts;
+    Ok(Ropes { main: own("main", of_main)?, compress: own("compress", of_compress)? })
 }
 
 /// How `parameters`, which the config calls `field`, scale: not at all or by YaRN.
 fn stretched(config: &Config<'_>, field: &str, p: &Config<'_>, rotated: i64) -> Result<RopeScaling> {
-    match rope::scaling(config, field, p, rotated)? {
+    match rope::of_some_layers(config, field, p, rotated)? {
         scaling @ (RopeScaling::None | RopeScaling::Yarn { .. }) => Ok(scaling),
         RopeScaling::Linear { .. }
         | RopeScaling::Dynamic { .. }
