@@ -24,3 +24,7 @@ pub mod train;
 pub mod weights;
 
 pub use error::{Error, Fault, Result};
+
+/// Serves libtorch and oneDNN as well, whose `malloc` it takes the place of.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;

@@ -1,12 +1,11 @@
 // Memory of tensors on the CPU: a region of address space of their own, cut by best fit, neighbours joined again when they are free.
 //
-// libtorch's own allocator takes aligned memory of the C library, and a run's memory then grows from step to step for two reasons.
-// glibc looks for a hole that is larger by the alignment than what it takes of it, so that what one tensor leaves never fits another
-// of the same size. And whatever else is allocated in between and stays (compiled products of oneDNN, above all) keeps the holes
-// around it from being joined. Here nothing lies between tensors but tensors.
+// libtorch's own allocator takes aligned memory of malloc, and a run's memory then grows from step to step: whatever else is
+// allocated in between and stays (compiled products of oneDNN, above all) keeps the holes around it from being joined, and one that
+// looks for a hole larger by the alignment never puts a tensor where one of its size has been. Here nothing lies between tensors but
+// tensors.
 //
-// Small ones have a region of slabs, each of blocks of one size: a step has thousands of them, and of aligned memory the C library
-// keeps no list by size.
+// Small ones have a region of slabs, each of blocks of one size: a step has thousands of them.
 //
 // Regions take addresses, not memory: a page is taken when it is first written, and kept for the next step.
 #include "torch_ext.h"

@@ -86,18 +86,11 @@ pub fn cuda_index(device: Device) -> Option<usize> {
 }
 
 /// Gives tensors on the CPU memory of their own (`cpu_memory.cpp`), which is kept when it is freed: a training step asks for the same
-/// blocks over and over, and handing them back to the kernel costs a page fault for every 4 KiB, every time. What else is large, such
-/// as what oneDNN compiles, is handed back. To be called before the first product.
+/// blocks over and over, and handing them back to the kernel costs a page fault for every 4 KiB, every time. To be called before the
+/// first product.
 pub fn keep_freed_memory() {
     // SAFETY: what libtorch has allocated before is freed by whom it came from.
     unsafe { engraft_allocate_on_cpu() };
-    #[cfg(target_env = "gnu")]
-    // SAFETY: sets numbers of the allocator; unknown or refused ones change nothing.
-    unsafe {
-        // A threshold that is set does not rise with what is freed, as it does otherwise.
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, c_int::MAX);
-    }
 }
 
 /// Of how many shapes of products what oneDNN compiled is kept, above it and by itself: those of about two steps.

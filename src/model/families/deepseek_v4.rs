@@ -61,6 +61,7 @@ pub(super) fn deepseek_v4(config: &Config<'_>) -> Result<ModelSpec> {
 const TAKEN_FOR_EXPERTS: &[&str] = &["gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"];
 
 fn names() -> Names {
+    let key_norm = Rename::Part("attn.kv_norm", "attn.norm");
     Names {
         // In this order each undoes what the later ones have left: the names of an indexer's compressor are given to the indexer.
         modules: vec![
@@ -83,8 +84,20 @@ fn names() -> Names {
             Rename::Part("shared_experts.w3", "shared_experts.up_proj"),
             Rename::Part("shared_experts.w2", "shared_experts.down_proj"),
         ],
-        // As published, and as transformers writes it.
-        layouts: vec![Vec::new(), vec![Rename::Part("attn.kv_norm", "attn.norm")]],
+        // As published, and as transformers writes it: made anew, or as it has read it.
+        layouts: vec![
+            Vec::new(),
+            vec![key_norm],
+            vec![
+                key_norm,
+                Rename::Start("layers", "model.layers"),
+                Rename::Start("embed", "model.embed_tokens"),
+                Rename::Start("norm", "model.norm"),
+                Rename::Start("hc_head_fn", "model.hc_head.hc_fn"),
+                Rename::Start("hc_head_base", "model.hc_head.hc_base"),
+                Rename::Start("hc_head_scale", "model.hc_head.hc_scale"),
+            ],
+        ],
         taken_for_experts: TAKEN_FOR_EXPERTS,
         ..Names::default()
     }

@@ -143,3 +143,20 @@ fn what_cannot_be_computed_is_refused_with_both_values() {
         assert!(found.contains(expected), "{change}: {found}");
     }
 }
+
+#[test]
+fn what_transformers_has_read_and_saved_is_found_under_its_names() {
+    let mut names = from_config(&config(json!({}))).unwrap().names;
+    names.layout = 2;
+    for (own, saved) in [
+        ("embed.weight", "model.embed_tokens.weight"),
+        ("head.weight", "head.weight"),
+        ("hc_head_fn", "model.hc_head.hc_fn"),
+        ("norm.weight", "model.norm.weight"),
+        ("layers.3.attn.kv_norm.weight", "model.layers.3.attn.norm.weight"),
+        ("layers.3.ffn.experts.7.w1.weight", "model.layers.3.ffn.experts.7.w1.weight"),
+    ] {
+        assert_eq!(names.stored(own), saved);
+        assert!(names.spec_names(saved).any(|name| name == own), "{saved}");
+    }
+}
