@@ -116,6 +116,7 @@ device-check: ## CUDA kernels beside their twins, and their speed, on a real GPU
 	cargo build --release --locked
 	$(ENGRAFT) doctor
 	cargo test --release --locked --lib -- ops:: quant:: model::families::kernels_tests --nocapture
+	cargo test --release --locked --test memory_plan -- --nocapture
 	cargo test --release --locked --lib -- ops::cuda::speed::beside_a_copy --ignored --exact --nocapture
 
 datasets: ## The datasets, from their programs

@@ -5,14 +5,22 @@
 //!
 //! On CUDA the logits of a plain head stay in the fp32 that products of half precision are summed in.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::projection::{Group, Operand, factors};
 use super::{cpu, cuda};
 use crate::torch_ext::custom;
 
-/// Bytes of fp32 logits that may exist at once.
-pub const LOGITS_AT_ONCE: i64 = 64 << 20;
+/// Rows whose logits over `vocabulary` tokens exist at once.
+///
+/// On the CPU 64 MiB of fp32 logits. A GPU reads all of the head for every chunk, and computes with a weight as long as it reads it at
+/// some two hundred rows: 256 MiB there, in whole tiles of its products.
+pub fn rows_of_logits(vocabulary: i64, device: Device) -> i64 {
+    const TILE: i64 = 128;
+    let bytes = if device == Device::Cpu { 64 << 20 } else { 256 << 20 };
+    let rows = (bytes / (4 * vocabulary)).max(1);
+    if device == Device::Cpu || rows < TILE { rows } else { rows - rows % TILE }
+}
 
 /// What becomes of the head's products before they are logits.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -49,8 +57,7 @@ impl LogitMap {
 
 /// The summed loss, times `scale`, of predicting `targets` (S) i64 from `hidden` (S, D) through `head` (V, D): an fp32 scalar.
 pub fn cross_entropy(hidden: &Tensor, head: Operand<'_>, map: LogitMap, targets: &Tensor, scale: f64) -> Tensor {
-    let rows = LOGITS_AT_ONCE / (4 * head.weight.size()[0]);
-    in_chunks_of(rows.max(1), hidden, head, map, targets, scale)
+    in_chunks_of(rows_of_logits(head.weight.size()[0], hidden.device()), hidden, head, map, targets, scale)
 }
 
 fn in_chunks_of(chunk: i64, hidden: &Tensor, head: Operand<'_>, map: LogitMap, targets: &Tensor, scale: f64) -> Tensor {

@@ -30,11 +30,11 @@ pub(crate) mod testing;
 pub mod tiled;
 mod update;
 
-pub use attention::{Alibi, Scoring, attention, attention_to_cache, choose_entries};
+pub use attention::{Alibi, Scoring, attention, attention_to_cache, choose_entries, flash_takes};
 pub use block_projection::block_projection;
 pub use compress::compress;
 pub use convolution::Convolution;
-pub use cross_entropy::{LOGITS_AT_ONCE, LogitMap, cross_entropy};
+pub use cross_entropy::{LogitMap, cross_entropy, rows_of_logits};
 pub use delta_net::{DeltaGates, delta_rule, delta_rule_continued, delta_rule_step};
 pub use experts::{ExpertInput, Experts, Weighted, experts};
 pub use gated::{Activation, Readers, gated_projection};

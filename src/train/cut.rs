@@ -21,7 +21,7 @@ impl Cut<'_> {
     pub fn largest(&self, rows: u32, count: u32) -> MicroBatchSize {
         let Some(dataset) = self.dataset else {
             let tokens = u64::from(rows) * u64::from(self.max_length);
-            return MicroBatchSize { tokens, trained: tokens };
+            return MicroBatchSize { tokens, trained: tokens, documents: rows.into() };
         };
         let of_a_pass = dataset.micro_batches_in_epoch(0, rows.into()) as f64;
         let of_passes = || (self.training.epochs * of_a_pass).ceil() as u64;

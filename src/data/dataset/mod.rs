@@ -33,6 +33,8 @@ pub struct MicroBatchSize {
     pub tokens: u64,
     /// Tokens that are trained.
     pub trained: u64,
+    /// Documents.
+    pub documents: u64,
 }
 
 /// Parquet files, tokenised and cached. Only lengths and places are in memory; tokens are read as batches need them.
@@ -218,7 +220,8 @@ impl Dataset {
         Batches::endless(self.shelf.clone(), cursor, micro_batch_size.max(1), self.pinned)
     }
 
-    /// The most tokens of a micro-batch of `micro_batch_size` rows, and the most trained ones, among the first `count` of a run.
+    /// The most tokens of a micro-batch of `micro_batch_size` rows, the most trained ones and the most documents, among the first `count`
+    /// of a run.
     ///
     /// Of a very long run those after [`MOST_PLANNED`] rows are not looked at: they are much like those before.
     pub fn largest_micro_batch(&self, micro_batch_size: u64, count: u64) -> MicroBatchSize {
@@ -236,10 +239,12 @@ impl Dataset {
                     for &document in epoch.bin(&order, bin) {
                         found.tokens += u64::from(self.shelf.length(document));
                         found.trained += u64::from(self.shelf.trained(document));
+                        found.documents += 1;
                     }
                 }
                 largest.tokens = largest.tokens.max(found.tokens);
                 largest.trained = largest.trained.max(found.trained);
+                largest.documents = largest.documents.max(found.documents);
             }
             left = left.saturating_sub(bins.div_ceil(size).max(1));
             number += 1;

@@ -132,7 +132,11 @@ fn the_largest_micro_batch_is_the_largest_that_comes() {
         let dataset = room.open(&one(path.clone()), more, 9).unwrap();
         let sizes = |count| {
             let batches = dataset.batches(Cursor::default(), 4).take(count).map(|item| item.unwrap().0);
-            batches.map(|batch| (batch.ids.numel() as u64, batch.rows.numel() as u64)).collect::<Vec<_>>()
+            let size = |batch: Batch| {
+                let documents = batch.documents.offsets.len() as u64 - 1;
+                (batch.ids.numel() as u64, batch.rows.numel() as u64, documents)
+            };
+            batches.map(size).collect::<Vec<_>>()
         };
         // Within a pass, and over the end of one.
         for count in [1, 2, 5, 60, 130] {
@@ -140,6 +144,7 @@ fn the_largest_micro_batch_is_the_largest_that_comes() {
             let found = dataset.largest_micro_batch(4, count as u64);
             assert_eq!(found.tokens, sizes.iter().map(|size| size.0).max().unwrap(), "{more}, {count}");
             assert_eq!(found.trained, sizes.iter().map(|size| size.1).max().unwrap(), "{more}, {count}");
+            assert_eq!(found.documents, sizes.iter().map(|size| size.2).max().unwrap(), "{more}, {count}");
         }
     }
 }

@@ -7,7 +7,8 @@
 //!
 //! While the feed-forward runs backward, there are the gradient of what it gives (D), that of the activated product, and in one pass
 //! those of gate and up and the product again (4 F in all). Attention has the gradient of its output and, of queries, keys and values,
-//! theirs twice: head by head and put together.
+//! theirs twice: head by head and put together. On a GPU flash attention adds up the gradient of queries in fp32, and where keys are
+//! shared it makes theirs for every query head first ([`Flash`]).
 
 use crate::model::spec::{
     Attention, CompressedAttention, DeltaNet, ExpertGateUp, Experts, FeedForward, GateUp, GroupedAttention,
@@ -40,8 +41,38 @@ pub(super) struct Costs<'a> {
     pub(super) tile: Option<u64>,
     /// Bytes of a number of the activations' type.
     pub(super) element: u64,
+    /// What flash attention on a GPU goes by.
+    pub(super) flash: Option<Flash>,
     pub(super) spec: &'a ModelSpec,
     pub(super) tuned: &'a Tuned<'a>,
+}
+
+/// What the memory of FlashAttention-2's backward depends on, besides tokens and heads.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Flash {
+    pub(super) documents: u64,
+    /// Then processors add up on their own first, each group of them in a sum of its own.
+    pub(super) deterministic: bool,
+}
+
+impl Flash {
+    /// Tokens of a document are filled up by so many in its sums.
+    const FILL: u64 = 128;
+    /// Heads are filled up to a multiple of so many elements.
+    const HEAD: i64 = 32;
+    /// Processors of a GPU that share the documents' heads where the order of sums is fixed: those of an H100 or H200.
+    const PROCESSORS: u64 = 132;
+
+    /// Bytes of the gradient of queries in fp32 and of each row's sum of products. Source: `mha_varlen_bwd` of FlashAttention-2 as
+    /// libtorch has it.
+    fn sums(self, tokens: u64, heads: i64, head_size: i64) -> u64 {
+        let parts = match self.deterministic {
+            true => Self::PROCESSORS.div_ceil((self.documents * heads as u64).max(1)),
+            false => 1,
+        };
+        let head = (head_size as u64).next_multiple_of(Self::HEAD as u64);
+        4 * (tokens + Self::FILL * self.documents) * heads as u64 * (parts * head + 1)
+    }
 }
 
 /// One half of a block.
@@ -166,8 +197,20 @@ impl Costs<'_> {
         Half {
             kept: kept + updates.kept,
             forward: self.numbers(queries).max(updates.whole),
-            backward: self.numbers(3 * queries + 4 * keys).max(self.numbers(queries) + updates.whole),
+            backward: self.attended(*heads, *kv_heads, *head_size).max(self.numbers(queries) + updates.whole),
             gradients: updates.gradients,
+        }
+    }
+
+    /// What the backward of attention itself has at once: gradients of its output and of what it reads, and what those are made in.
+    fn attended(&self, heads: i64, kv_heads: i64, head_size: i64) -> u64 {
+        let (queries, keys) = (heads * head_size, kv_heads * head_size);
+        match self.flash {
+            Some(flash) => {
+                let of_every_head = if kv_heads == heads { 0 } else { 2 * queries };
+                self.numbers(2 * queries + 2 * keys + of_every_head) + flash.sums(self.tokens, heads, head_size)
+            }
+            None => self.numbers(3 * queries + 4 * keys),
         }
     }
 
@@ -186,7 +229,7 @@ impl Costs<'_> {
                 + self.fp32(latent.heads + 4)
                 + updates.kept,
             forward: self.numbers(wide).max(updates.whole),
-            backward: self.numbers(7 * wide).max(self.numbers(wide) + updates.whole),
+            backward: self.attended(latent.heads, latent.heads, key).max(self.numbers(wide) + updates.whole),
             gradients: updates.gradients,
         }
     }

@@ -81,8 +81,9 @@ pub fn choices(run: &RunMemory<'_>, wish: &Wish<'_>) -> Vec<Choice> {
             let host = plan(thrift).host;
             host == 0 || wish.host.is_none_or(|budget| host <= budget)
         };
-        let fits = |thrift| wish.budget.is_none_or(|budget| plan(thrift).peak <= budget) && has_host(thrift);
-        let all = || ways(run, wish, largest.tokens, &fits);
+        let has_room = |thrift| wish.budget.is_none_or(|budget| plan(thrift).peak <= budget);
+        let fits = |thrift| has_room(thrift) && has_host(thrift);
+        let all = || ways(run, wish, largest.tokens, &has_room);
         // Where nothing fits, the first of those that take least.
         let least = || all().min_by_key(|thrift| (!has_host(*thrift), plan(*thrift).peak));
         let thrift = all().find(|thrift| fits(*thrift)).or_else(least);
@@ -99,13 +100,13 @@ pub fn choices(run: &RunMemory<'_>, wish: &Wish<'_>) -> Vec<Choice> {
     wish.sizes.iter().map(of_size).collect()
 }
 
-/// Ways for blocks to take less memory that the recipe allows, those that cost least time first; `fits` is asked how many blocks need run
-/// again.
+/// Ways for blocks to take less memory that the recipe allows, those that cost least time first; `has_room` is asked how many blocks need
+/// run again. What they send to the host is not: the fewest blocks send least.
 fn ways(
     run: &RunMemory<'_>,
     wish: &Wish<'_>,
     tokens: u64,
-    fits: &dyn Fn(Thrift) -> bool,
+    has_room: &dyn Fn(Thrift) -> bool,
 ) -> impl Iterator<Item = Thrift> {
     let layers = run.layers();
     let again = wish.recompute != Recompute::None;
@@ -126,7 +127,7 @@ fn ways(
             // With tiles every layer is recomputed: which ones are changes how sums are rounded, and must not depend on what is free.
             (_, Some(_)) | (Recompute::Full, None) => with(layers),
             (Recompute::None, None) => with(0),
-            (Recompute::Auto, None) => with(fewest(layers, |layers| fits(with(layers)))),
+            (Recompute::Auto, None) => with(fewest(layers, |layers| has_room(with(layers)))),
         }
     })
 }
@@ -137,12 +138,12 @@ fn tiles(tokens: u64) -> impl Iterator<Item = u64> {
     std::iter::successors(Some(largest), |tile| Some(tile / 2)).take_while(|tile| *tile >= SMALLEST_TILE)
 }
 
-/// The fewest recomputed blocks with which all fits; all of them where nothing does. More never take more.
-fn fewest(layers: usize, fits: impl Fn(usize) -> bool) -> usize {
+/// The fewest recomputed blocks with which there is room; all of them where there never is. More never take more.
+fn fewest(layers: usize, has_room: impl Fn(usize) -> bool) -> usize {
     let (mut low, mut high) = (0, layers);
     while low < high {
         let middle = (low + high) / 2;
-        if fits(middle) { high = middle } else { low = middle + 1 }
+        if has_room(middle) { high = middle } else { low = middle + 1 }
     }
     low
 }

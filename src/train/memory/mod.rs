@@ -20,20 +20,23 @@ use crate::adapter::{PlannedAdapters, PlannedUpdate};
 use crate::data::MicroBatchSize;
 use crate::model::spec::Position;
 use crate::model::{ModelSpec, Thrift};
-use crate::ops::LOGITS_AT_ONCE;
 use crate::ops::offload::BUFFERS;
+use crate::ops::rows_of_logits;
 use crate::quant::{Products, Scheme};
 use crate::recipe::TrainingRecipe;
 use crate::torch_ext::FEW_SHAPES;
 use crate::weights::Checkpoint;
 
-use blocks::{Block, Costs};
+use blocks::{Block, Costs, Flash};
 pub use choice::{Choice, Wish, advice, choices, choose, divisors, overhead, refuse_what_does_not_fit, sizes};
 pub use room::{budget, caches_dequantised, free_bytes};
 use weights::Weights;
 
 /// Bytes that libtorch takes on the CPU besides tensors once it computes: code that is read in, the scratch of its threads.
 const OF_LIBTORCH: u64 = 8 << 20;
+
+/// Bytes that cuBLAS and cuBLASLt work in on a GPU, at most: 32 MiB each, as libtorch asks for them.
+const OF_CUBLAS: u64 = 64 << 20;
 
 /// Bytes of what oneDNN compiled for the shape of a product: measured, as its size is not told.
 const OF_A_SHAPE: u64 = 270_000;
@@ -60,7 +63,7 @@ pub struct MemoryPlan {
     pub working: u64,
     /// The most at once while the base is read.
     pub loading: u64,
-    /// What libtorch takes besides tensors: on the CPU what it compiles, above all.
+    /// What libtorch takes besides tensors: on the CPU what it compiles, above all; on a GPU what its products work in.
     pub libtorch: u64,
     /// What waits in the host's memory for backward, pinned, as libtorch's allocator rounds it; no part of the peak on a GPU.
     pub host: u64,
@@ -184,7 +187,7 @@ impl<'a> RunMemory<'a> {
         // The adapter's file, then the optimizer's: tensor by tensor, and once more as a file.
         let file = 4 * numbers;
         let saving = (2 * file).max(file + 2 * optimizer);
-        let (libtorch, saving) = if device == Device::Cpu { (libtorch, saving) } else { (0, 0) };
+        let (libtorch, saving) = if device == Device::Cpu { (libtorch, saving) } else { (OF_CUBLAS, 0) };
         Self {
             planned,
             tuned,
@@ -234,23 +237,32 @@ impl<'a> RunMemory<'a> {
         let spec = self.planned.spec;
         let block = |(index, layer)| {
             let again = index < step.thrift.recomputed_layers;
-            self.costs(step.largest.tokens, step.thrift.feed_forward_tile.filter(|_| again)).block(layer)
+            self.costs(step.largest, step.thrift.feed_forward_tile.filter(|_| again)).block(layer)
         };
         let blocks = spec.layers.iter().enumerate().map(block);
         // A block that is gone through several times keeps all of it each time.
         blocks.flat_map(|block| std::iter::repeat_n(block, spec.passes)).collect()
     }
 
-    fn costs(&self, tokens: u64, tile: Option<u64>) -> Costs<'_> {
-        let Planned { spec, kind, .. } = self.planned;
-        Costs { tokens, tile, element: kind.elt_size_in_bytes() as u64, spec, tuned: &self.tuned }
+    fn costs(&self, micro: MicroBatchSize, tile: Option<u64>) -> Costs<'_> {
+        let Planned { spec, kind, training, .. } = self.planned;
+        let flash = Flash { documents: micro.documents, deterministic: training.deterministic };
+        Costs {
+            tokens: micro.tokens,
+            tile,
+            element: kind.elt_size_in_bytes() as u64,
+            flash: self.on_gpu().then_some(flash),
+            spec,
+            tuned: &self.tuned,
+        }
     }
 
     /// Walks through a step; bytes beyond weights, adapters and the optimizer's state.
     fn walk(&self, blocks: &[Block], step: Step) -> Walked {
-        let Step { largest: MicroBatchSize { tokens, trained }, accumulates, thrift } = step;
+        let Step { largest, accumulates, thrift } = step;
+        let MicroBatchSize { tokens, trained, .. } = largest;
         let Planned { spec, device, .. } = self.planned;
-        let costs = self.costs(tokens, None);
+        let costs = self.costs(largest, None);
         let stream = blocks.first().map_or(0, |block| block.input);
         let recomputed = |index: usize| index / spec.passes < thrift.recomputed_layers;
         let gradients = if accumulates { self.gradients } else { 0 };
@@ -272,7 +284,7 @@ impl<'a> RunMemory<'a> {
         }
         walked.activations = alive - gradients;
         let (vocabulary, hidden) = (spec.vocab_size as u64, spec.hidden_size as u64 * costs.element);
-        let chunk = trained.min(LOGITS_AT_ONCE as u64 / (4 * vocabulary)).max(1);
+        let chunk = trained.min(rows_of_logits(spec.vocab_size, device) as u64).max(1);
         // GPUs keep logits in fp32.
         let logit = if device == Device::Cpu { costs.element } else { 4 };
         // Logits and their gradient; the last stream, hidden states, the trained ones of these and their gradient.

@@ -33,7 +33,7 @@ fn with<T>(adapted: bool, scheme: Option<&Scheme>, with: impl FnOnce(&RunMemory<
 
 fn step(tokens: u64, recomputed_layers: usize) -> Step {
     let thrift = Thrift::recomputing(recomputed_layers);
-    Step { largest: MicroBatchSize { tokens, trained: tokens }, accumulates: false, thrift }
+    Step { largest: MicroBatchSize { tokens, trained: tokens, documents: 1 }, accumulates: false, thrift }
 }
 
 #[test]
@@ -103,7 +103,11 @@ fn blocks_are_recomputed_only_as_far_as_memory_asks() {
                 tile: OFF,
                 offload: Offload::Off,
                 host: None,
-                largest: &|rows, _| MicroBatchSize { tokens: u64::from(rows) * 2048, trained: u64::from(rows) * 2048 },
+                largest: &|rows, _| MicroBatchSize {
+                    tokens: u64::from(rows) * 2048,
+                    trained: u64::from(rows) * 2048,
+                    documents: rows.into(),
+                },
                 budget: Some(budget << 30),
                 overhead: 200.0,
             };
@@ -130,8 +134,11 @@ fn a_micro_batch_is_as_large_as_pays_and_fits() {
         let sizes = sizes(&training);
         assert_eq!(sizes, [(1, 12), (2, 6), (3, 4), (4, 3), (6, 2), (12, 1)]);
         let chosen = |budget: u64, recompute| {
-            let largest =
-                |rows: u32, _| MicroBatchSize { tokens: u64::from(rows) * 4096, trained: u64::from(rows) * 4096 };
+            let largest = |rows: u32, _| MicroBatchSize {
+                tokens: u64::from(rows) * 4096,
+                trained: u64::from(rows) * 4096,
+                documents: rows.into(),
+            };
             let wish = Wish {
                 sizes: &sizes,
                 recompute,
@@ -160,7 +167,11 @@ fn a_micro_batch_is_as_large_as_pays_and_fits() {
 #[test]
 fn a_run_that_does_not_fit_is_refused_with_what_would_take_less() {
     with(true, None, |run| {
-        let largest = |rows: u32, _| MicroBatchSize { tokens: u64::from(rows) * 4096, trained: u64::from(rows) * 4096 };
+        let largest = |rows: u32, _| MicroBatchSize {
+            tokens: u64::from(rows) * 4096,
+            trained: u64::from(rows) * 4096,
+            documents: rows.into(),
+        };
         let sizes = [(4, 2)];
         let wish = Wish {
             sizes: &sizes,
@@ -193,7 +204,7 @@ fn tiles_are_for_what_does_not_fit_otherwise_and_as_large_as_fits() {
         let tokens = 131_072;
         let largest = |rows: u32, _| {
             let tokens = u64::from(rows) * tokens;
-            MicroBatchSize { tokens, trained: tokens }
+            MicroBatchSize { tokens, trained: tokens, documents: 1 }
         };
         let auto = TileFeedForward::Left(Tiling::Auto);
         let chosen = |sizes: &[(u32, u32)], budget: u64, recompute, tile| {
@@ -254,7 +265,8 @@ fn tiles_are_for_what_does_not_fit_otherwise_and_as_large_as_fits() {
 #[test]
 fn offloading_is_for_what_recomputing_alone_does_not_fit_and_takes_the_hosts_memory() {
     with(true, None, |run| {
-        let largest = |rows: u32, _| MicroBatchSize { tokens: u64::from(rows) * 32_768, trained: 32 };
+        let largest =
+            |rows: u32, _| MicroBatchSize { tokens: u64::from(rows) * 32_768, trained: 32, documents: rows.into() };
         let peak = |thrift| run.plan(Step { largest: largest(1, 1), accumulates: false, thrift });
         let whole = Thrift::recomputing(32);
         let away = Thrift { offload: true, ..whole };
@@ -289,6 +301,11 @@ fn offloading_is_for_what_recomputing_alone_does_not_fit_and_takes_the_hosts_mem
         assert!(thrift.offload && thrift.feed_forward_tile.is_none() && fits, "{thrift:?}");
         let (thrift, fits) = chosen(offloaded, Some(30 * stream), Recompute::Auto, auto, Offload::Auto);
         assert!(!thrift.offload && !fits, "the host has no room: {thrift:?}");
+        // A host with room for a few layers more than are needed, and for no more.
+        let few = Thrift { recomputed_layers: 9, ..away };
+        let (budget, host) = (peak(few).peak, 10 * stream);
+        let found = chosen(budget, Some(host), Recompute::Auto, auto, Offload::On);
+        assert_eq!(found, (few, true), "the fewest that fit send least to the host");
         let (thrift, fits) = chosen(offloaded - 1, None, Recompute::Full, auto, Offload::Auto);
         assert!(thrift.feed_forward_tile.is_some() && fits, "{thrift:?}");
         assert_eq!(chosen(u64::MAX, None, Recompute::Full, OFF, Offload::On), (away, true));
