@@ -95,6 +95,19 @@ pub(super) fn refuse_filled(folder: &Path, overwrite: bool, doing: &str) -> Resu
     Ok(())
 }
 
+/// Says once what of a model's attention a GPU computes in plain products.
+pub(super) fn announce_plain_attention(spec: &ModelSpec, kind: Kind, device: Device, console: &Console) {
+    let plain: Vec<String> = spec.layers.iter().filter_map(|layer| layer.plain_on_gpu(kind)).collect();
+    if let (Device::Cuda(_), Some(what)) = (device, plain.first()) {
+        console.say(format_args!(
+            "note: attention of {} of {} layers is computed in plain products, for no fused kernel takes {what}: slower, and slower \
+             than a plan foretells",
+            plain.len(),
+            spec.layers.len()
+        ));
+    }
+}
+
 /// Reads the weights of a base of this `spec`, quantised where `scheme` says so.
 pub(super) fn decoder(
     checkpoint: &Checkpoint,

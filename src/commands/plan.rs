@@ -23,6 +23,7 @@ pub fn run(arguments: &cli::Plan, out: &mut dyn Write) -> Result<()> {
     let console = Console::new(arguments.json);
     let Base { checkpoint, adapter, spec } = loading::base(&plan, &console)?;
     let scheme = loading::scheme(&plan, &checkpoint, &spec, device, &console)?;
+    loading::announce_plain_attention(&spec, plan.kind, device, &console);
     let adapters = PlannedAdapters::of(&spec, &adapter)?;
     let dataset = loading::cached_dataset(&plan, &checkpoint)?;
 

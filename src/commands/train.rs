@@ -69,6 +69,7 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
     if longest > made_for {
         console.say(format_args!("note: the longest document has {longest} tokens; the base was made for {made_for}"));
     }
+    loading::announce_plain_attention(&spec, plan.kind, device, &console);
     let planned_adapters = PlannedAdapters::of(&spec, &adapter)?;
     let memory = RunMemory::new(Planned {
         spec: &spec,

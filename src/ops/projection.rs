@@ -251,7 +251,6 @@ impl Group {
         grads: &[Tensor],
         wants_dx: bool,
     ) -> (Option<Tensor>, Vec<Tensor>) {
-        let mut dx: Option<Tensor> = None;
         let sides: Vec<Side<'_>> = self
             .members
             .iter()
@@ -259,9 +258,6 @@ impl Group {
             .zip(&kept.decomposed)
             .map(|((m, dy), d)| Side::new(m, dy, d.as_ref()))
             .collect();
-        for side in sides.iter().filter(|_| wants_dx) {
-            dx = Some(side.through_weight(dx.take()));
-        }
         let du: Vec<Option<Tensor>> =
             sides.iter().map(|side| side.update().map(|update| side.dz.mm(&update.scaled_b))).collect(); // (T, R) each
         let together = sides.iter().filter_map(Side::update).all(|update| update.dropout.is_none());
@@ -269,13 +265,13 @@ impl Group {
             [Some(du)] => du.shallow_clone(),
             du => Tensor::cat(&du.iter().flatten().collect::<Vec<_>>(), 1), // (T, sum of R)
         };
-        let all_du = self.a.as_ref().filter(|_| together).map(|a| {
-            let all_du = all_du();
-            if wants_dx {
-                dx = Some(with_product(dx.take(), &all_du, a));
-            }
-            all_du
-        });
+        let all_du = self.a.as_ref().filter(|_| together).map(|a| (all_du(), a));
+        // What is thin first, as in forward.
+        let mut dx = all_du.as_ref().filter(|_| wants_dx).map(|(all_du, a)| all_du.mm(a));
+        for side in sides.iter().filter(|_| wants_dx) {
+            dx = Some(side.through_weight(dx.take()));
+        }
+        let all_du = all_du.map(|(all_du, _)| all_du);
         if let Some(a) = self.a.as_ref().filter(|_| !together && wants_dx) {
             for (side, du) in sides.iter().zip(&du) {
                 let (Some(update), Some(du)) = (side.update(), du) else { continue };
@@ -327,10 +323,15 @@ impl Member {
             let (y, kept) = decomposed.forward(x, &self.weight, low_rank, update.dropout, added);
             return (y, Some(kept));
         }
-        let mut y = self.weight.product(x, added);
-        if let Some((update, u)) = update {
-            let _ = y.addmm_(&update.columns(u), &update.scaled_b.tr());
-        }
+        // The update first: a large product reads what it is added to while it computes, a thin one would wait for it.
+        let mut y = match update {
+            Some((update, u)) => {
+                let (u, b) = (update.columns(u), update.scaled_b.tr());
+                let onto = added.map_or_else(|| u.mm(&b), |added| added.addmm(&u, &b));
+                self.weight.product_onto(x, onto)
+            }
+            None => self.weight.product(x, added),
+        };
         if let Part::Rows(ids, rows) = &self.trained {
             let _ = y.index_copy_(1, ids, &x.mm(&rows.tr()));
         }

@@ -84,6 +84,14 @@ impl Weight {
         added.map_or_else(|| x.mm(&weight), |added| added.addmm(x, &weight))
     }
 
+    /// `X W^T` (T, out) of X (T, in), added in place to `onto`.
+    pub fn product_onto(&self, x: &Tensor, mut onto: Tensor) -> Tensor {
+        match self.multiplied() {
+            Some(weight) => onto.g_add_(&weight.product(x)),
+            None => onto.addmm_(x, &self.dense().tr()),
+        }
+    }
+
     /// `X W^T` (T, out) of X (T, in), both in half precision, in the fp32 that products are summed in.
     pub fn wide_product(&self, x: &Tensor) -> Tensor {
         let weight = self.dense().tr(); // (in, out)

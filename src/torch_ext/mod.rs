@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 mod autograd;
+mod cudnn;
 mod device;
 mod elements;
 mod failure;
@@ -20,6 +21,7 @@ use tch::Tensor;
 use torch_sys::C_tensor;
 
 pub use autograd::{custom, gradients, records_graph};
+pub use cudnn::{CudnnAttention, cudnn_attention, cudnn_attention_backward};
 pub use device::{
     CpuMemory, CudaMemory, FEW_SHAPES, MANY_SHAPES, cpu_capability, cpu_memory, cuda_index, cuda_memory, cuda_stream,
     deterministic, keep_freed_memory, keep_shapes, libtorch_folder, set_deterministic, torch_version,

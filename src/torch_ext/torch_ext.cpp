@@ -198,6 +198,27 @@ char* engraft_flash_varlen_backward(at::Tensor* grad, at::Tensor* q, at::Tensor*
   });
 }
 
+char* engraft_cudnn_attention(at::Tensor* q, at::Tensor* k, at::Tensor* v, double scale, at::Tensor** out) {
+  return guarded([&] {
+    const auto results = at::_scaled_dot_product_cudnn_attention(*q, *k, *v, /*attn_bias=*/{}, /*compute_log_sumexp=*/true,
+                                                                 0.0, /*is_causal=*/true, /*return_debug_mask=*/false, scale);
+    const at::Tensor* kept[] = {&std::get<0>(results), &std::get<1>(results), &std::get<6>(results), &std::get<7>(results)};
+    for (size_t i = 0; i < 4; ++i) out[i] = new at::Tensor(*kept[i]);
+  });
+}
+
+char* engraft_cudnn_attention_backward(at::Tensor* grad, at::Tensor* q, at::Tensor* k, at::Tensor* v, at::Tensor* output,
+                                       at::Tensor* logsumexp, at::Tensor* seed, at::Tensor* offset, double scale,
+                                       at::Tensor** out) {
+  return guarded([&] {
+    auto [dq, dk, dv] = at::_scaled_dot_product_cudnn_attention_backward(
+        *grad, *q, *k, *v, *output, *logsumexp, *seed, *offset, /*attn_bias=*/{}, /*cum_seq_q=*/{}, /*cum_seq_k=*/{},
+        q->size(2), k->size(2), 0.0, /*is_causal=*/true, scale);
+    const at::Tensor* results[] = {&dq, &dk, &dv};
+    for (size_t i = 0; i < 3; ++i) out[i] = new at::Tensor(*results[i]);
+  });
+}
+
 char* engraft_cuda_memory(int index, int64_t* allocated, int64_t* peak, int64_t* free, int64_t* total) {
   return guarded([&] {
     auto* allocator = at::getDeviceAllocator(at::kCUDA);

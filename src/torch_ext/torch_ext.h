@@ -46,6 +46,12 @@ char* engraft_uniform(at::Tensor* like, double low, double high, uint64_t seed, 
 
 // FlashAttention-2 over documents laid end to end (CUDA): q (T, N, H), k and v (T, K, H), offsets int32 on the device.
 // window_left < 0 is no window. out: output, logsumexp, rng_state, unused.
+char* engraft_cudnn_attention(at::Tensor* q, at::Tensor* k, at::Tensor* v, double scale, at::Tensor** out);
+
+char* engraft_cudnn_attention_backward(at::Tensor* grad, at::Tensor* q, at::Tensor* k, at::Tensor* v, at::Tensor* output,
+                                       at::Tensor* logsumexp, at::Tensor* seed, at::Tensor* offset, double scale,
+                                       at::Tensor** out);
+
 char* engraft_flash_varlen(at::Tensor* q, at::Tensor* k, at::Tensor* v, at::Tensor* offsets, int64_t longest,
                            double scale, int64_t window_left, at::Tensor** out);
 // out: dq, dk, dv.

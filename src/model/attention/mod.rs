@@ -14,13 +14,33 @@ use super::linear::Linear;
 use super::load::Reader;
 use super::spec::{self, LayerSpec};
 use crate::Result;
-use crate::ops::Norm;
+use crate::ops::{Norm, flash_takes};
 use compressed::CompressedAttention;
 use delta_net::DeltaNet;
 use grouped::GroupedAttention;
 use latent::LatentAttention;
 
 pub(super) use compressor::Compressor;
+
+impl LayerSpec {
+    /// What of its attention no fused kernel for GPUs takes, in numbers of `kind`: it is computed in plain products there.
+    pub fn plain_on_gpu(&self, kind: Kind) -> Option<String> {
+        let (head, sinks, soft_cap) = match &self.attention {
+            spec::Attention::Grouped(grouped) => (grouped.head_size, grouped.sinks.is_some(), grouped.soft_cap),
+            spec::Attention::Latent(latent) => (latent.unrotated + latent.rotated, false, None),
+            spec::Attention::Compressed(compressed) => (compressed.head_size, true, None),
+            spec::Attention::DeltaNet(_) => return None,
+        };
+        let alibi = matches!(self.position, spec::Position::Alibi { .. });
+        let of_scores = [(sinks, "attention sinks"), (soft_cap.is_some(), "soft-capped scores"), (alibi, "ALiBi")];
+        match of_scores.iter().find(|(there, _)| *there) {
+            Some((_, what)) => Some((*what).to_owned()),
+            None if kind == Kind::Float => Some("fp32".to_owned()),
+            None if !flash_takes(kind, head) => Some(format!("heads of {head} elements")),
+            None => None,
+        }
+    }
+}
 
 /// Keys and values that blocks hand on to later ones, by slot: (T, K, H) each, rotated, of the tokens of this forward.
 #[derive(Debug, Default)]

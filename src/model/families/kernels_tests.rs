@@ -16,7 +16,7 @@ use crate::weights::Checkpoint;
 use crate::weights::writer::{self, TensorSpec};
 
 /// Writes a model of seeded numbers.
-fn write(folder: &Path, config: &Value) {
+pub(super) fn write(folder: &Path, config: &Value) {
     let spec = families::from_config(config).unwrap();
     let tensors: Vec<TensorSpec> =
         spec.tensors().into_iter().map(|(name, shape)| TensorSpec { name, kind: Kind::Float, shape }).collect();

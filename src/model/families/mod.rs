@@ -170,6 +170,8 @@ fn unknown_features(config: &Config<'_>) -> Vec<String> {
 }
 
 #[cfg(test)]
+mod curves_tests;
+#[cfg(test)]
 mod fields_tests;
 #[cfg(test)]
 mod kernels_tests;

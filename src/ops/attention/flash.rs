@@ -23,6 +23,15 @@ pub(super) fn cuda(q: &Tensor, k: &Tensor, v: &Tensor, documents: &Documents, sc
     .remove(0)
 }
 
+/// The output, dq, dk and dv of [`cuda`] for the output's gradient, without a graph.
+pub(super) fn cuda_once(grad: &Tensor, [q, k, v]: [&Tensor; 3], documents: &Documents, scale: f64) -> [Tensor; 4] {
+    let offsets = torch_ext::sent(&Tensor::from_slice(&documents.offsets).to_kind(Kind::Int), q.device());
+    let longest = documents.longest();
+    let forward = torch_ext::flash_varlen((q, k, v), &offsets, longest, scale, None);
+    let [dq, dk, dv] = torch_ext::flash_varlen_backward(grad, (q, k, v), &forward, &offsets, longest, scale, None);
+    [forward.output, dq, dk, dv]
+}
+
 /// One document: q (K, G, L, H), k and v (K, G, L, H) with a stride of zero over G, G heads to a group.
 struct Span {
     q: Tensor,

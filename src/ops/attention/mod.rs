@@ -1,12 +1,14 @@
 //! Causal attention of documents laid end to end, grouped heads included (arXiv:2205.14135, arXiv:2305.13245).
 //!
-//! A document never sees another. On CUDA one FlashAttention call serves all documents. On the CPU bf16 goes through our own
+//! A document never sees another. On CUDA one call serves all documents: FlashAttention-2's, or cuDNN's where they are of one length and
+//! it is faster. On the CPU bf16 goes through our own
 //! blocks, soft caps, linear biases, sinks and values of another head size included; other number types go through libtorch's
 //! flash kernel document by document. What no kernel takes (fp32 on CUDA, odd head sizes, and away from our blocks all that is
 //! not a plain scaled product) is computed in plain products, some queries at a time.
 
 mod blocks;
 mod choice;
+mod dense;
 pub mod entries;
 mod flash;
 mod plain;
@@ -126,6 +128,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, documents: &Documents, scor
         return attention(q, k, &widened, documents, scoring).narrow(2, 0, value).contiguous(); // (T, N, Hv)
     }
     match way {
+        Way::Cuda if dense::serves(q, k, documents, scoring) => dense::attend(q, k, v, documents, scoring),
         Way::Cuda => flash::cuda(q, k, v, documents, scoring),
         Way::Blocks => {
             let shape = blocks::Shape::new(q, k, v, documents, scoring);
@@ -135,6 +138,11 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, documents: &Documents, scor
         Way::Flash => in_parts([q, k, v], documents, scoring, flash::forward, flash::backward),
         Way::Plain => in_parts([q, k, v], documents, scoring, plain::forward, plain::backward),
     }
+}
+
+/// Whether FlashAttention-2 takes heads of `head` elements of a number type: half precision, up to 256 elements in steps of 8.
+pub fn flash_takes(kind: Kind, head: i64) -> bool {
+    kind != Kind::Float && head % 8 == 0 && head <= 256
 }
 
 /// What computes attention.
@@ -158,8 +166,7 @@ impl Way {
         let head = q.size()[2];
         let simple = scoring.is_simple() && v.size()[2] <= head;
         match q.device() {
-            // What FlashAttention-2 takes: half precision, heads of up to 256 elements in steps of 8.
-            Device::Cuda(_) if simple && q.kind() != Kind::Float && head % 8 == 0 && head <= 256 => Self::Cuda,
+            Device::Cuda(_) if simple && flash_takes(q.kind(), head) => Self::Cuda,
             Device::Cpu if cpu::serves(&[q, k, v]) && blocks::serves(q, k, v) => Self::Blocks,
             Device::Cpu if simple => Self::Flash,
             _ => Self::Plain,

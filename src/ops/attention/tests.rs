@@ -128,3 +128,32 @@ fn new_queries_see_the_cache_as_the_whole_document_would_have_them() {
         }
     }
 }
+
+/// Where there is a GPU of those: cuDNN's kernels are taken for documents of one length, and give what flash attention gives.
+#[test]
+fn documents_of_one_length_are_attended_to_alike_by_cudnn() {
+    let Some(device) = crate::ops::cuda::emulator::gpu().filter(|device| crate::ops::cuda::outruns_flash(*device))
+    else {
+        return; // Nothing takes cuDNN's then.
+    };
+    let heads = |heads: i64, seed| randn(&[768, heads, 128], seed).to_device(device).to_kind(Kind::BFloat16);
+    let scoring = Scoring::scaled(0.09);
+    for (kv_heads, length) in [(8, 256), (2, 256), (2, 768)] {
+        let [q, k, v, grad] = [heads(8, 1), heads(kv_heads, 2), heads(kv_heads, 3), heads(8, 4)];
+        let documents = Documents { offsets: (0..=768 / length).map(|i| i * length).collect() };
+        assert!(dense::serves(&q, &k, &documents, &scoring), "{kv_heads} of 8 heads");
+        let expected = flash::cuda_once(&grad, [&q, &k, &v], &documents, scoring.scale);
+        let leaves = [q, k, v].map(|x| x.set_requires_grad(true));
+        let output = dense::attend(&leaves[0], &leaves[1], &leaves[2], &documents, &scoring);
+        let loss = (&output * &grad).sum(Kind::Float);
+        let grads = Tensor::run_backward(&[loss], &leaves.each_ref(), false, false);
+        for (found, expected) in [output].iter().chain(&grads).zip(&expected) {
+            let [found, expected] = [found, expected].map(|x| x.to_kind(Kind::Float));
+            let largest = expected.abs().max().double_value(&[]);
+            assert!((found - &expected).abs().max().double_value(&[]) < 2e-2 * largest);
+        }
+    }
+    let other = Documents { offsets: vec![0, 256, 512, 640, 768] };
+    let q = heads(8, 1);
+    assert!(!dense::serves(&q, &q, &other, &scoring), "lengths that differ");
+}

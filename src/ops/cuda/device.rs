@@ -56,8 +56,17 @@ pub(super) fn is_prepared(device: Device) -> bool {
 
 /// Whether a prepared device multiplies fp8 matrices.
 pub(crate) fn multiplies_fp8(device: Device) -> bool {
-    matches!(device, Device::Cuda(index)
-        if PREPARED.get(index).and_then(OnceLock::get).is_some_and(|prepared| prepared.capability >= (8, 9)))
+    capability(device).is_some_and(|capability| capability >= (8, 9))
+}
+
+/// Whether a prepared device has tensor cores that FlashAttention-2 makes little of: those of Hopper and of Blackwell's data centres.
+pub(crate) fn outruns_flash(device: Device) -> bool {
+    capability(device).is_some_and(|(major, _)| (9..=10).contains(&major))
+}
+
+fn capability(device: Device) -> Option<(i32, i32)> {
+    let Device::Cuda(index) = device else { return None };
+    PREPARED.get(index).and_then(OnceLock::get).map(|prepared| prepared.capability)
 }
 
 impl Prepared {

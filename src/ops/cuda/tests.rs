@@ -31,7 +31,7 @@ fn compiler() -> Option<Compiler> {
 fn every_kernel_compiles_for_each_architecture_and_keeps_to_registers() {
     let Some(compiler) = compiler() else { return };
     for source in &SOURCES {
-        for architecture in [80, 90, 120] {
+        for architecture in [80, 86, 89, 90, 100, 120] {
             let target = compiler.target(architecture).unwrap();
             assert_eq!(target, Target::Machine(architecture));
             let compiled = compiler.compile(source, target, &["--ptxas-options=-v"]).unwrap();
