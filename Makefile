@@ -89,6 +89,7 @@ parity: ## Live comparison with PEFT, transformers and bitsandbytes
 	if [ -n "$(FAMILY)" ]; then
 		exec "$$PYTHON" -B tests/python/family_live.py --engraft "$(ENGRAFT)" --family "$(FAMILY)" $(if $(SEED),--seed $(SEED)) $(if $(HIDDEN),--hidden $(HIDDEN)) $(if $(LAYERS),--layers $(LAYERS)) $(if $(LENGTHS),--lengths $(LENGTHS))
 	fi
+	"$$PYTHON" -B tests/python/bench_grid.py --engraft "$(ENGRAFT)"
 	demo_model
 	"$$PYTHON" -B tests/python/quantised_live.py --engraft "$(ENGRAFT)" $(if $(SEEDS),--seeds $(SEEDS))
 	"$$PYTHON" -B tests/python/parity.py --engraft "$(ENGRAFT)" --model "$$(cache_folder)/models/$$MODEL"
@@ -103,7 +104,7 @@ bench: ## Speed and memory beside PEFT, transformers and bitsandbytes; speed per
 	fi
 	if [ -n "$(GRID)" ]; then
 		"$$PYTHON" -B bench/grid.py prepare "$$(cache_folder)/grid"
-		exec "$$PYTHON" -B "$$(cache_folder)/grid/grid.py" run --engraft "$(ENGRAFT)" --grid "$(GRID)" $(BENCH)
+		exec "$$PYTHON" -B bench/grid.py run --folder "$$(cache_folder)/grid" --engraft "$(ENGRAFT)" --grid "$(GRID)" $(BENCH)
 	fi
 	demo_model
 	"$$PYTHON" -B bench/run.py --engraft "$(ENGRAFT)" --model "$$(cache_folder)/models/$$MODEL" $(BENCH)

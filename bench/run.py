@@ -278,18 +278,28 @@ def child(command):
     return out, usage.ru_maxrss * 1024
 
 
-def watched(command, metrics):
-    """Runs `engraft train` to its end: the exit code, what was said, seconds to the first logged step, peak resident bytes."""
+def watched(command, metrics, seconds=float("inf"), environment=None):
+    """Runs `engraft train` to its end: the exit code, what was said, seconds to the first logged step, peak resident bytes.
+
+    A run that takes longer than `seconds` is stopped: TimeoutError.
+    """
     with tempfile.TemporaryFile("w+") as log:
         launched, first = time.time(), None
-        process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=subprocess.STDOUT)
-        while True:
-            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-            if first is None and metrics.exists() and '"loss"' in metrics.read_text():
-                first = time.time() - launched
-            if pid:
-                break
-            time.sleep(0.02)
+        process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=subprocess.STDOUT, env=environment)
+        try:
+            while True:
+                pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+                if first is None and metrics.exists() and '"loss"' in metrics.read_text():
+                    first = time.time() - launched
+                if pid:
+                    break
+                if time.time() - launched > seconds:
+                    raise TimeoutError
+                time.sleep(0.02)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
         process.returncode = os.waitstatus_to_exitcode(status)
         log.seek(0)
         return process.returncode, log.read(), first, usage.ru_maxrss * 1024
