@@ -304,13 +304,15 @@ def cell_torchtune(arguments):
     needs("torchtune", "torchao")
     import torch
     from safetensors.torch import load_file
-    from torchtune import models, modules
     from torchtune.models.convert_weights import hf_to_tune
+    from torchtune.models.llama3_1 import lora_llama3_1
+    from torchtune.modules.loss import CEWithChunkedOutputLoss
+    from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
     # As its recipes do: all numbers begin as bf16 where they stay, but for the table of positions, which is fp32.
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(arguments.device):
-        model = models.llama3_1.lora_llama3_1(
+        model = lora_llama3_1(
             lora_attn_modules=["q_proj", "k_proj", "v_proj", "output_proj"], apply_lora_to_mlp=True, apply_lora_to_output=False,
             vocab_size=vocabulary, num_layers=layers, num_heads=heads, num_kv_heads=kv_heads, embed_dim=d, max_seq_len=32768,
             intermediate_dim=f, norm_eps=more["rms_norm_eps"], rope_base=int(more["rope_theta"]), lora_rank=RANK, lora_alpha=ALPHA,
@@ -322,15 +324,15 @@ def cell_torchtune(arguments):
     if odd := [*unknown, *(name for name in missing if "lora" not in name)]:
         raise SystemExit(f"its model has other tensors than the checkpoint, such as {odd[0]}")
     del stored
-    trained = modules.peft.get_adapter_params(model)
-    modules.peft.set_trainable_params(model, trained)
+    trained = get_adapter_params(model)
+    set_trainable_params(model, trained)
 
     def key(name):
         layer, _, rest = name.removeprefix("layers.").partition(".")
         return f"base_model.model.model.layers.{layer}.{TUNE[rest.removesuffix('.lora_a.weight')]}.lora_A.weight"
 
     same_start(arguments, trained.items(), key)
-    loss = modules.loss.CEWithChunkedOutputLoss()
+    loss = CEWithChunkedOutputLoss()
     model.set_num_output_chunks(loss.num_output_chunks)
 
     def as_transformers(input_ids, labels, attention_mask=None):

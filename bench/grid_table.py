@@ -189,7 +189,7 @@ def lines_of(work, four_bit, line):
         if kind in work["absent"]:
             yield line(kind, f"n/a: {work['absent'][kind]}")
         elif kind == "reference" and cells:
-            yield line("reference in fp32", *[""] * 8, f"{shown(cells[0]['losses'][0])}, {shown(cells[0]['norms'][0])}")
+            yield line("reference in fp32", *[""] * 9, f"{shown(cells[0]['losses'][0])}, {shown(cells[0]['norms'][0])}")
         elif kind in rows:
             of = rows[kind]
             low, middle, high = of["rates"]
