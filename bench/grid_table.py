@@ -101,7 +101,8 @@ def shown(number):
 
 COLUMNS = [
     "Model", "Documents", "Base", "", "tokens/s (p10 to p90)", "against the best PEFT", "against the best Unsloth", "F_model of R_mm",
-    "of the floor", "peak memory: tensors (CPU: resident)", "on the device", "memory against Unsloth's, equal settings", "first step", "loss and gradient norm of step 1",
+    "of the floor", "peak memory: tensors (CPU: resident)", "on the device", "memory against Unsloth's, equal settings",
+    "first step", "loss and gradient norm of step 1",
 ]  # fmt: skip
 
 
@@ -152,21 +153,26 @@ def heading(result):
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     days = sorted({day for work in result["works"] for day in work["days"]}) or ["nothing measured yet"]
     loads = [cell["load"] for work in result["works"] for cells in work["cells"].values() for cell in cells]
-    told = f" Load average as the cells began: {min(loads):.1f} to {max(loads):.1f}; what is above the {result['threads'] or 'few'} threads of" if loads else ""
+    told = ""
+    if loads:
+        told = f" Load average as the cells began: {min(loads):.1f} to {max(loads):.1f}; what is above a cell's own"
+        told += f" {result['threads'] or 'few'} threads is other work on the same machine, which no figure here is corrected for."
     return (
         f"{result['machine']}, {' to '.join(dict.fromkeys((days[0], days[-1])))}, {versions}. {STEPS} timed steps in each process, two"
         f" processes of each kind; r={RANK} on all linears, from the same adapter, every token trained that follows another.{told}"
-        + (" a cell is other work on the same machine, which no figure here is corrected for." if loads else "")
     )
 
 
 def agreed(result):
-    """That there is nothing to remark."""
-    if not any(work["cells"] for work in result["works"]):
+    """That there is nothing to remark, and what that was held against."""
+    works = [work for work in result["works"] if work["cells"]]
+    if not works:
         return "No numbers, so nothing that could disagree."
+    without = [f"{work['model']} {work['work']} {work['base']}" for work in works if "reference" not in work["cells"]]
+    told = f" There is no reference in fp32 for {', '.join(without)}: the first kind of each stands for it." if without else ""
     return (
-        f"All agree: losses of the first step within {100 * LOSS_WITHIN:.0f}% of the fp32 reference's (where there is none, of the first kind's),"
-        f" gradient norms within {100 * NORM_WITHIN:.0f}%, as many trained parameters, all gradient norms above zero."
+        f"Nothing disagrees: losses of the first step within {100 * LOSS_WITHIN:.0f}% of the fp32 reference's, gradient norms within"
+        f" {100 * NORM_WITHIN:.0f}%, as many trained parameters, all gradient norms above zero.{told}"
     )
 
 

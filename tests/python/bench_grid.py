@@ -6,16 +6,18 @@ Checked on the work `tiny-llama 4x128 bf16`, from a folder that was prepared ane
     gradient norm of the first step within what the table's remarks allow, and so no remark;
  2. the same command again measures nothing; another executable is refused;
  3. what does not agree is remarked: norms of zero, other losses, norms and counts;
- 4. an engraft that fails is absent with its own words; a step of other tokens is refused; time that runs out is told from a cell that
-    takes longer than all of it.
+ 4. an engraft that fails is absent with its own words; a step of other tokens is refused; the driver's memory is sampled; time that
+    runs out is told from a cell that takes longer than all of it.
 """
 
 import argparse
 import json
+import os
 import pathlib
 import subprocess
 import sys
 import tempfile
+import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -107,6 +109,17 @@ def failures(folder):
     line = json.dumps({"loss": 1.0, "tokens": 511, "trained_tokens": 508})
     arguments.engraft = stand_in(folder / "short", f"mkdir -p {run}; echo '{line}' >{run}/metrics.jsonl")
     check("40 steps of 512 tokens were expected" in str(absent(cell)), "a step of other tokens is refused")
+
+    (folder / "path").mkdir()
+    stand_in(folder / "path/nvidia-smi", "echo 100; sleep 0.1; echo 300; sleep 0.1; echo 200; exec sleep 60")
+    path, os.environ["PATH"] = os.environ["PATH"], f"{folder / 'path'}:{os.environ['PATH']}"
+    with grid.DeviceMemory(True) as memory:
+        until = time.time() + 20
+        while memory.told() != 200 << 20 and time.time() < until:
+            time.sleep(0.05)
+        time.sleep(0.5)  # for the last sample, which is less
+    os.environ["PATH"] = path
+    check((memory.before, memory.told()) == (100 << 20, 200 << 20), "what the driver counts beyond what was in use before is sampled")
 
     def late(seconds):
         raise TimeoutError
