@@ -32,7 +32,7 @@ help: ## What there is to make
 	echo "make parity      compare with PEFT, transformers and bitsandbytes, live, on the demo model (installs them into the cache)"
 	echo "                 SEEDS=1,2: of the random tensors and models that are quantised"
 	echo "                 FAMILY=qwen3 or qwen3,phi or all [SEED=1 HIDDEN=48 LAYERS=6 LENGTHS=230,7,90]: families on random models of that size"
-	echo "                 FAMILY=qwen3 FIELDS=1: the same model with every field of its config.json otherwise, one at a time"
+	echo "                 FAMILY=qwen3 FIELDS=1: the same model with every field of its config.json otherwise, one at a time; the same sizes"
 	echo "make bench       speed and memory beside PEFT and transformers; results go to bench/results"
 	echo "                 FAMILY=qwen3 or all [HIDDEN=576 LAYERS=6 TOKENS=1024]: speed per FLOP of a family beside Llama's"
 	echo "                 GRID=gpu or cpu [BENCH='--only 8b']: engraft beside PEFT, Unsloth and torchtune on models of 0.1 to 8B (bench/grid.py)"
@@ -83,11 +83,8 @@ parity: ## Live comparison with PEFT, transformers and bitsandbytes
 	toolchain; libtorch
 	cargo build --release --locked
 	python_with torch==$$TORCH $(PEERS) $(QUANTISERS) $(PYARROW)
-	if [ -n "$(FAMILY)" ] && [ -n "$(FIELDS)" ]; then
-		exec "$$PYTHON" -B tests/python/family_fields.py --engraft "$(ENGRAFT)" --family "$(FAMILY)"
-	fi
 	if [ -n "$(FAMILY)" ]; then
-		exec "$$PYTHON" -B tests/python/family_live.py --engraft "$(ENGRAFT)" --family "$(FAMILY)" $(if $(SEED),--seed $(SEED)) $(if $(HIDDEN),--hidden $(HIDDEN)) $(if $(LAYERS),--layers $(LAYERS)) $(if $(LENGTHS),--lengths $(LENGTHS))
+		exec "$$PYTHON" -B tests/python/$(if $(FIELDS),family_fields,family_live).py --engraft "$(ENGRAFT)" --family "$(FAMILY)" $(if $(SEED),--seed $(SEED)) $(if $(HIDDEN),--hidden $(HIDDEN)) $(if $(LAYERS),--layers $(LAYERS)) $(if $(LENGTHS),--lengths $(LENGTHS))
 	fi
 	"$$PYTHON" -B tests/python/bench_grid.py --engraft "$(ENGRAFT)"
 	demo_model
@@ -119,6 +116,8 @@ device-check: ## CUDA kernels beside their twins, and their speed, on a real GPU
 	cargo test --release --locked --lib -- ops:: quant:: model::families::kernels_tests --nocapture
 	cargo test --release --locked --test memory_plan -- --nocapture
 	cargo test --release --locked --lib -- ops::cuda::speed::beside_a_copy --ignored --exact --nocapture
+	python_with torch==$$TORCH $(PEERS) $(QUANTISERS)
+	"$$PYTHON" -B tests/python/quantised_live.py --engraft "$(ENGRAFT)" --device cuda
 
 datasets: ## The datasets, from their programs
 	@source .ci/setup
@@ -128,7 +127,7 @@ datasets: ## The datasets, from their programs
 fixtures: ## Small models, adapters, templates and quantised blocks with their references
 	@source .ci/setup
 	python_with torch==$$TORCH $(PEERS) $(OPTIMIZERS) $(QUANTISERS)
-	for program in tiny_llama families saved_configs peft_adapter chat_templates gguf_quants fp8_scales mxfp4_blocks family_templates optimizers bnb_quants qlora starts layouts; do
+	for program in tiny_llama families saved_configs peft_adapter chat_templates gguf_quants fp8_scales mxfp4_blocks family_templates optimizers bnb_quants qlora starts layouts tekken; do
 		say "tests/python/$$program.py"
 		"$$PYTHON" -B tests/python/$$program.py
 	done

@@ -10,7 +10,7 @@ use engraft::adapter::{Adapters, LoadedAdapter, Update, layout};
 use engraft::export::{merged, peft};
 use engraft::model::{Balance, Decoder, Documents, Forward, Sampling, Thrift, families};
 use engraft::quant::{Form, FourBitType, Products, Scheme};
-use engraft::recipe::BaseSource;
+use engraft::recipe::{AdapterRecipe, BaseSource, Targets};
 use engraft::weights::Checkpoint;
 use engraft::weights::writer::{self, TensorSpec};
 use generator::{values, whole_numbers};
@@ -427,6 +427,117 @@ fn what_peft_must_adapt_as_a_parameter_is_called_one() {
     }
 }
 
+/// The fixtures that have experts, with the keys of their adapters: those of every linear, expert and router.
+fn with_experts() -> Vec<(Fixture, BTreeSet<String>)> {
+    let keys = |fixture: &Fixture| {
+        let keys = read(&fixture.folder.path().join("adapter/adapter_model.safetensors")).into_keys();
+        keys.map(|key| key.replace("block_sparse_moe.gate.", "mlp.gate.")).collect::<BTreeSet<String>>()
+    };
+    let all = VERIFIED.iter().map(|name| Fixture::new(name)).map(|fixture| (keys(&fixture), fixture));
+    let all = all.filter(|(keys, _)| keys.iter().any(|key| key.contains(".experts.")));
+    all.map(|(keys, fixture)| (fixture, keys)).collect()
+}
+
+/// Whether a key or a parameter is of a router, as the families call theirs.
+fn of_router(name: &str) -> bool {
+    let parts: Vec<&str> = name.split('.').collect();
+    parts.contains(&"router") || parts.windows(2).any(|pair| pair == ["mlp", "gate"])
+}
+
+/// What training would begin with.
+fn attached(fixture: &Fixture, target_modules: Targets) -> engraft::Result<Adapters> {
+    let recipe = AdapterRecipe { r: 3, lora_alpha: 6.0, target_modules, ..AdapterRecipe::default() };
+    Adapters::attach(&mut fixture.base(), &recipe, 1, None)
+}
+
+fn named(names: &[&str]) -> Targets {
+    Targets::Names(names.iter().map(ToString::to_string).collect())
+}
+
+fn keys_of(adapters: &Adapters) -> BTreeSet<String> {
+    layout::tensors(adapters.updates()).into_iter().map(|(key, _)| key).collect()
+}
+
+/// What the adapter's config of a fixture says of a field, and what is said of the same now.
+fn described(fixture: &Fixture, adapters: &Adapters, field: &str) -> [serde_json::Value; 2] {
+    let ours = fixture.folder.path().join("described");
+    peft::write(&ours, &adapters.config, adapters.learned(), None, &BTreeMap::new()).unwrap();
+    [fixture.folder.path().join("adapter"), ours].map(|folder| {
+        let text = std::fs::read(folder.join("adapter_config.json")).unwrap();
+        serde_json::from_slice::<serde_json::Value>(&text).unwrap()[field].take()
+    })
+}
+
+#[test]
+fn all_linear_is_every_expert_and_no_router_and_is_described_as_peft_reads_it() {
+    let all = with_experts();
+    assert!(all.len() > 15);
+    for (fixture, keys) in all {
+        let name = fixture.name;
+        let adapters = attached(&fixture, Targets::Pattern("all-linear".into())).unwrap();
+        // No gradient reaches what chooses entries.
+        let trained = |key: &&String| !of_router(key) && !key.contains(".indexer.");
+        let expected: BTreeSet<String> = keys.iter().filter(trained).cloned().collect();
+        assert_eq!(keys_of(&adapters), expected, "{name}");
+        let names = |value: &serde_json::Value| {
+            let names: Option<Vec<String>> = serde_json::from_value(value.clone()).unwrap();
+            names.unwrap_or_default().into_iter().filter(|name| trained(&name)).collect::<BTreeSet<String>>()
+        };
+        let parameters = described(&fixture, &adapters, "target_parameters");
+        assert_eq!(names(&parameters[1]), names(&parameters[0]), "{name}");
+        let routers = parameters[1].as_array().unwrap().iter().filter(|name| of_router(name.as_str().unwrap()));
+        assert_eq!(routers.count(), 0, "{name}");
+        for field in ["rank_pattern", "alpha_pattern", "r", "lora_alpha"] {
+            let [theirs, ours] = described(&fixture, &adapters, field);
+            let number = |value: &serde_json::Value| value.to_string().replace(".0", "");
+            assert_eq!(number(&ours), number(&theirs), "{name}: {field}");
+        }
+    }
+}
+
+#[test]
+fn a_router_is_trained_where_it_is_named() {
+    for (fixture, keys) in with_experts() {
+        let ends = |key: &str| {
+            let path = key.split(".lora_").next().unwrap();
+            path.rmatch_indices('.').nth(1).map_or(path, |(at, _)| &path[at + 1..]).to_string()
+        };
+        let attention = keys.iter().find(|key| key.contains("self_attn") && !key.contains("compressor")).unwrap();
+        let router = keys.iter().find(|key| of_router(key)).unwrap();
+        let both = [ends(attention), ends(router)];
+        let adapters = attached(&fixture, named(&[both[0].as_str(), both[1].as_str()])).unwrap();
+        let expected: BTreeSet<String> = keys.iter().filter(|key| both.contains(&ends(key))).cloned().collect();
+        assert!(expected.iter().any(|key| of_router(key)) && expected.iter().any(|key| !of_router(key)));
+        assert_eq!(keys_of(&adapters), expected, "{}: {both:?}", fixture.name);
+        let [_, parameters] = described(&fixture, &adapters, "target_parameters");
+        let called = |name: &serde_json::Value| of_router(name.as_str().unwrap());
+        assert!(parameters.as_array().unwrap().iter().any(called), "{}: {parameters}", fixture.name);
+    }
+}
+
+/// PEFT fuses what transformers has in one parameter: neither a part of the experts nor a part of that parameter is an adapter to it.
+#[test]
+fn a_part_of_what_peft_fuses_is_refused() {
+    let mut apart = 0;
+    for (fixture, keys) in with_experts() {
+        let of = |part: &str| keys.iter().any(|key| key.contains(&format!(".experts.0.{part}.lora_A")));
+        let Some((gate, down)) = [("gate_proj", "down_proj"), ("w1", "w2")].into_iter().find(|(gate, _)| of(gate))
+        else {
+            continue;
+        };
+        apart += 1;
+        let fault = |names: &[&str]| attached(&fixture, named(names)).map(|_| ()).unwrap_err().to_string();
+        let one = fault(&[&format!("experts.0.{down}")]);
+        assert!(one.contains("names 1 of the"), "{}: {one}", fixture.name);
+        let half = fault(&[gate]);
+        assert!(half.contains("PEFT fuses them") && half.contains(gate), "{}: {half}", fixture.name);
+        // Down alone is a parameter of its own.
+        let only = attached(&fixture, named(&[down])).unwrap();
+        assert!(keys_of(&only).iter().any(|key| key.contains(&format!(".experts.4.{down}."))), "{}", fixture.name);
+    }
+    assert!(apart > 8, "{apart}");
+}
+
 #[test]
 fn adapters_and_merged_models_read_back_as_what_was_written() {
     for fixture in VERIFIED.iter().map(|name| Fixture::new(name)) {
@@ -515,15 +626,20 @@ fn a_head_that_differs_from_the_embedding_it_is_said_to_be_is_its_own() {
 
 /// Everything under `tests/fixtures` is fetched by everyone who clones.
 #[test]
-fn fixtures_stay_under_fifteen_megabytes() {
+fn fixtures_stay_small() {
     fn bytes(folder: &Path) -> u64 {
         let entries = std::fs::read_dir(folder).unwrap().map(Result::unwrap);
         entries
             .map(|entry| if entry.path().is_dir() { bytes(&entry.path()) } else { entry.metadata().unwrap().len() })
             .sum()
     }
-    let found = bytes(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures"));
+    // What shows that families are right; and the rest: quantisers, optimizers, adapters.
+    let of_families = ["families", "llama", "gguf", "tokenizer", "templates", "chat-families"];
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let found: u64 = of_families.iter().map(|folder| bytes(&fixtures.join(folder))).sum();
     assert!(found < 15_000_000, "{found} bytes");
+    let rest = bytes(&fixtures) - found;
+    assert!(rest < 3_000_000, "{rest} bytes of others");
 }
 
 /// One row of the README for each family, made of what is compared here.

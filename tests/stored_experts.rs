@@ -10,7 +10,7 @@ use engraft::quant::{Form, FourBitType, Layout, Products, Quantised, Scheme, Wei
 use engraft::recipe::BaseSource;
 use engraft::weights::Checkpoint;
 use engraft::weights::writer::{self, TensorSpec};
-use generator::values;
+use generator::{values, whole_numbers};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
@@ -30,11 +30,17 @@ fn checkpoint(tensors: &Tensors, config: &Value) -> (tempfile::TempDir, Checkpoi
 fn fixture(name: &str, width: impl Fn(i64) -> i64) -> (Tensors, Value) {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/families").join(name);
     let read = |file: &str| serde_json::from_slice::<Value>(&std::fs::read(source.join(file)).unwrap()).unwrap();
-    let lines: Vec<(String, Vec<i64>, f32, f32)> = serde_json::from_value(read("tensors.json")).unwrap();
+    let lines: Vec<(String, Vec<i64>, Value, f32)> = serde_json::from_value(read("tensors.json")).unwrap();
     let tensors = lines.into_iter().map(|(name, shape, offset, scale)| {
         let shape: Vec<i64> = shape.into_iter().map(&width).collect();
-        let numbers = values(&name, shape.iter().product::<i64>() as usize, offset, scale);
-        let tensor = Tensor::from_slice(&numbers).view(&shape[..]);
+        let tensor = match offset.as_f64() {
+            Some(offset) => {
+                let count = shape.iter().product::<i64>() as usize;
+                Tensor::from_slice(&values(&name, count, offset as f32, scale))
+            }
+            None => Tensor::from_slice(&whole_numbers(&name, shape[0] as usize, shape[1] as usize, scale as i64)),
+        };
+        let tensor = tensor.view(&shape[..]);
         (name, tensor)
     });
     (tensors.collect(), read("config.json"))
@@ -43,6 +49,11 @@ fn fixture(name: &str, width: impl Fn(i64) -> i64) -> (Tensors, Value) {
 /// The logits of a checkpoint of these, its base kept as it is stored and as plain numbers; and which linears were kept.
 fn logits(tensors: &Tensors, config: &Value, layout: Layout) -> ([Tensor; 2], Vec<(String, bool)>) {
     let (_folder, checkpoint) = checkpoint(tensors, config);
+    logits_of(&checkpoint, layout)
+}
+
+/// The same of a checkpoint.
+fn logits_of(checkpoint: &Checkpoint, layout: Layout) -> ([Tensor; 2], Vec<(String, bool)>) {
     let scheme = Scheme {
         form: Form::Stored(layout),
         kind: Kind::Float,
@@ -52,7 +63,7 @@ fn logits(tensors: &Tensors, config: &Value, layout: Layout) -> ([Tensor; 2], Ve
     };
     let mut kept = Vec::new();
     let logits = [Some(&scheme), None].map(|scheme| {
-        let model = Decoder::load_kept(&checkpoint, Kind::Float, Device::Cpu, scheme, &|_, _| ()).unwrap();
+        let model = Decoder::load_kept(checkpoint, Kind::Float, Device::Cpu, scheme, &|_, _| ()).unwrap();
         if scheme.is_some() {
             let of = |weight: &Weight| matches!(weight, Weight::Quantised(Quantised::Experts(_)));
             let linears = model.linears().into_iter().filter(|linear| matches!(linear.weight, Weight::Quantised(_)));
@@ -117,26 +128,138 @@ fn experts_apart_in_integers_of_compressed_tensors() {
     assert_eq!((kept.len(), kept.iter().filter(|(_, experts)| *experts).count()), (12 + 3 + 6, 6), "{kept:?}");
 }
 
-#[test]
-fn experts_apart_in_blocks_of_fp8() {
-    let (tensors, mut config) = fixture("deepseek_v3", |width| width);
-    let block = 16;
+/// Rows and columns to a scale of fp8 weights, and the scale.
+const BLOCK: i64 = 16;
+const SCALE: f64 = 1.0 / 256.0;
+
+/// How many blocks there are across each side of a weight, of each expert where they are stacked.
+fn across(size: &[i64]) -> Vec<i64> {
+    let (stack, of_one) = size.split_at(size.len() - 2);
+    stack.iter().copied().chain(of_one.iter().map(|size| (size + BLOCK - 1) / BLOCK)).collect()
+}
+
+fn in_fp8(tensor: &Tensor) -> Tensor {
+    (tensor / SCALE).clamp(-448.0, 448.0).to_kind(Kind::Float8e4m3fn)
+}
+
+/// Every projection in fp8 with its scales beside it, experts stacked or not.
+fn blocks_of_fp8((tensors, mut config): (Tensors, Value)) -> (Tensors, Value) {
     let mut stored = Vec::new();
     for (name, tensor) in tensors {
-        if !name.contains("_proj") || !name.ends_with(".weight") {
+        let stacked = name.ends_with(".experts.gate_up_proj") || name.ends_with(".experts.down_proj");
+        if !(stacked || name.contains("_proj") && name.ends_with(".weight")) {
             stored.push((name, tensor));
             continue;
         }
-        let size = tensor.size();
-        let across: Vec<i64> = size.iter().map(|size| (size + block - 1) / block).collect();
-        let scales = Tensor::full(&across[..], 1.0 / 256.0, (Kind::Float, Device::Cpu));
-        stored.push((name.clone(), (tensor * 256.0).clamp(-448.0, 448.0).to_kind(Kind::Float8e4m3fn)));
+        let scales = Tensor::full(&across(&tensor.size())[..], SCALE, (Kind::Float, Device::Cpu));
+        stored.push((name.clone(), in_fp8(&tensor)));
         stored.push((format!("{name}_scale_inv"), scales));
     }
-    config["quantization_config"] = json!({"quant_method": "fp8", "weight_block_size": [block, block]});
-    let (logits, kept) = logits(&stored, &config, Layout::Fp8);
+    config["quantization_config"] = json!({"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]});
+    (stored, config)
+}
+
+#[test]
+fn experts_in_blocks_of_fp8() {
+    for name in ["deepseek_v3", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text", "qwen3_5_moe"] {
+        let (stored, config) = blocks_of_fp8(fixture(name, |width| width));
+        let (logits, kept) = logits(&stored, &config, Layout::Fp8);
+        assert_same(&logits);
+        assert!(
+            kept.iter().any(|(_, experts)| *experts) && kept.iter().any(|(_, experts)| !experts),
+            "{name}: {kept:?}"
+        );
+    }
+}
+
+/// The published files in fp8 of a larger model store apart what those in bf16 stack.
+#[test]
+fn experts_that_a_larger_model_stores_apart_in_fp8_are_those_it_stacks() {
+    let (stacked, config) = fixture("qwen3_5_moe", |width| width);
+    let mut apart = Vec::new();
+    for (name, tensor) in &stacked {
+        let Some(place) = ["gate_up_proj", "down_proj"].iter().find_map(|part| name.strip_suffix(part)) else {
+            apart.push((name.clone(), tensor.shallow_clone()));
+            continue;
+        };
+        let parts: &[&str] = if name.ends_with("gate_up_proj") { &["gate_proj", "up_proj"] } else { &["down_proj"] };
+        for (number, expert) in (0..).zip(tensor.unbind(0)) {
+            for (part, weight) in parts.iter().zip(expert.chunk(parts.len() as i64, 0)) {
+                apart.push((format!("{place}{number}.{part}.weight"), weight.contiguous()));
+            }
+        }
+    }
+    assert!(apart.iter().any(|(name, _)| name == "model.language_model.layers.1.mlp.experts.4.up_proj.weight"));
+    let [one, other] = [stacked, apart].map(|tensors| {
+        let (stored, config) = blocks_of_fp8((tensors, config.clone()));
+        let (logits, kept) = logits(&stored, &config, Layout::Fp8);
+        assert_same(&logits);
+        assert!(kept.iter().any(|(_, experts)| *experts), "{kept:?}");
+        logits
+    });
+    assert_same(&[one[0].shallow_clone(), other[0].shallow_clone()]);
+}
+
+/// DeepSeek V4's files: attention and what is shared in fp8, experts in MXFP4, the scales of both exponents alone.
+#[test]
+fn experts_in_mxfp4_among_fp8() {
+    use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
+    let wide = |width| match width {
+        30 => 64,
+        90 => 192,
+        14 => 32,
+        other => other,
+    };
+    let (tensors, mut config) = fixture("deepseek_v4", wide);
+    config["hidden_size"] = 64.into();
+    config["moe_intermediate_size"] = 32.into();
+    config["quantization_config"] =
+        json!({"quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [BLOCK, BLOCK]});
+    let bytes = |tensor: &Tensor| {
+        let mut bytes = vec![0u8; tensor.numel() * tensor.kind().elt_size_in_bytes()];
+        tensor.contiguous().copy_data_u8(&mut bytes, tensor.numel());
+        bytes
+    };
+    let mut stored: Vec<(String, Dtype, Vec<i64>, Vec<u8>)> = Vec::new();
+    for (seed, (name, tensor)) in (0i64..).zip(tensors) {
+        let (size, scale) = (tensor.size(), name.replace(".weight", ".scale"));
+        let of_attention =
+            ["wq_a", "wq_b", "wkv", "wo_a", "wo_b"].iter().any(|part| name.contains(&format!("attn.{part}")));
+        if name.contains(".ffn.experts.") {
+            let packed = vec![size[0], size[1] / 2];
+            let codes =
+                Tensor::arange(size[0] * size[1] / 2, (Kind::Int64, Device::Cpu)) * 2_654_435_761i64 + seed * 97;
+            let codes = codes.remainder(65_521.0).remainder(256.0).to_kind(Kind::Uint8);
+            stored.push((name, Dtype::I8, packed, bytes(&codes)));
+            stored.push((
+                scale,
+                Dtype::F8_E8M0,
+                vec![size[0], size[1] / 32],
+                vec![124; (size[0] * size[1] / 32) as usize],
+            ));
+        } else if of_attention || name.contains(".shared_experts.") {
+            let blocks = across(&size);
+            let exponents = vec![119; blocks.iter().product::<i64>() as usize];
+            stored.push((name, Dtype::F8_E4M3, size, bytes(&in_fp8(&tensor))));
+            stored.push((scale, Dtype::F8_E8M0, blocks, exponents));
+        } else {
+            let dtype = if tensor.kind() == Kind::Int64 { Dtype::I64 } else { Dtype::F32 };
+            stored.push((name, dtype, size, bytes(&tensor)));
+        }
+    }
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    let views = stored.iter().map(|(name, dtype, shape, bytes)| {
+        let shape = shape.iter().map(|n| *n as usize).collect();
+        (name.as_str(), TensorView::new(*dtype, shape, bytes).unwrap())
+    });
+    serialize_to_file(views, None, &folder.path().join("model.safetensors")).unwrap();
+    let checkpoint = Checkpoint::open(&BaseSource::Folder(folder.path().to_path_buf())).unwrap();
+    let (logits, kept) = logits_of(&checkpoint, Layout::Fp8);
     assert_same(&logits);
-    assert!(kept.iter().any(|(_, experts)| *experts) && kept.iter().any(|(_, experts)| !experts), "{kept:?}");
+    // Gate, up and down of the experts of each of four layers; the same of what is shared, and five of attention.
+    assert_eq!(kept.iter().filter(|(_, experts)| *experts).count(), 4 * 3, "{kept:?}");
+    assert_eq!(kept.iter().filter(|(_, experts)| !experts).count(), 4 * (3 + 5), "{kept:?}");
 }
 
 #[test]

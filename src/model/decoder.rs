@@ -1,5 +1,8 @@
 //! The only forward.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
@@ -15,7 +18,7 @@ use super::router::{Balance, Router};
 use super::spec::{ModelSpec, Position, Rope};
 use super::streams::Copies;
 use crate::ops::{self, Documents, Flow, Norm, Offload, rope::Rotation};
-use crate::quant::Scheme;
+use crate::quant::{Digest, Scheme};
 use crate::torch_ext::{sent, uniform};
 use crate::weights::Checkpoint;
 use crate::{Error, Fault, Result};
@@ -29,6 +32,8 @@ pub struct Decoder {
     pub kind: Kind,
     /// Where it lives.
     pub device: Device,
+    /// Fingerprints of the linears' weights as they were quantised, by module, also of those that are kept whole again.
+    pub digests: BTreeMap<String, Digest>,
     /// The token embedding.
     pub embedding: Embedding,
     embedding_norm: Option<Norm>,
@@ -122,7 +127,9 @@ impl Decoder {
             let what = format!("is stored as {found}, but {} is asked for, which is kept and never made", scheme.form);
             return Err(Error::Model(Fault::new(place, what).hint("name the base that is stored so")));
         }
-        let reader = Reader { checkpoint, names: &spec.names, kind, device, scheme, stored, read: &read };
+        let digests = RefCell::default();
+        let names = &spec.names;
+        let reader = Reader { checkpoint, names, kind, device, scheme, stored, digests: &digests, read: &read };
 
         let name = spec.names.module(spec.embedding.weight.trim_end_matches(".weight"));
         let embedding = Embedding { name, table: grown(reader.tensor(&spec.embedding.weight)?), trained: None };
@@ -159,6 +166,7 @@ impl Decoder {
             spec,
             kind,
             device,
+            digests: digests.into_inner(),
             embedding,
             embedding_norm,
             layer_inputs,

@@ -1,5 +1,8 @@
 //! Reads weights by their spec; [`super::ModelSpec::prove`] has proved that they are there in their shapes.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+
 use tch::{Device, Kind, Tensor};
 
 use super::linear::{Linear, Weight};
@@ -7,7 +10,7 @@ use super::names::Names;
 use super::sites::expert;
 use super::spec::{ExpertLinear, LinearSpec, NormKind, NormSpec, Stored};
 use crate::ops::Norm;
-use crate::quant::{Quantised, Scheme};
+use crate::quant::{Digest, Quantised, Scheme};
 use crate::weights::Checkpoint;
 use crate::{Error, Fault, Result};
 
@@ -21,6 +24,8 @@ pub(super) struct Reader<'a> {
     pub(super) scheme: Option<&'a Scheme>,
     /// Whether the checkpoint has weights in the scheme's form, which are kept as they are.
     pub(super) stored: bool,
+    /// Fingerprints of the linears' quantised weights, by module.
+    pub(super) digests: &'a RefCell<BTreeMap<String, Digest>>,
     /// Called after each tensor with its numbers.
     pub(super) read: &'a dyn Fn(u64),
 }
@@ -89,15 +94,20 @@ impl Reader<'_> {
             && let Some(stored) = self.checkpoint.quantised(&self.names.stored(name), scheme.kind, self.device)?
         {
             (self.read)(stored.size().iter().product::<i64>() as u64);
-            return Ok(scheme.store(stored, self.kind));
+            return Ok(self.noted(module, scheme.store(stored, self.kind)));
         }
         self.kept(module, self.rounded(name)?)
+    }
+
+    fn noted(&self, module: &str, (weight, digest): (Weight, Digest)) -> Weight {
+        self.digests.borrow_mut().insert(module.to_string(), digest);
+        weight
     }
 
     fn kept(&self, module: &str, tensor: Tensor) -> Result<Weight> {
         let Some(scheme) = self.makes(module) else { return Ok(Weight::Dense(tensor.to_kind(self.kind))) };
         scheme.form.holds(module, &tensor)?;
-        Ok(scheme.keep(&tensor, self.kind))
+        Ok(self.noted(module, scheme.keep(&tensor, self.kind)))
     }
 
     /// The scheme, where it quantises a module's weight as it is read: what a base that is stored quantised has left as it was stays so.
@@ -138,7 +148,7 @@ impl Reader<'_> {
                             Ok(scheme.quantised(&weight))
                         };
                         let all = (0..*experts).map(quantised).collect::<Result<Vec<_>>>()?;
-                        scheme.store(Quantised::Experts(all), self.kind)
+                        self.noted(&module, scheme.store(Quantised::Experts(all), self.kind))
                     }
                     None => Weight::Dense(gather("weight", &[*experts, *output, *input])?),
                 };
@@ -167,7 +177,8 @@ impl Reader<'_> {
             Stored::Together | Stored::Transposed { .. } => read(&spec.name)?,
         };
         let found = found.inspect(|stored| (self.read)(stored.size().iter().product::<i64>() as u64));
-        Ok(found.map(|stored| scheme.store(stored, self.kind)))
+        let module = self.names.module(&spec.name);
+        Ok(found.map(|stored| self.noted(&module, scheme.store(stored, self.kind))))
     }
 
     /// Norms compute in fp32, so their weights are kept in it: `1 + w` would not survive in bf16.

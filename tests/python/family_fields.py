@@ -1,4 +1,5 @@
-"""Every field of a family's `config.json`, one at a time: `make parity FAMILY=qwen3_moe FIELDS=1`.
+"""Every field of a family's `config.json`, one at a time: `make parity FAMILY=qwen3_moe FIELDS=1`, also with SEED, HIDDEN,
+LAYERS and LENGTHS of your own.
 
 A field that changes what a model computes and that engraft does not understand has to be an error. So this program makes
 the model that `families.py` makes, changes its config.json in one place, asks transformers and the executable for the
@@ -8,10 +9,12 @@ logits of the same documents, and compares. What is changed:
     FIELD = VALUE     a field of the file, or one that transformers knows and the file leaves out: another value, null
     FIELD left out    one of the file
     FIELD from TYPE   a field that the file of another family has, with what it says there
+    FIELD of all      one that transformers reads of every config and no family's names
     rope: ...         how positions are stretched: every kind, under the old name, the new one and both
 
 Both may refuse, or engraft alone; that is not said, but where transformers then computes what it did before
-(`harmless`), unless the field is another family's. What transformers is known to do wrong is said as well (`mistaken`).
+(`harmless`), unless the field is another family's. What transformers is known to do wrong is said as well (`mistaken`),
+and where both answer and not alike, but the changed model chooses so near a tie that rounding may decide (`near a tie`).
 It fails where both answer and not alike (`DIFFERS`), and where engraft refuses what transformers has written
 (`REFUSED`).
 """
@@ -40,6 +43,7 @@ import families
 LOGITS = 1e-4  # of the largest logit: both compute the same
 SAME = 1e-6  # of the largest logit: nothing has changed
 SECONDS = 300  # for one run of the executable
+SEEDS = 5  # tried before a variant is given up whose choices are too near a tie
 AT_ONCE = 8  # changes whose answers are waited for together
 # Of other parts and tasks: left out or null, but not looked into.
 APART = ("vision_config", "audio_config", "id2label", "label2id")
@@ -49,6 +53,8 @@ SMALL = (r"(embed_tokens|embed|word_embeddings|embed_in)\.weight$", 0.0, 0.01)
 # What transformers 5.17 does wrong, by the models' own code: it uses the short factors of Phi-3.5-MoE for long documents, too.
 MISTAKEN = {"phimoe": re.compile("(long|short)_factor")}
 FOREIGN = re.compile(r" from \w+$")  # what is said of another family's field
+# What transformers asks every config for, by name alone, and goes by the truth of.
+OF_ALL = {"is_causal": [False, 0, None, True]}
 NOTHING = object()  # leaves the field out
 
 # How positions are stretched; a factor of longrope is the first of as many as the head has.
@@ -118,21 +124,25 @@ def changed(config, path, value):
 class Family:
     """The variant of a family, with all that its config.json may say instead."""
 
-    def __init__(self, variant, folder):
+    def __init__(self, variant, folder, arguments, seed):
         if "alibi" in variant.options:  # not eager, which adds the ALiBi twice in transformers 5.17
             variant = dataclasses.replace(variant, attention="sdpa")
         self.variant = variant = dataclasses.replace(variant, rules=[SMALL, *variant.rules])
-        families.write_model(variant, argparse.Namespace(seed=1, hidden=None, layers=None), folder)
+        families.write_model(variant, argparse.Namespace(**vars(arguments) | {"seed": seed}), folder)
         model = families.load(variant, folder)
-        self.ids, self.offsets, _ = families.documents(model.config.get_text_config().vocab_size, variant.lengths, 1)
+        vocabulary, lengths = model.config.get_text_config().vocab_size, arguments.lengths or variant.lengths
+        self.ids, self.offsets, _ = families.documents(vocabulary, lengths, seed)
         self.config = json.loads((folder / "config.json").read_text())
+        self.near_a_tie = False  # what was computed last
         self.known, self.base = model.config, self.forward(model)
         self.model = model
 
     def forward(self, model):
         """transformers' logits (T, V)."""
-        with torch.no_grad():
-            return families.forward(model, self.ids, self.offsets)
+        with torch.no_grad(), families.routing_gaps() as gaps:
+            logits = families.forward(model, self.ids, self.offsets)
+        self.near_a_tie = min(gaps, default=1.0) < families.TIED
+        return logits
 
     def theirs(self, folder):
         """transformers' logits of a folder with another config.json; none where it refuses, or misses a tensor."""
@@ -159,6 +169,7 @@ class Family:
             for name, value in fields.items():
                 if name not in text and name not in knows:
                     yield f"{name} = {json.dumps(value)[:60]} from {model_type}", changed(self.config, (*inner, name), value)
+        yield from self.of_all(inner)
         yield from self.stretches(inner, text, knows)
 
     def fields(self, inner, fields):
@@ -173,6 +184,12 @@ class Family:
             if value is not None:
                 yield f"{name} = null", changed(config, (*inner, *path), None)
             yield f"{name} left out", changed(config, (*inner, *path), NOTHING)
+
+    def of_all(self, inner):
+        """Fields that no family names, of the model and of its text part."""
+        for name, values in OF_ALL.items():
+            for value, place in itertools.product(values, {(), inner}):
+                yield f"{'.'.join((*place, name))} = {json.dumps(value)} of all", changed(self.config, (*place, name), value)
 
     def stretches(self, inner, text, knows):
         """Positions stretched otherwise, by every name that says so."""
@@ -236,7 +253,12 @@ def judged(family, what, mine, other):
     if other is None:
         return "transformers refuses", f"{what}: engraft moves by {apart(mine, family.base):.1e}"
     difference, known = apart(mine, other), MISTAKEN.get(family.variant.model_type)
-    word = "alike" if difference <= LOGITS else "mistaken" if known and known.search(what) else "DIFFERS"
+    if difference <= LOGITS:
+        word = "alike"
+    elif known and known.search(what):
+        word = "mistaken"
+    else:
+        word = "near a tie" if family.near_a_tie else "DIFFERS"
     return word, f"{what}: {difference:.1e}, transformers {moves}"
 
 
@@ -259,6 +281,16 @@ def compared(family, engraft, work, foreign, pool):
             shutil.rmtree(folder)
 
 
+def made(variant, arguments, work):
+    """The family under `work`; with the next seed where this one's choices are too near a tie."""
+    for seed in range(arguments.seed, arguments.seed + SEEDS):
+        family = Family(variant, work, arguments, seed)
+        if not family.near_a_tie:
+            return family
+        print(f"seed {seed}: too near a tie to be compared", flush=True)
+    sys.exit(f"no seed from {arguments.seed} to {seed} is far enough from a tie")
+
+
 def foreign_fields(variants):
     """By model_type, the fields of its config.json, each with the first that has it."""
     seen, found = set(), {}
@@ -277,6 +309,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engraft", required=True, type=lambda p: pathlib.Path(p).resolve())
     parser.add_argument("--family", required=True, type=families.chosen)
+    parser.add_argument("--seed", default=1, type=int)
+    parser.add_argument("--hidden", type=int, help="width of the stream; the family's own where not given")
+    parser.add_argument("--layers", type=int, help="number of blocks; the family's own where not given")
+    parser.add_argument("--lengths", type=families.lengths, help="tokens of each of three documents, as in 230,7,90")
     parser.add_argument("--all", action="store_true", help="also say where both refuse, or one of the two")
     arguments = parser.parse_args()
     families.settle()
@@ -285,10 +321,10 @@ def main():
     for name, variant in arguments.family.items():
         counts = collections.Counter()
         with tempfile.TemporaryDirectory(prefix="engraft-fields-") as work:
-            family = Family(variant, pathlib.Path(work))
+            family = made(variant, arguments, pathlib.Path(work))
             for word, sentence in compared(family, arguments.engraft, pathlib.Path(work), foreign, pool):
                 counts[word] += 1
-                if word in ("DIFFERS", "REFUSED", "harmless", "mistaken") or arguments.all:
+                if word in ("DIFFERS", "REFUSED", "harmless", "mistaken", "near a tie") or arguments.all:
                     print(f"{word:9} {name}: {sentence}", flush=True)
         failed += counts["DIFFERS"] + counts["REFUSED"]
         print(f"{name}: {', '.join(f'{count} {word}' for word, count in counts.most_common())}", flush=True)

@@ -37,6 +37,7 @@ const COMPUTES: &[(&str, &str)] = &[
     ("global_head_dim", "heads of different sizes"),
     ("hc_mult", "copies of the stream"),
     ("hidden_size_per_layer_input", "inputs of each layer's own"),
+    ("is_causal", "attention to later tokens"),
     ("index_topk", "an indexer that chooses what is looked at"),
     ("kv_lora_rank", "latent attention"),
     ("layer_sharing", "shared blocks"),
@@ -107,7 +108,7 @@ impl<'a> Config<'a> {
     pub(super) fn prove_featureless(&self) -> Result<()> {
         let asked = self.asked.borrow();
         let found = COMPUTES.iter().find_map(|(name, feature)| {
-            let value = self.value.get(name).filter(|value| asks(value) && !asked.contains(*name))?;
+            let value = self.value.get(name).filter(|value| asks(name, value) && !asked.contains(*name))?;
             Some((name, feature, value))
         });
         found.map_or(Ok(()), |(name, feature, value)| {
@@ -120,7 +121,7 @@ impl<'a> Config<'a> {
     pub(super) fn unknown(&self) -> Vec<(&'a str, &'a Value)> {
         let asked = self.asked.borrow();
         let fields = self.value.as_object().into_iter().flatten();
-        let unknown = fields.filter(|(name, value)| asks(value) && !asked.contains(*name) && !elsewhere(name));
+        let unknown = fields.filter(|(name, value)| asks(name, value) && !asked.contains(*name) && !elsewhere(name));
         unknown.map(|(name, value)| (name.as_str(), value)).collect()
     }
 
@@ -128,7 +129,7 @@ impl<'a> Config<'a> {
     fn unknown_below(&self, field: &str, value: &'a Value) -> Vec<(String, &'a Value)> {
         let asked = self.asked.borrow();
         let mut found = Vec::new();
-        for (name, value) in value.as_object().into_iter().flatten().filter(|(_, value)| asks(value)) {
+        for (name, value) in value.as_object().into_iter().flatten().filter(|(name, value)| asks(name, value)) {
             let place = format!("{field}.{name}");
             match value {
                 Value::Object(_) => found.extend(self.unknown_below(&place, value)),

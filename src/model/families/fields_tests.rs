@@ -1,6 +1,8 @@
 //! What fields mean that a config may leave out, say twice, or say where they mean nothing: as transformers 5.17 reads them, or an error.
 //! `make parity FAMILY=all FIELDS=1` asks it of every field.
 
+use std::collections::BTreeMap;
+
 use serde_json::{Value, json};
 
 use super::tests::write;
@@ -248,24 +250,51 @@ fn a_cap_that_a_larger_model_passes_over_is_an_error() {
     assert!(from_config(&larger).map(|_| ()).unwrap_err().to_string().contains("final_logit_softcapping"));
 }
 
+/// A larger model of a type and the config of its text model.
+fn larger(model_type: &str) -> (Value, Value) {
+    let text_type = format!("{model_type}_text");
+    let mut text = config(&text_type, json!({"linear_num_key_heads": 1, "linear_num_value_heads": 2}));
+    if model_type == "qwen3_5_moe" {
+        text = text.merged(json!({
+            "intermediate_size": null, "num_experts": 8, "moe_intermediate_size": 6, "shared_expert_intermediate_size": 6,
+        }));
+    }
+    (json!({"model_type": model_type, "text_config": text.clone()}), text)
+}
+
+/// What is found in files that have these tensors.
+fn found(config: &Value, stored: &BTreeMap<String, Vec<i64>>) -> ModelSpec {
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path(), config, stored);
+    let checkpoint = Checkpoint::open(&BaseSource::Folder(folder.path().to_path_buf())).unwrap();
+    spec(&checkpoint).unwrap_or_else(|error| panic!("{}: {error}", config["model_type"]))
+}
+
 #[test]
 fn a_text_model_that_was_read_from_a_larger_one_is_found_under_names_of_that() {
     for model_type in ["qwen3_5", "qwen3_5_moe"] {
-        let text_type = format!("{model_type}_text");
-        let mut text = config(&text_type, json!({"linear_num_key_heads": 1, "linear_num_value_heads": 2}));
-        if model_type == "qwen3_5_moe" {
-            let experts = json!({
-                "intermediate_size": null, "num_experts": 8, "moe_intermediate_size": 6, "shared_expert_intermediate_size": 6,
-            });
-            text = text.merged(experts);
-        }
-        let larger = from_config(&json!({"model_type": model_type, "text_config": text})).unwrap();
+        let (larger, text) = larger(model_type);
+        let larger = from_config(&larger).unwrap();
         let stored = larger.tensors().into_iter().map(|(name, shape)| (larger.names.stored(&name), shape)).collect();
-        let folder = tempfile::tempdir().unwrap();
-        write(folder.path(), &text, &stored);
-        let checkpoint = Checkpoint::open(&BaseSource::Folder(folder.path().to_path_buf())).unwrap();
-        let alone = spec(&checkpoint).unwrap_or_else(|error| panic!("{model_type}: {error}"));
-        assert_eq!((alone.model_type.as_str(), alone.tensors()), (text_type.as_str(), larger.tensors()));
+        let alone = found(&text, &stored);
+        assert_eq!((alone.model_type.as_str(), alone.tensors()), (&*format!("{model_type}_text"), larger.tensors()));
+    }
+}
+
+/// As the published files in fp8 have them, which stack those in bf16.
+#[test]
+fn experts_of_a_larger_model_are_found_apart_too() {
+    let (larger, text) = larger("qwen3_5_moe");
+    let apart = from_config(&text).unwrap().tensors();
+    let inside = |name: &str| name.strip_prefix("model.").map(|rest| format!("model.language_model.{rest}"));
+    let mut stored: BTreeMap<String, Vec<i64>> =
+        apart.iter().map(|(name, shape)| (inside(name).unwrap_or(name.clone()), shape.clone())).collect();
+    stored.insert("mtp.layers.0.mlp.experts.0.gate_proj.weight".into(), vec![6, 32]);
+    assert!(stored.contains_key("model.language_model.layers.3.mlp.experts.7.down_proj.weight"));
+    for config in [&larger, &text] {
+        let spec = found(config, &stored);
+        assert_eq!((&config["model_type"], &spec.tensors()), (&json!(spec.model_type), &apart));
+        assert_eq!(spec.names.taken_for_experts, from_config(&text).unwrap().names.taken_for_experts);
     }
 }
 

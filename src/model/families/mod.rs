@@ -87,7 +87,7 @@ const FAMILIES: &[Family] = &[
     Family { model_type: "cohere2", known_as: "Command R7B, Command A", spec: cohere::cohere2 },
     Family { model_type: "starcoder2", known_as: "StarCoder 2", spec: layer_norm::starcoder2 },
     Family { model_type: "deepseek_v2", known_as: "DeepSeek V2, V2-Lite, V2.5", spec: deepseek::v2 },
-    Family { model_type: "deepseek_v3", known_as: "DeepSeek V3, V3.1, R1, Moonlight", spec: deepseek::v3 },
+    Family { model_type: "deepseek_v3", known_as: "DeepSeek V3, V3.1, R1", spec: deepseek::v3 },
     Family { model_type: "deepseek_v4", known_as: "DeepSeek V4 Flash, Pro", spec: deepseek_v4::deepseek_v4 },
     Family { model_type: "gpt_neox", known_as: "GPT-NeoX, Pythia", spec: layer_norm::gpt_neox },
     Family { model_type: "stablelm", known_as: "StableLM", spec: layer_norm::stablelm },
@@ -96,8 +96,13 @@ const FAMILIES: &[Family] = &[
     Family { model_type: "bloom", known_as: "BLOOM, BLOOMZ", spec: layer_norm::bloom },
 ];
 
-/// Other pages of some types: the same model in files that are laid out otherwise, as the files alone tell.
-const ALSO: &[(&str, Page)] = &[("qwen3_5_moe_text", qwen_next::qwen3_5_moe_of_larger)];
+/// Other pages of some types: the same model in files that are laid out otherwise, as the files alone tell. Quantised ones store apart
+/// what is published stacked: every expert is a linear of its own to the tools that make them.
+const ALSO: &[(&str, Page)] = &[
+    ("qwen3_5_moe_text", qwen_next::qwen3_5_moe_of_larger),
+    ("qwen3_5_moe_text", qwen_next::qwen3_5_moe_apart_of_larger),
+    ("qwen3_5_moe", |c| wrapped(c, &wrapped::QWEN3_5_MOE_APART)),
+];
 
 /// Every `model_type` that is supported, with what people know it by.
 pub fn supported() -> impl Iterator<Item = (&'static str, &'static str)> {

@@ -15,7 +15,10 @@ fn besides() -> Value {
         "architectures": ["SomeForCausalLM"], "attention_dropout": 0.0, "auto_map": {"AutoConfig": "configuration_some.SomeConfig"},
         "bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": null, "initializer_range": 0.02, "torch_dtype": "bfloat16",
         "transformers_version": "4.51.0", "use_cache": true, "_name_or_path": "some/where", "unsloth_fixed": true,
-        "transformers.js_config": {"dtype": "q4"}, "pretraining_tp": 4,
+        "transformers.js_config": {"dtype": "q4"}, "pretraining_tp": 4, "torchscript": false, "pruned_heads": {}, "num_beams": 1,
+        "tf_legacy_loss": false, "use_bfloat16": false, "add_cross_attention": false, "cross_attention_hidden_size": null,
+        "encoder_repetition_penalty": 1.0, "gradient_checkpointing": false, "is_decoder": false, "tie_encoder_decoder": false,
+        "diversity_penalty": 0.0, "remove_invalid_values": false, "top_p": 1.0, "typical_p": 1.0, "is_causal": true,
     })
 }
 
@@ -358,22 +361,60 @@ fn published_configs_are_read_with_all_they_say() {
     }
 }
 
+#[track_caller]
+fn fault(name: &str, config: Value) -> String {
+    from_config(&config).map(|_| ()).expect_err(name).to_string()
+}
+
+/// A number that a page asks for where it is 1, or that is a factor of once.
+#[test]
+fn once_asks_for_what_is_more_than_a_factor() {
+    let llama = || models().into_iter().next().unwrap().2;
+    for field in ["attn_temperature_tuning", "num_hash_layers", "num_local_experts", "num_nextn_predict_layers"] {
+        let error = fault(field, with(llama(), json!({ field: 1 })));
+        assert!(error.contains(field) && error.contains("not supported for this model_type"), "{error}");
+    }
+    for field in ["attn_logit_softcapping", "attention_multiplier", "clip_qkv", "query_pre_attn_scalar"] {
+        assert!(fault(field, with(llama(), json!({ field: 1.0 }))).contains(field));
+    }
+    for field in
+        ["residual_multiplier", "logit_scale", "partial_rotary_factor", "rotary_pct", "full_attention_interval"]
+    {
+        for once in [json!(1), json!(1.0)] {
+            assert!(from_config(&with(llama(), json!({ field: once }))).is_ok(), "{field}");
+        }
+    }
+}
+
 #[test]
 fn a_field_that_asks_for_another_model_is_an_error_that_names_it() {
     for (name, _, config, changes) in models() {
         for change in changes {
             let field = change.as_object().unwrap().keys().next().unwrap().clone();
-            let found = from_config(&with_text(config.clone(), change.clone())).map(|_| change);
-            let error = found.map_err(|error| error.to_string()).expect_err(name);
+            let error = fault(name, with_text(config.clone(), change));
             assert!(error.contains(&format!("config.json: {field}")), "{name}: {error}");
         }
-        // Whatever its name.
-        for field in ["norm_placement", "residual_scale", "use_some_gate"] {
-            let value = if field == "use_some_gate" { json!(true) } else { json!(0.5) };
-            let error =
-                from_config(&with_text(config.clone(), json!({ field: value }))).map(|_| ()).unwrap_err().to_string();
+        // Whatever its name; a whole 1 is a yes, and a no to what models have that do not say is one to this model.
+        for (field, value) in [
+            ("norm_placement", json!(0.5)),
+            ("residual_scale", json!(0.5)),
+            ("use_some_gate", json!(true)),
+            ("use_some_gate", json!(1)),
+            ("use_causal_mask", json!(false)),
+            ("causal", json!(0)),
+        ] {
+            let error = fault(name, with_text(config.clone(), json!({ field: value })));
             assert!(error.contains(field) && error.contains("is not understood"), "{name}: {error}");
         }
+        // transformers goes by the truth of this one in every config, and null is none.
+        for value in [json!(false), json!(0), json!(null)] {
+            let said = json!({ "is_causal": value });
+            for config in [with(config.clone(), said.clone()), with_text(config.clone(), said)] {
+                let error = fault(name, config);
+                assert!(error.contains("is_causal") && error.contains("attention to later tokens"), "{name}: {error}");
+            }
+        }
+        assert!(from_config(&with_text(config, json!({"is_causal": true}))).is_ok(), "{name}");
     }
 }
 
@@ -386,6 +427,27 @@ fn what_a_base_was_trained_with_is_said_not_refused() {
     );
     assert_eq!(super::notices(&json!({"attention_dropout": 0.0})), Vec::<String>::new());
     assert_eq!(super::notices(&json!({"text_config": {"hidden_dropout": 0.2}})).len(), 1);
+}
+
+/// Of the losses that balance experts, and of experts that are drawn.
+#[test]
+fn what_routers_were_trained_with_is_said_where_it_is_not_done() {
+    let said = |name: &str, more: Value| {
+        let (.., config, _) = models().into_iter().find(|(known, ..)| *known == name).unwrap();
+        super::notices(&with_text(config, more)).join("; ")
+    };
+    for name in ["DeepSeek-V2-Lite", "DeepSeek-V3"] {
+        let found = said(name, json!({}));
+        assert!(found.contains("(aux_loss_alpha 0.001)") && found.contains("training.router_aux_loss_coef"), "{found}");
+        assert_eq!(said(name, json!({"aux_loss_alpha": 0.0})), "");
+        assert_eq!(said(name, json!({"first_k_dense_replace": 61})), "", "no layer has experts");
+    }
+    // Written by transformers whether it is used or not; not added where it is used, and added.
+    assert_eq!(said("Llama-4-Scout", json!({})), "");
+    assert!(said("Llama-4-Scout", json!({"output_router_logits": true})).contains("(router_aux_loss_coef 0.001)"));
+    assert_eq!(said("Mixtral-8x7B", json!({"output_router_logits": true})), "");
+    assert!(said("Phi-3.5-MoE", json!({})).contains("SparseMixer"));
+    assert!(!said("Mixtral-8x7B", json!({})).contains("SparseMixer"));
 }
 
 #[test]

@@ -62,6 +62,13 @@ pub(super) fn qwen3_5_moe_of_larger(config: &Config<'_>) -> Result<ModelSpec> {
     Ok(spec)
 }
 
+/// The same in files that store every expert apart.
+pub(super) fn qwen3_5_moe_apart_of_larger(config: &Config<'_>) -> Result<ModelSpec> {
+    let mut spec = qwen3_5_moe_apart(config)?;
+    spec.names.layouts = vec![wrapped::INSIDE.to_vec()];
+    Ok(spec)
+}
+
 /// The same dense feed-forward in every layer, by where it is.
 fn dense(config: &Config<'_>) -> Result<impl Fn(&str) -> FeedForward> {
     let (hidden, width) = (config.size("hidden_size")?, config.size("intermediate_size")?);

@@ -2,6 +2,8 @@
 
 use serde_json::Value;
 
+use crate::model::spec::{FeedForward, Router, Routing};
+
 /// Fields of any config, by name.
 const ELSEWHERE: &[&str] = &[
     // The file.
@@ -48,6 +50,8 @@ const ELSEWHERE: &[&str] = &[
     "task_specific_params",
     "use_return_dict",
     // Generation.
+    "assistant_confidence_threshold",
+    "assistant_lookbehind",
     "bad_words_ids",
     "begin_suppress_tokens",
     "cache_implementation",
@@ -55,18 +59,24 @@ const ELSEWHERE: &[&str] = &[
     "do_sample",
     "early_stopping",
     "encoder_no_repeat_ngram_size",
+    "encoder_repetition_penalty",
+    "epsilon_cutoff",
+    "eta_cutoff",
     "exponential_decay_length_penalty",
     "length_penalty",
     "max_length",
     "max_new_tokens",
     "min_length",
     "no_repeat_ngram_size",
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
     "num_beam_groups",
     "num_beams",
     "num_return_sequences",
     "remove_invalid_values",
     "repetition_penalty",
     "suppress_tokens",
+    "target_lookbehind",
     "temperature",
     "top_k",
     "top_p",
@@ -98,7 +108,7 @@ const ELSEWHERE: &[&str] = &[
     "seq_length",
     "tokenizer_model_max_length",
     "original_max_position_embeddings",
-    // Losses that transformers does not add.
+    // Losses that transformers does not add: [`notices`] tells of them.
     "aux_loss_alpha",
     "output_router_logits",
     "router_aux_loss_coef",
@@ -106,10 +116,75 @@ const ELSEWHERE: &[&str] = &[
     "seq_aux",
     // Layers that predict further tokens, which are carried along only.
     "mtp_num_hidden_layers",
+    "num_mtp_layers",
     "mtp_use_dedicated_embeddings",
     // Attention in chunks far beyond what is trained on, which transformers does not do.
     "dual_chunk_attention_config",
 ];
+
+/// What models have that do not say: where a field says no to it, another one is meant. Fields of biases and of norms are not here, whose
+/// tensors tell.
+const UNLESS_SAID: &[&str] = &[
+    // Attention to earlier tokens only; transformers reads the first of every config.
+    "is_causal",
+    "causal",
+    "causal_attention",
+    "causal_mask",
+    "use_causal_mask",
+    "use_causal_attention",
+    // Norms before the halves of a block.
+    "do_layer_norm_before",
+    "norm_before",
+    "normalize_before",
+    "pre_norm",
+    "use_pre_norm",
+    // Weights of the chosen experts that add up to 1.
+    "norm_topk_prob",
+    // Scores that are scaled, and positions that turn.
+    "scale_attn_weights",
+    "scale_attention_scores",
+    "use_rope",
+    "use_rotary",
+    "use_rotary_embedding",
+    "use_rotary_embeddings",
+    "use_rotary_position_embeddings",
+    // Gates of feed-forwards and of attention.
+    "attn_output_gate",
+    "gated_mlp",
+    "use_gated_activation",
+    "use_gated_mlp",
+];
+
+/// Numbers that ask for something also where they are 1 and look like a factor.
+const EVEN_ONCE: &[&str] = &[
+    "attention_multiplier",
+    "attn_logit_softcapping",
+    "clip_qkv",
+    "final_logit_softcapping",
+    "query_pre_attn_scalar",
+    "router_jitter_noise",
+];
+
+/// Whole numbers that ask for nothing where they are 1, beside those that [`OF_FACTORS`] names: one group, each layer, every second of one.
+const ONCE: &[&str] = &[
+    "alpha",
+    "beta_fast",
+    "beta_slow",
+    "factor",
+    "full_attn_mod",
+    "hc_mult",
+    "moe_layer_freq",
+    "mscale",
+    "mscale_all_dim",
+    "n_group",
+    "num_groups",
+    "rope_pct",
+    "rotary_pct",
+    "topk_group",
+];
+
+/// How the names of factors, shares and steps end.
+const OF_FACTORS: &[&str] = &["_factor", "_interval", "_multiplier", "_ratio", "_scale", "_scaling", "_step"];
 
 /// Noise that transformers makes while it trains a base, as the fields of any config tell of it.
 const NOISE: &[&str] = &[
@@ -133,28 +208,77 @@ pub(super) fn elsewhere(field: &str) -> bool {
     noted || ELSEWHERE.contains(&field) || NOISE.contains(&field) || of_tokens.iter().any(|end| field.ends_with(end))
 }
 
-/// Whether `value` asks for anything: off, none, nothing and once do not.
-pub(super) fn asks(value: &Value) -> bool {
-    match value {
+/// Whether `field` asks for anything as it says `value`: off, none and nothing do not, unless all models have it that do not say; nor
+/// does once, of a factor.
+pub(super) fn asks(field: &str, value: &Value) -> bool {
+    let says = match value {
         Value::Null => false,
         Value::Bool(on) => *on,
-        Value::Number(number) => number.as_f64().is_none_or(|number| number != 0.0 && number != 1.0),
+        Value::Number(number) => number.as_f64() != Some(0.0),
         Value::Array(list) => !list.is_empty(),
         Value::Object(fields) => !fields.is_empty(),
         Value::String(text) => !text.is_empty(),
+    };
+    if UNLESS_SAID.contains(&field) {
+        return !says;
     }
+    says && value.as_f64().is_none_or(|number| number != 1.0 || asks_once(field, value.is_f64()))
+}
+
+/// Whether `field` asks for anything as it says 1: a whole 1 may also be a yes.
+fn asks_once(field: &str, broken: bool) -> bool {
+    let factor = broken || ONCE.contains(&field) || OF_FACTORS.iter().any(|end| field.ends_with(end));
+    EVEN_ONCE.contains(&field) || !factor
 }
 
 /// What a `config.json` asks for that engraft knows and does otherwise, in plain sentences.
 pub fn notices(config: &Value) -> Vec<String> {
     let text = config.get("text_config").filter(|text| text.is_object()).unwrap_or(config);
-    let of_noise = |field: &&&str| text.get(**field).is_some_and(|value| value.as_f64().is_some_and(|part| part > 0.0));
-    let asked: Vec<String> = NOISE.iter().filter(of_noise).map(|field| format!("{field} {}", text[*field])).collect();
-    if asked.is_empty() {
-        return Vec::new();
+    let mut notices = Vec::new();
+    if let Some(all) = said(text, NOISE) {
+        notices.push(format!(
+            "config.json tells how the base was trained ({all}): adapters train without; adapter.lora_dropout is theirs"
+        ));
     }
-    let all = asked.join(", ");
-    vec![format!(
-        "config.json tells how the base was trained ({all}): adapters train without; adapter.lora_dropout is theirs"
-    )]
+    let Ok(spec) = super::from_config(config) else { return notices };
+    let routers: Vec<&Router> = spec.layers.iter().filter_map(|layer| router(&layer.feed_forward)).collect();
+    let balanced = routers.iter().any(|router| router.balance > 0.0);
+    if let Some(all) = balancing(text).filter(|_| !routers.is_empty() && !balanced) {
+        notices.push(format!(
+            "config.json names a balancing loss ({all}); it is not added, as in transformers; training.router_aux_loss_coef adds one"
+        ));
+    }
+    if routers.iter().any(|router| matches!(router.routing, Routing::SparseMixer { .. })) {
+        notices.push(
+            "the experts of this base were drawn at random while it was trained (SparseMixer); adapters train with those it chooses when \
+             it answers, and with plain gradients of their weights"
+                .into(),
+        );
+    }
+    notices
+}
+
+/// What chooses among the experts of a feed-forward, if it has such.
+fn router(feed_forward: &FeedForward) -> Option<&Router> {
+    match feed_forward {
+        FeedForward::Experts(experts) => Some(&experts.router),
+        FeedForward::Sum(branches) => branches.iter().find_map(|branch| router(&branch.feed_forward)),
+        FeedForward::Plain { .. } | FeedForward::Gated { .. } => None,
+    }
+}
+
+/// Those of `fields` that say a number above 0, with what they say.
+fn said(config: &Value, fields: &[&str]) -> Option<String> {
+    let above = |field: &&&str| config.get(**field).is_some_and(|value| value.as_f64().is_some_and(|part| part > 0.0));
+    let all: Vec<String> = fields.iter().filter(above).map(|field| format!("{field} {}", config[*field])).collect();
+    (!all.is_empty()).then(|| all.join(", "))
+}
+
+/// The losses over routers that a base was trained with. Coefficients that transformers writes whether used or not are told of where
+/// `output_router_logits` says that they are.
+fn balancing(config: &Value) -> Option<String> {
+    let used = config.get("output_router_logits").and_then(Value::as_bool).unwrap_or(false);
+    let fields: &[&str] =
+        if used { &["aux_loss_alpha", "router_aux_loss_coef", "router_z_loss_coef"] } else { &["aux_loss_alpha"] };
+    said(config, fields)
 }

@@ -78,6 +78,10 @@ pub(super) const QWEN3_5: Wrapper = Wrapper {
 /// `Qwen3_5MoeConfig`: the same.
 pub(super) const QWEN3_5_MOE: Wrapper = Wrapper { text: &[("qwen3_5_moe_text", qwen_next::qwen3_5_moe)], ..QWEN3_5 };
 
+/// The same in files that store every expert apart, as those in fp8 do.
+pub(super) const QWEN3_5_MOE_APART: Wrapper =
+    Wrapper { text: &[("qwen3_5_moe_text", qwen_next::qwen3_5_moe_apart)], ..QWEN3_5 };
+
 /// The spec of the text model of a `config.json`.
 pub(super) fn wrapped(config: &Config<'_>, wrapper: &Wrapper) -> Result<ModelSpec> {
     let Some(text) = config.object("text_config")? else {
