@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use engraft::adapter::{Adapters, Learned, LoadedAdapter, Origin, Update};
+use engraft::adapter::numbers::Here;
+use engraft::adapter::{Adapters, Learned, LoadedAdapter, Origin, TrainedOn, Update};
 use engraft::data::{Batch, Cursor, RowId};
 use engraft::model::{Decoder, Documents, Forward, Sampling, Thrift};
 use engraft::objective::Supervised;
@@ -13,7 +14,7 @@ use engraft::train::{BatchSource, Events, Identity, Interrupts, Progress, Run, R
 use engraft::weights::Checkpoint;
 use tch::{Device, Kind, Tensor};
 
-const MODELS: [&str; 20] = [
+const MODELS: [&str; 22] = [
     "grouped-tied",
     "biases-untied",
     "linear",
@@ -29,6 +30,8 @@ const MODELS: [&str; 20] = [
     "qlora-nf4",
     "qlora-fp4",
     "qlora-dora",
+    "qlora-head",
+    "qlora-tokens",
     STORED[0].0,
     STORED[1].0,
     STORED[2].0,
@@ -37,6 +40,8 @@ const MODELS: [&str; 20] = [
 ];
 /// Where modules or rows of tokens are trained whole.
 const WHOLE: [&str; 5] = ["whole-tied", "whole-untied", "whole-norms", "tokens-tied", "tokens-untied"];
+/// Trained on bases that bitsandbytes quantises while they are loaded.
+const QLORA: [&str; 5] = ["qlora-nf4", "qlora-fp4", "qlora-dora", "qlora-head", "qlora-tokens"];
 /// Bases that other tools have quantised (`tests/python/layouts.py`).
 const STORED: [(&str, Layout); 5] = [
     ("stored-gptq", Layout::Gptq),
@@ -56,7 +61,7 @@ fn base(name: &str) -> PathBuf {
     folder(match name {
         "whole-tied" | "tokens-tied" => "grouped-tied",
         "tokens-untied" => "whole-untied",
-        "qlora-dora" => "qlora-nf4",
+        "qlora-dora" | "qlora-head" | "qlora-tokens" => "qlora-nf4",
         own => own,
     })
 }
@@ -389,7 +394,7 @@ fn what_is_left_of_a_weight_is_the_same_where_products_are_of_another_type() {
         place.path(),
         &adapters.config,
         adapters.learned(),
-        Some(&scheme),
+        Some(&TrainedOn::of(&checkpoint, &scheme, &trained.digests)),
         &Default::default(),
     )
     .unwrap();
@@ -490,27 +495,32 @@ fn what_is_left_of_a_weight_is_quantised_and_found_again_by_who_loads_or_merges_
 
         let adapter = place.path().join(format!("{start:?}-{loftq_iter}"));
         let sidecars = std::collections::BTreeMap::new();
-        engraft::export::peft::write(&adapter, &adapters.config, adapters.learned(), Some(&scheme), &sidecars).unwrap();
+        let trained_on = TrainedOn::of(&checkpoint, &scheme, &model.digests);
+        let learned = adapters.learned();
+        engraft::export::peft::write(&adapter, &adapters.config, learned, Some(&trained_on), &sidecars).unwrap();
         let loaded = LoadedAdapter::read(&adapter).unwrap();
-        let mut again = load(loaded.scheme().unwrap().as_ref());
+        let trained_on = loaded.trained_on().unwrap().unwrap();
+        let onto = &trained_on.scheme;
+        let mut again = load(Some(onto));
         Adapters::attach_loaded(&mut again, &loaded, 0.0, Some(&origin)).unwrap();
+        assert_eq!(trained_on.differing(&again.digests), None);
         assert_close("loaded again", &logits(&again), &trained, 1e-6);
 
         let spec = &again.spec;
         let updates: Vec<Update> = loaded.fit(&spec.sites(), &spec.names).unwrap().into_values().collect();
         let merged = place.path().join(format!("{start:?}-{loftq_iter}-merged"));
         let config = [("config.json".to_string(), checkpoint.sidecars["config.json"].clone())].into();
-        let onto = loaded.scheme().unwrap();
-        engraft::export::merged::write(
+        let made = engraft::export::merged::write(
             &merged,
             &checkpoint,
             updates.as_slice().into(),
-            onto.as_ref(),
+            Some(onto),
             Kind::Float,
             &config,
             &|_, _| (),
         )
         .unwrap();
+        assert_eq!(trained_on.differing(&made), None);
         let merged = Checkpoint::open(&BaseSource::Folder(merged)).unwrap();
         let merged = Decoder::load(&merged, Kind::Float, Device::Cpu, &|_, _| ()).unwrap();
         assert_close("merged", &logits(&merged), &trained, TOLERANCE);
@@ -520,8 +530,8 @@ fn what_is_left_of_a_weight_is_quantised_and_found_again_by_who_loads_or_merges_
 
 #[test]
 fn twenty_steps_are_those_of_peft_and_torchs_adamw() {
-    let trained = ["grouped-tied", "llama3-wide-heads", "dora", "qlora-nf4", "qlora-fp4", "qlora-dora", "stored-gptq"];
-    for name in trained.into_iter().chain(WHOLE) {
+    let trained = ["grouped-tied", "llama3-wide-heads", "dora", "stored-gptq"];
+    for name in trained.into_iter().chain(QLORA).chain(WHOLE) {
         let recorded = Recorded(tensors(&folder(name).join("reference.safetensors")));
         let mut model = load(name);
         let leaves = graft(&mut model, name);
@@ -608,6 +618,54 @@ fn a_base_in_another_tools_layout_is_kept_so_and_merged_onto_its_numbers() {
     }
 }
 
+/// The same model quantised by the same tool, otherwise: in other groups, which its files' headers tell, or to other codes.
+#[test]
+fn a_base_that_its_tool_quantised_otherwise_is_another_base() {
+    let name = "stored-gptq";
+    let place = tempfile::tempdir().unwrap();
+    let changed = |to: &str, group: u64, change: &dyn Fn(&str, Tensor) -> Tensor| {
+        let folder = place.path().join(to);
+        std::fs::create_dir(&folder).unwrap();
+        let stored = Tensor::read_safetensors(base(name).join("model.safetensors")).unwrap();
+        let stored: Vec<(String, Tensor)> =
+            stored.into_iter().map(|(name, tensor)| (name.clone(), change(&name, tensor).contiguous())).collect();
+        Tensor::write_safetensors(&stored, folder.join("model.safetensors")).unwrap();
+        let mut config: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(base(name).join("config.json")).unwrap()).unwrap();
+        config["quantization_config"]["group_size"] = group.into();
+        std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+        Checkpoint::open(&BaseSource::Folder(folder)).unwrap()
+    };
+    let own = changed("own", 32, &|_, tensor| tensor);
+    let model = |base: &Checkpoint| {
+        Decoder::load_kept(base, Kind::Float, Device::Cpu, scheme(name).as_ref(), &|_, _| ()).unwrap()
+    };
+    let trained_on = TrainedOn::of(&own, &scheme(name).unwrap(), &model(&own).digests);
+    assert_eq!(trained_on.weights.len(), 14);
+    let adapter = Path::new("adapter");
+    let here = |base| trained_on.prove_stored_alike(adapter, Here { checkpoint: base, spec: &model(base).spec });
+    here(&own).unwrap();
+    assert_eq!(trained_on.notice(adapter, &model(&own).digests).unwrap(), None);
+
+    // The same numbers even, with every group cut in two.
+    let halves = changed("halves", 16, &|name, tensor| match name.rsplit('.').next() {
+        Some("scales" | "qzeros") => tensor.repeat_interleave_self_int(2, 0, None),
+        Some("g_idx") => tensor * 2,
+        _ => tensor,
+    });
+    let error = here(&halves).unwrap_err().to_string();
+    assert!(error.contains("4 bits in groups of 32") && error.contains("4 bits in groups of 16"), "{error}");
+
+    let one = "model.layers.1.self_attn.q_proj";
+    let others = changed("others", 32, &|name, tensor| match name.strip_suffix(".qweight") == Some(one) {
+        true => tensor.bitwise_xor(1),
+        false => tensor,
+    });
+    here(&others).unwrap();
+    let error = trained_on.notice(adapter, &model(&others).digests).unwrap_err().to_string();
+    assert!(error.contains("1 of 14") && error.contains(one), "{error}");
+}
+
 /// A base in eight bits may be quantised to fewer, and to rows of fp8.
 #[test]
 fn a_base_in_fp8_may_be_quantised_again() {
@@ -636,7 +694,7 @@ fn updates(name: &str, model: &Decoder) -> Vec<Update> {
 
 #[test]
 fn merged_onto_the_numbers_it_was_trained_on_the_model_answers_as_the_trained_one() {
-    for name in ["qlora-nf4", "qlora-fp4", "qlora-dora", "dora"].into_iter().chain(WHOLE) {
+    for name in ["dora"].into_iter().chain(QLORA).chain(WHOLE) {
         let reference = tensors(&folder(name).join("reference.safetensors"));
         let batch = documented(&reference, "");
         let checkpoint = Checkpoint::open(&BaseSource::Folder(base(name))).unwrap();

@@ -1,8 +1,14 @@
 //! Eight-bit integers with one scale to a row: the weights of LLM.int8() (arXiv:2208.07339), as bitsandbytes stores them.
 
+mod kernels;
+
 use tch::{Kind, Tensor};
 
+use super::nibbles;
 use crate::ops::cuda;
+
+/// Numbers quantised at a time where libtorch's operations do it, so that their copies stay small beside the weight.
+const CHUNK: i64 = 1 << 22;
 
 /// A weight of eight-bit integers.
 #[derive(Debug)]
@@ -20,13 +26,19 @@ pub struct Int8 {
 impl Int8 {
     /// Quantises a weight, by way of fp16 as bitsandbytes does.
     pub fn of(weight: &Tensor) -> Self {
-        let shape = weight.size();
-        let rows = weight.to_kind(Kind::Half).view([-1, shape[shape.len() - 1]]);
-        let absmax = rows.abs().amax([1], false).to_kind(Kind::Float); // (rows)
-        // Not 127 / absmax, whose last bit may differ. A row of zeros has no scale: 0 * inf, which no integer is.
-        let scale = (absmax.reciprocal() * 127.0).nan_to_num(0.0, 0.0, 0.0).unsqueeze(1);
-        let codes = (rows.to_kind(Kind::Float) * scale).round().to_kind(Kind::Int8);
-        Self { shape, kind: weight.kind(), codes, absmax }
+        let weight = weight.contiguous();
+        let (codes, absmax) = match nibbles::serves(weight.device(), weight.kind()) {
+            true => kernels::quantise(&weight),
+            false => quantise_plainly(&weight),
+        };
+        Self { shape: weight.size(), kind: weight.kind(), codes, absmax }
+    }
+
+    /// [`Int8::of`] in libtorch's own operations, for every device.
+    pub(super) fn of_plainly(weight: &Tensor) -> Self {
+        let weight = weight.contiguous();
+        let (codes, absmax) = quantise_plainly(&weight);
+        Self { shape: weight.size(), kind: weight.kind(), codes, absmax }
     }
 
     /// Another handle to the same tensors.
@@ -40,9 +52,37 @@ impl Int8 {
         if let Some(whole) = cuda::int8_dequantise(&self.codes, &self.absmax, self.kind) {
             return whole.view(&self.shape[..]);
         }
+        if nibbles::serves(self.codes.device(), self.kind) && self.absmax.is_contiguous() {
+            return kernels::dequantise(self).view(&self.shape[..]);
+        }
+        self.dequantised_plainly()
+    }
+
+    /// [`Int8::dequantised`] in libtorch's own operations, for every device.
+    pub(super) fn dequantised_plainly(&self) -> Tensor {
         let wide = self.codes.to_kind(Kind::Float) * self.absmax.unsqueeze(1) * (1.0 / 127.0);
         wide.to_kind(self.kind).view(&self.shape[..])
     }
+}
+
+/// Codes (rows, in) and magnitudes (rows) of a contiguous weight, in libtorch's own operations.
+fn quantise_plainly(weight: &Tensor) -> (Tensor, Tensor) {
+    let columns = weight.size()[weight.dim() - 1];
+    let all = weight.view([-1, columns]);
+    let rows = all.size()[0];
+    let codes = Tensor::empty([rows, columns], (Kind::Int8, weight.device()));
+    let magnitudes = Tensor::empty([rows], (Kind::Float, weight.device()));
+    let chunk = (CHUNK / columns.max(1)).max(1);
+    for start in (0..rows).step_by(chunk as usize) {
+        let length = chunk.min(rows - start);
+        let rows = all.narrow(0, start, length).to_kind(Kind::Half); // (chunk, in)
+        let absmax = rows.abs().amax([1], false).to_kind(Kind::Float); // (chunk)
+        // Not 127 / absmax, whose last bit may differ. A row of zeros has no scale: 0 * inf, which no integer is.
+        let scale = (absmax.reciprocal() * 127.0).nan_to_num(0.0, 0.0, 0.0).unsqueeze(1);
+        codes.narrow(0, start, length).copy_(&(rows.to_kind(Kind::Float) * scale).round().to_kind(Kind::Int8));
+        magnitudes.narrow(0, start, length).copy_(&absmax);
+    }
+    (codes, magnitudes)
 }
 
 #[cfg(test)]
@@ -73,6 +113,25 @@ mod tests {
                     let moved = Int8 { codes, absmax, ..weight.handle() };
                     assert_same(&plainly(|| moved.dequantised()), &expected, &format!("{what}, its twin"));
                 });
+            }
+        }
+    }
+
+    #[test]
+    fn kernels_equal_their_twins_bit_for_bit() {
+        tch::manual_seed(37);
+        for kind in [Kind::Float, Kind::BFloat16, Kind::Half] {
+            for shape in [[1, 1], [3, 64], [5, 31], [700, 6001]] {
+                let scale = (Tensor::randn([shape[0], 1], (Kind::Float, Device::Cpu)) * 4.0).exp();
+                let values = (Tensor::randn(shape, (Kind::Float, Device::Cpu)) * scale).clamp(-6e4, 6e4);
+                // Zeros, and numbers that fp16 has none for.
+                let _ = values.get(0).g_mul_scalar_(if shape[0] == 5 { 0.0 } else { 1e-6 });
+                let weight = Int8::of(&values.to_kind(kind));
+                let (codes, absmax) = quantise_plainly(&values.to_kind(kind));
+                let what = format!("{shape:?} {kind:?}");
+                assert_same(&weight.codes, &codes, &what);
+                assert_same(&weight.absmax, &absmax, &what);
+                assert_same(&weight.dequantised(), &weight.dequantised_plainly(), &what);
             }
         }
     }

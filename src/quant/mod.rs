@@ -5,6 +5,7 @@
 //! and rows of fp8 numbers; those that other tools make ([`Layout`]) are kept as they were stored.
 
 mod codebook;
+mod digest;
 pub mod dynamic;
 pub mod four_bit;
 pub mod fp8;
@@ -14,14 +15,16 @@ pub mod mxfp4;
 mod nibbles;
 mod rounding;
 mod scheme;
+mod twin;
 mod weight;
 
 pub use codebook::FourBitType;
+pub use digest::Digest;
 pub use four_bit::FourBit;
 pub use fp8::Fp8;
 pub use grouped::Grouped;
 pub use int8::Int8;
 pub use mxfp4::Mxfp4;
 pub use rounding::Rounding;
-pub use scheme::{Form, Layout, Products, Scheme, ends_in};
+pub use scheme::{Form, Layout, Products, Scheme, ends_in, name_of};
 pub use weight::{Quantised, Weight};

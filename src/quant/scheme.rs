@@ -1,13 +1,12 @@
 //! How a base is quantised while it is loaded.
 
-use std::collections::BTreeSet;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::four_bit::NESTED_BLOCK;
-use super::{FourBit, FourBitType, Fp8, Int8, Quantised, Weight};
+use super::{Digest, FourBit, FourBitType, Fp8, Int8, Quantised, Weight};
 use crate::{Error, Fault, Result};
 
 /// The first number that fp16 rounds to infinity.
@@ -138,10 +137,12 @@ impl Form {
         if self != Self::Int8 || weight.numel() == 0 {
             return Ok(());
         }
-        let largest = weight.abs().max().double_value(&[]);
-        if largest < FIRST_BEYOND_HALF {
+        // Without a copy of their magnitudes, which would be a second whole tensor.
+        let [most, least] = [weight.max(), weight.min()].map(|number| number.double_value(&[]));
+        if most < FIRST_BEYOND_HALF && -least < FIRST_BEYOND_HALF {
             return Ok(());
         }
+        let largest = if most < FIRST_BEYOND_HALF { least } else { most };
         let fault = Fault::new(name, format!("holds {largest}, but int8 is made of fp16 numbers, which end at 65504"));
         Err(Error::Model(fault.hint("quantise it to nf4 or fp8, or name its module in `quantization.skip`")))
     }
@@ -161,12 +162,6 @@ impl fmt::Display for Scheme {
 }
 
 impl Scheme {
-    /// Whether both make the same numbers of the same base, whatever the memory they keep them in.
-    pub fn makes_numbers_of(&self, other: &Self) -> bool {
-        let skipped = |scheme: &Self| scheme.skip.iter().cloned().collect::<BTreeSet<String>>();
-        (self.form, self.kind, skipped(self)) == (other.form, other.kind, skipped(other))
-    }
-
     /// What a recipe says to ask for it, of a base that is stored so where it cannot be made.
     pub fn in_recipe(&self) -> String {
         let Said { r#type: form, double_quant, block_size, skip, dtype, .. } = Said::from(self);
@@ -183,22 +178,25 @@ impl Scheme {
         self.skip.iter().any(|name| ends_in(module, name))
     }
 
-    /// A weight (out, in), or (E, out, in) whose experts are quantised one by one, as this keeps it for products in `kind`.
-    pub fn keep(&self, weight: &Tensor, kind: Kind) -> Weight {
+    /// A weight (out, in), or (E, out, in) whose experts are quantised one by one, as this keeps it for products in `kind`;
+    /// with its fingerprint.
+    pub fn keep(&self, weight: &Tensor, kind: Kind) -> (Weight, Digest) {
         self.store(self.quantised(&weight.to_kind(self.kind)), kind)
     }
 
     /// A weight that is quantised already, to be made whole in the scheme's type, as this keeps it for products in `kind`. Those of
-    /// another type than the scheme's read plain numbers, which are still the scheme's.
-    pub fn store(&self, quantised: Quantised, kind: Kind) -> Weight {
-        match (self.products, quantised) {
+    /// another type than the scheme's read plain numbers, which are still the scheme's. With its fingerprint.
+    pub fn store(&self, quantised: Quantised, kind: Kind) -> (Weight, Digest) {
+        let digest = quantised.digest();
+        let weight = match (self.products, quantised) {
             (_, quantised) if kind != self.kind => Weight::Dense(quantised.dequantised().to_kind(kind)),
             (Products::Cached, quantised) => Weight::Dense(quantised.dequantised()),
             (Products::Fp8, Quantised::Fp8(weight)) => {
                 Weight::from(Quantised::Fp8(Fp8 { multiplied: weight.has_rows(), ..weight }))
             }
             (Products::Fp8 | Products::Dequantised, quantised) => Weight::from(quantised),
-        }
+        };
+        (weight, digest)
     }
 
     /// The numbers that a weight, (out, in) or (E, out, in), stands for once it is quantised, in the scheme's type.
@@ -263,7 +261,8 @@ struct Said {
 
 const KINDS: [(&str, Kind); 3] = [("bf16", Kind::BFloat16), ("fp16", Kind::Half), ("fp32", Kind::Float)];
 
-fn name_of(kind: Kind) -> &'static str {
+/// What a recipe calls a number type of weights.
+pub fn name_of(kind: Kind) -> &'static str {
     KINDS.iter().find(|(_, known)| *known == kind).map_or("fp32", |(name, _)| *name)
 }
 
@@ -358,18 +357,8 @@ mod tests {
     }
 
     #[test]
-    fn schemes_make_the_same_numbers_where_form_type_and_what_is_skipped_agree() {
-        let nf4 = |block| Form::FourBit { code: FourBitType::Nf4, block, double_quant: true };
-        let one = scheme(nf4(64));
-        let reordered =
-            Scheme { skip: one.skip.iter().rev().cloned().collect(), products: Products::Cached, ..one.clone() };
-        assert!(one.makes_numbers_of(&reordered));
-        let others = [
-            scheme(nf4(128)),
-            Scheme { kind: Kind::Float, ..one.clone() },
-            Scheme { skip: vec!["lm_head".into()], ..one.clone() },
-        ];
-        assert!(others.iter().all(|other| !one.makes_numbers_of(other)));
+    fn a_scheme_says_what_it_is_to_people_and_to_recipes() {
+        let one = scheme(Form::FourBit { code: FourBitType::Nf4, block: 64, double_quant: true });
         assert_eq!(
             one.to_string(),
             "nf4 in blocks of 64 with quantised scales, of numbers in bf16, all but lm_head, mlp.gate"

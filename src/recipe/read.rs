@@ -29,7 +29,7 @@ impl Recipe {
         Self::parse(path, &text, overrides)
     }
 
-    fn parse(path: &Path, text: &str, overrides: &[String]) -> Result<RecipeFile> {
+    pub(super) fn parse(path: &Path, text: &str, overrides: &[String]) -> Result<RecipeFile> {
         let name = path.display().to_string();
         let mut tree = Node::parse(text, &name).map_err(|fault| Error::Recipe(vec![fault]))?;
         if !matches!(tree.value, Value::Map(_)) {

@@ -72,7 +72,8 @@ pub(super) fn check(tree: &Node) -> Vec<Problem> {
     }
     if let Some(node) = given(tree, "quantization.compute").filter(|node| node.text() == Some("fp8")) {
         let is = |key: &str, usual: &str| given(tree, key).and_then(Node::text).unwrap_or(usual).to_string();
-        let needs = [("quantization.type", "nf4", "fp8"), ("dtype", "bf16", "bf16")];
+        // Without a type it may be a base that is stored so: that is known once it is open.
+        let needs = [("quantization.type", "fp8", "fp8"), ("dtype", "bf16", "bf16")];
         for (key, usual, needed) in needs.into_iter().filter(|(key, usual, needed)| is(key, usual) != *needed) {
             let what = format!("`quantization.compute: fp8` needs `{key}: {needed}`; it is `{}`", is(key, usual));
             problems.push(Problem::new(&node.place, what, format!("write `{key}: {needed}`, or leave `compute` out")));

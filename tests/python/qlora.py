@@ -1,5 +1,6 @@
 """Writes tests/fixtures/llama/qlora-*: as `tiny_llama.py`, with the base quantised by bitsandbytes 0.50.2 on the CPU, as PEFT trains
-on it. `quantised/` is the base as transformers saves it then; `qlora-dora` has the base of `qlora-nf4`.
+on it. `quantised/` is the base as transformers saves it then (`quantised-int8/`: in eight bits); those without a base of their own
+have that of `qlora-nf4`.
 
 Widths are multiples of 64, the block: where a row is not, bitsandbytes' kernel for AVX-512 takes the wrong scales.
 """
@@ -17,6 +18,8 @@ MODELS = {
     "qlora-nf4": (WIDTHS | {"tie_word_embeddings": False}, {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, {}),
     "qlora-fp4": (WIDTHS | {"attention_bias": True}, {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}, {}),
     "qlora-dora": (None, {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, {"use_dora": True}),
+    "qlora-head": (None, {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, {"modules_to_save": ["lm_head"]}),
+    "qlora-tokens": (None, {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, {"trainable_token_indices": [3, 40, 17]}),
 }
 
 
@@ -63,12 +66,22 @@ def make(name, options, how, adapter, seed):
     print(f"{name}: loss {loss.item():.4f}")
 
 
+def eight_bits(name):
+    """The base of a model in eight bits as transformers saves it: `quantised-int8/`."""
+    folder = tiny_llama.FIXTURES / name
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config, device_map="cpu")
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear8bitLt"
+    model.save_pretrained(folder / "quantised-int8")
+
+
 def main():
     """Makes every model."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     for seed, (name, description) in enumerate(MODELS.items(), start=101):
         make(name, *description, seed)
+    eight_bits("qlora-nf4")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,11 @@ Checked, bit for bit unless said otherwise:
  2. an adapter on a base that bitsandbytes quantised, merged by engraft onto the numbers it was trained on: the logits of PEFT, in
     transformers (to 1e-4 of the largest);
  3. the same merged and quantised again: the weights that transformers and bitsandbytes load are those that bitsandbytes makes of
-    the merged ones, the logits are engraft's (to 1e-4), and the loss that the manifest tells is what torch finds (to 1e-3 of it).
+    the merged ones, the logits are engraft's (to 1e-4), and the loss that the manifest tells is what torch finds (to 1e-3 of it);
+ 4. a base that engraft wrote in fp8: transformers and compressed-tensors load its weights, and their logits are engraft's (to 1e-4).
+
+With `--device cuda` (`make device-check`) only part 1 is run, both programs on the GPU, and without quantised scales: bitsandbytes has
+their nearest codes there, and those of a table on the CPU, as engraft has on either.
 """
 
 import argparse
@@ -37,6 +41,8 @@ FORMS = {
     "int8": {"load_in_8bit": True},
 }
 
+NESTED = {"cpu": (False, True), "cuda": (False,)}
+
 failures = []
 
 
@@ -57,7 +63,7 @@ def engraft(binary, *arguments):
 
 def same(ours, theirs):
     """Equal to the last bit: -0 is not 0."""
-    ours, theirs = ours.contiguous().flatten(), theirs.contiguous().flatten()
+    ours, theirs = ours.contiguous().flatten(), theirs.cpu().contiguous().flatten()
     return ours.dtype == theirs.dtype and torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
 
 
@@ -98,7 +104,7 @@ def int8(ours, name, tensor):
 
 def tensors(arguments, work, seed):
     """Part 1."""
-    cases = [(kind, block, nested) for kind in ("nf4", "fp4") for block in BLOCKS for nested in (False, True)]
+    cases = [(kind, block, nested) for kind in ("nf4", "fp4") for block in BLOCKS for nested in NESTED[arguments.device]]
     compared = 0
     for kind, block, nested in [*cases, ("int8", 64, False)]:
         generator = torch.Generator().manual_seed(seed * 10_000 + block)
@@ -106,10 +112,12 @@ def tensors(arguments, work, seed):
         made = random_tensors(block, generator)
         save_file(made, given)
         how = [] if nested else ["--no-double-quant"]
-        engraft(arguments.engraft, "codes", "--tensors", given, "--type", kind, "--block-size", block, *how, "--out", found)
+        how += ["--device", arguments.device, "--out", found]
+        engraft(arguments.engraft, "codes", "--tensors", given, "--type", kind, "--block-size", block, *how)
         ours = load_file(found)
         wrong = {}
         for name, tensor in made.items():
+            tensor = tensor.to(arguments.device)
             parts = int8(ours, name, tensor) if kind == "int8" else four_bit(ours, name, tensor, kind, block, nested)
             if parts:
                 wrong[name] = parts
@@ -201,17 +209,36 @@ def models(arguments, work, seed):
         check(f"seed {seed}: {form}: the loss of {len(told)} weights in the manifest", len(told) == 14 and off < 1e-3, f"off by {off:.1e}")
 
 
+def eight_bit_floats(arguments, work, seed):
+    """Part 4."""
+    folder, out = work / "fp8", work / "fp8.safetensors"
+    engraft(arguments.engraft, "quantize", "--model", work / "base", "--out", folder, "--type", "fp8", "--dtype", "fp32")
+    stored = load_file(folder / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    linears = {n: m for n, m in model.named_modules() if f"{n}.weight_scale" in stored}
+    ids = torch.randint(0, 512, (40,)).tolist()
+    theirs = logits_of(model, ids)  # whose weights are made whole on the way
+    wrong = [n for n, m in linears.items() if not same(m.weight.data.float(), stored[f"{n}.weight"].float() * stored[f"{n}.weight_scale"])]
+    check(f"seed {seed}: fp8: {len(linears)} weights are compressed-tensors'", len(linears) == 14 and not wrong, ", ".join(wrong))
+    engraft(arguments.engraft, "logits", "--model", folder, "--dtype", "fp32", "--ids", ",".join(map(str, ids)), "--out", out)
+    off = relative(load_file(out)["logits"], theirs)
+    check(f"seed {seed}: fp8: its logits in transformers and compressed-tensors", off < LOGITS, f"{off:.1e}")
+
+
 def main():
     """Runs every check and says which failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engraft", required=True, type=lambda p: pathlib.Path(p).resolve())
     parser.add_argument("--seeds", default="1", help="comma-separated")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where part 1 is made, by both")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     for seed in map(int, arguments.seeds.split(",")):
         with tempfile.TemporaryDirectory(prefix="engraft-quantised-") as work:
             tensors(arguments, pathlib.Path(work), seed)
-            models(arguments, pathlib.Path(work), seed)
+            if arguments.device == "cpu":
+                models(arguments, pathlib.Path(work), seed)
+                eight_bit_floats(arguments, pathlib.Path(work), seed)
     if failures:
         sys.exit(f"{len(failures)} comparisons failed: {'; '.join(failures)}")
     print("parity with bitsandbytes holds")

@@ -2,17 +2,19 @@
 //!
 //! The numbers of a weight, row after row, are cut into blocks; each is divided by its largest magnitude, and what remains becomes the
 //! code of the nearest of sixteen values. With double quantisation those magnitudes, less their mean, are stored in eight bits.
-//! Equal to bitsandbytes 0.50.2 on the CPU bit for bit. (Its CPU kernel for processors with AVX-512 takes the scale of another block
-//! where a row is a multiple of 16 but not of the block; there, this follows the format.)
+//! Equal to bitsandbytes 0.50.2 on the CPU bit for bit, with one thread where there are more than 32767 blocks: with several, torch sums
+//! that many magnitudes in another order there, and their mean may differ in its last bits. (Its CPU kernel for processors with AVX-512
+//! takes the scale of another block where a row is a multiple of 16 but not of the block; there, this follows the format.)
 
 mod kernels;
+mod mean;
 mod scales;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
 pub(super) use tests::assert_same;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::FourBitType;
 use crate::ops::cuda::{self, FourBitScales};
@@ -64,7 +66,21 @@ pub enum Absmax {
 impl FourBit {
     /// Quantises a weight of bf16, fp16 or fp32 numbers in blocks of `block`.
     pub fn of(weight: &Tensor, code: FourBitType, block: i64, double_quant: bool) -> Self {
-        let (codes, absmax) = quantise(weight, code, block);
+        Self::made(weight, quantise(weight, code, block), (code, block, double_quant))
+    }
+
+    /// [`FourBit::of`] in libtorch's own operations, for every device.
+    pub(super) fn of_plainly(weight: &Tensor, code: FourBitType, block: i64, double_quant: bool) -> Self {
+        let flat = weight.contiguous().view([-1]);
+        Self::made(weight, quantise_plainly(&flat, code, block), (code, block, double_quant))
+    }
+
+    fn made(
+        weight: &Tensor,
+        (codes, absmax): (Tensor, Tensor),
+        (code, block, double_quant): (FourBitType, i64, bool),
+    ) -> Self {
+        let codes = codes.view([-1]);
         let absmax = if double_quant { Absmax::nested(&absmax) } else { Absmax::Plain(absmax) };
         Self { code, block, shape: weight.size(), stored: weight.kind(), kind: weight.kind(), codes, absmax }
     }
@@ -121,7 +137,7 @@ impl FourBit {
     }
 
     /// [`FourBit::dequantised`] in libtorch's own operations, for every device.
-    fn dequantised_plainly(&self) -> Tensor {
+    pub(super) fn dequantised_plainly(&self) -> Tensor {
         let codes = self.codes.view([-1]);
         let n: i64 = self.shape.iter().product();
         let halves = Tensor::stack(
@@ -138,10 +154,11 @@ impl FourBit {
 impl Absmax {
     /// Double quantisation of magnitudes (blocks).
     fn nested(absmax: &Tensor) -> Self {
-        let offset = absmax.mean(Kind::Float);
-        let (codes, nested) = scales::quantise(&(absmax - &offset), NESTED_BLOCK);
+        // Summed in one order wherever they are made: another would be another offset, and other numbers all through the weight.
+        let offset = mean::of(elements::<f32>(&absmax.to_device(Device::Cpu)));
+        let (codes, nested) = scales::quantise(&(absmax - f64::from(offset)), NESTED_BLOCK);
         let map = Tensor::from_slice(scales::codes()).to_device(absmax.device());
-        Self::Nested { codes, absmax: nested, offset: offset.double_value(&[]) as f32, map }
+        Self::Nested { codes, absmax: nested, offset, map }
     }
 
     /// The magnitudes (blocks), fp32.

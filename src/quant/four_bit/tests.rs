@@ -96,7 +96,13 @@ fn codes_magnitudes_and_numbers_are_those_of_bitsandbytes() {
             assert_same(&codes, &flat(packed), &what);
             if !nested {
                 assert_same(&absmax, &golden[&format!("{place}.absmax")], &what);
+                return;
             }
+            let whole = FourBit::of(&tensor.to_device(device), code, block, true);
+            let Absmax::Nested { codes, absmax, offset, .. } = &whole.absmax else { unreachable!("asked for") };
+            assert_same(codes, &golden[&format!("{place}.absmax")], &what);
+            assert_same(absmax, &golden[&format!("{place}.nested_absmax")], &what);
+            assert_same(&Tensor::from_slice(&[*offset]), &golden[&format!("{place}.nested_offset")], &what);
         });
         compared += 1;
     }

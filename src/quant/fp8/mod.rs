@@ -51,6 +51,13 @@ impl Fp8 {
         Self { kind: weight.kind(), rounding: Rounding::None, codes, scales, block, multiplied: false }
     }
 
+    /// [`Fp8::of`] in libtorch's own operations, for every device.
+    pub(super) fn of_plainly(weight: &Tensor) -> Self {
+        let (codes, scales) = quantise_plainly(weight);
+        let block = [1, weight.size()[1].max(1)];
+        Self { kind: weight.kind(), rounding: Rounding::None, codes, scales, block, multiplied: false }
+    }
+
     /// Another handle to the same tensors.
     pub(super) fn handle(&self) -> Self {
         Self { codes: self.codes.shallow_clone(), scales: self.scales.shallow_clone(), ..*self }
@@ -66,7 +73,7 @@ impl Fp8 {
     }
 
     /// [`Fp8::dequantised`] in libtorch's own operations, for every device.
-    fn dequantised_plainly(&self) -> Tensor {
+    pub(super) fn dequantised_plainly(&self) -> Tensor {
         let [high, wide] = self.block;
         let &[rows, columns] = &self.codes.size()[..] else { unreachable!("a weight is a matrix") };
         let scales = self.scales.repeat_interleave_self_int(high, 0, None).narrow(0, 0, rows);

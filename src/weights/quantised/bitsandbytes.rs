@@ -231,6 +231,14 @@ impl Parts {
         }
     }
 
+    /// How it lies: the number type that was quantised.
+    pub(in crate::weights) fn layout_of(&self) -> Option<String> {
+        match self {
+            Self::FourBit { stored, .. } => Some(format!("of numbers in {}", quant::name_of(*stored))),
+            Self::Int8 { .. } => None,
+        }
+    }
+
     /// Bytes that are kept beside the codes.
     pub(in crate::weights) fn bytes(&self) -> u64 {
         match self {

@@ -33,7 +33,7 @@ const PACKED: &str = ".weight_packed";
 /// After the name of a module: what belongs to its weight.
 const OTHERS: [&str; 4] = [".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx"];
 /// After the name of a module: what is for servers that quantise inputs, outputs, or the cache.
-const OF_INPUTS: [&str; 8] = [
+const OF_INPUTS: [&str; 10] = [
     ".input_scale",
     ".input_zero_point",
     ".output_scale",
@@ -42,6 +42,8 @@ const OF_INPUTS: [&str; 8] = [
     ".v_scale",
     ".q_scale",
     ".k_zero_point",
+    ".v_zero_point",
+    ".q_zero_point",
 ];
 
 /// Puts codes and what belongs to them together, where `config` says that there are such.

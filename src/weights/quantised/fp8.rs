@@ -268,6 +268,21 @@ impl Scales {
         })
     }
 
+    /// Whether each row of a weight of `shape` has a scale.
+    pub(in crate::weights) fn are_of_rows(&self, shape: &[i64]) -> bool {
+        self.block[0] == 1 && shape.last().is_some_and(|columns| self.block[1] >= *columns)
+    }
+
+    /// How the weight lies, stored as `dtype`: its number type, and rows and columns to a scale.
+    pub(in crate::weights) fn layout_of(&self, dtype: &Dtype, shape: &[i64]) -> String {
+        let of = match (self.block, shape) {
+            _ if self.are_of_rows(shape) => "each row".to_string(),
+            ([high, wide], &[.., rows, columns]) if high >= rows && wide >= columns => "the whole weight".to_string(),
+            ([high, wide], _) => format!("blocks of {high} x {wide}"),
+        };
+        format!("{} with scales in {} to {of}", dtype.name, self.dtype.name)
+    }
+
     /// Bytes of the scales as they are kept.
     pub(in crate::weights) fn bytes(&self) -> u64 {
         4 * self.shape.iter().product::<i64>() as u64

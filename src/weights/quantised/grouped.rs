@@ -70,6 +70,17 @@ impl Parts {
         }
     }
 
+    /// How it lies: bits, columns to a scale, whether there are zeros and an order of columns.
+    pub(in crate::weights) fn layout_of(&self, shape: &[i64]) -> String {
+        let group = match shape.last() {
+            Some(columns) if *columns <= self.group => "with a scale to each row".to_string(),
+            _ => format!("in groups of {}", self.group),
+        };
+        let zeros = if self.zeros.is_some() { ", with zeros" } else { "" };
+        let order = if self.order.is_some() { ", in an order of their own" } else { "" };
+        format!("{} bits {group}{zeros}{order}", self.bits)
+    }
+
     /// Bytes that are kept of a weight of `shape` (out, in), its zeros among them where the file has some: whether all are the middle
     /// of the range shows only when they are read.
     pub(in crate::weights) fn bytes(&self, shape: &[i64]) -> u64 {

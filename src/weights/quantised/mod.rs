@@ -13,12 +13,12 @@ mod scheme;
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
 use self::parts::All;
-use super::{Form, Stored};
+use super::{Form, Stored, json_object};
 use crate::{Error, Fault, Result};
 
 /// What `quant_method` may be.
@@ -64,8 +64,42 @@ fn quantisation(config: &Value) -> Option<(&'static str, &Value)> {
     own.filter(|(_, found)| !found.is_null()).or_else(|| text().filter(|(_, found)| !found.is_null()))
 }
 
+/// What `quant_method` is; before there was one, bitsandbytes alone was asked for by flags, and transformers reads these still.
 fn method(quantisation: &Value) -> Option<&str> {
-    quantisation.get("quant_method").and_then(Value::as_str)
+    let flagged = || ["load_in_4bit", "load_in_8bit"].iter().any(|flag| quantisation.get(*flag) == Some(&true.into()));
+    match quantisation.get("quant_method").filter(|value| !value.is_null()) {
+        Some(method) => method.as_str(),
+        None => flagged().then_some(bitsandbytes::METHOD),
+    }
+}
+
+/// Files beside `config.json` in which tools say what it does not, and the `quant_method` that is theirs: AutoGPTQ's and AutoAWQ's.
+const BESIDE: [(&str, &str); 2] = [("quantize_config.json", gptq::METHOD), ("quant_config.json", awq::METHOD)];
+/// Bytes of such a file, at most.
+const MOST_BESIDE: u64 = 1 << 20;
+
+/// Puts what a file of [`BESIDE`] in `folder` says into a `config` that is silent, where there are codes it must be about; gives the
+/// file's name.
+///
+/// Errors: a file that is no JSON object.
+pub(super) fn said_beside(folder: &Path, config: &mut Value, tensors: &[Stored]) -> Result<Option<&'static str>> {
+    let coded = tensors.iter().any(|tensor| tensor.name.ends_with(".qweight"));
+    if quantisation(config).is_some() || !coded {
+        return Ok(None);
+    }
+    for (name, method) in BESIDE {
+        let path = folder.join(name);
+        if path.symlink_metadata().is_err() {
+            continue;
+        }
+        let (mut said, _) = json_object(&path, MOST_BESIDE)?;
+        if let (Some(fields), Some(config)) = (said.as_object_mut(), config.as_object_mut()) {
+            fields.entry("quant_method").or_insert_with(|| method.into());
+            config.insert("quantization_config".into(), said);
+        }
+        return Ok(Some(name));
+    }
+    Ok(None)
 }
 
 /// A value of `quantization_config` that is not read.

@@ -19,11 +19,15 @@ fn open(folder: &Path) -> crate::Result<Checkpoint> {
 
 #[test]
 fn a_stored_base_is_what_quantising_its_original_gives() {
-    for (name, code, double_quant) in [("qlora-nf4", FourBitType::Nf4, true), ("qlora-fp4", FourBitType::Fp4, false)] {
-        let form = Form::FourBit { code, block: 64, double_quant };
+    let four_bit = |code, double_quant| Form::FourBit { code, block: 64, double_quant };
+    for (name, folder, form, called) in [
+        ("qlora-nf4", "quantised", four_bit(FourBitType::Nf4, true), "NF4"),
+        ("qlora-fp4", "quantised", four_bit(FourBitType::Fp4, false), "FP4"),
+        ("qlora-nf4", "quantised-int8", Form::Int8, "INT8"),
+    ] {
         let scheme =
             Scheme { form, kind: Kind::Float, skip: Vec::new(), products: Products::Dequantised, after_start: false };
-        let (original, stored) = (open(&fixture(name)).unwrap(), open(&fixture(name).join("quantised")).unwrap());
+        let (original, stored) = (open(&fixture(name)).unwrap(), open(&fixture(name).join(folder)).unwrap());
         assert!(
             stored.quantised_form() == Some(form) && stored.notices()[0].contains("by bitsandbytes (14)"),
             "{:?}",
@@ -39,7 +43,7 @@ fn a_stored_base_is_what_quantising_its_original_gives() {
                 assert_eq!(read(&stored), read(&original), "{tensor}");
                 continue;
             };
-            assert_eq!(stored.stored_as(tensor).unwrap().to_lowercase(), code.to_string());
+            assert_eq!(stored.stored_as(tensor), Some(called));
             let expected = scheme.numbers(&read(&original));
             assert_eq!(kept.dequantised(), expected, "{tensor}");
             assert_eq!(read(&stored), expected, "{tensor}");
@@ -47,10 +51,34 @@ fn a_stored_base_is_what_quantising_its_original_gives() {
     }
 }
 
+/// Configs from before there was a `quant_method` say what is loaded by a flag.
+#[test]
+fn a_config_without_a_method_means_bitsandbytes_where_a_flag_says_so() {
+    let from = fixture("qlora-nf4").join("quantised");
+    let with = |change: &dyn Fn(&mut Value)| {
+        let folder = tempfile::tempdir().unwrap();
+        let mut config: Value = serde_json::from_slice(&std::fs::read(from.join("config.json")).unwrap()).unwrap();
+        config["quantization_config"].as_object_mut().unwrap().remove("quant_method").unwrap();
+        change(&mut config["quantization_config"]);
+        std::fs::copy(from.join("model.safetensors"), folder.path().join("model.safetensors")).unwrap();
+        std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+        let checkpoint = open(folder.path()).unwrap();
+        let readable = super::super::prove_readable(&checkpoint.config);
+        (checkpoint.quantised_form().is_some(), readable.map_err(|error| error.to_string()))
+    };
+    assert_eq!(with(&|_| ()), (true, Ok(())));
+    let (found, error) = with(&|said| said["load_in_4bit"] = false.into());
+    assert!(!found && error.unwrap_err().contains("no telling how the base is quantised"));
+}
+
 /// What a copy of the fixture answers, `change` made to its tensors.
 fn answer(change: impl Fn(&mut Vec<(String, Tensor)>)) -> String {
+    answer_of("quantised", change)
+}
+
+fn answer_of(base: &str, change: impl Fn(&mut Vec<(String, Tensor)>)) -> String {
     let folder = tempfile::tempdir().unwrap();
-    let from = fixture("qlora-nf4").join("quantised");
+    let from = fixture("qlora-nf4").join(base);
     std::fs::copy(from.join("config.json"), folder.path().join("config.json")).unwrap();
     let mut tensors = Tensor::read_safetensors(from.join("model.safetensors")).unwrap();
     change(&mut tensors);
@@ -96,6 +124,37 @@ fn what_is_missing_or_of_another_size_is_named() {
     assert!(found.contains("is F32 [192], but U8 of 192 numbers"), "{found}");
     let found = answer(|tensors| *place(tensors, ".quant_map") = place(tensors, ".quant_map").flip([0]));
     assert!(found.contains("holds another code book than that of nf4"), "{found}");
+}
+
+type Change<'a> = &'a dyn Fn(&mut Vec<(String, Tensor)>);
+
+#[test]
+fn eight_bits_without_their_scales_or_with_others_are_named() {
+    const SCALES: &str = "model.layers.0.mlp.up_proj.SCB";
+    let with = |change: Change<'_>| answer_of("quantised-int8", change);
+    assert_eq!(with(&|_| ()), "opens");
+    let found = with(&|tensors| tensors.retain(|(name, _)| name != SCALES));
+    assert!(
+        found.contains(WEIGHT) && found.contains("is stored as I8, but what belongs to it (SCB) is missing"),
+        "{found}"
+    );
+    let found = with(&|tensors| tensors.retain(|(name, _)| name != WEIGHT));
+    assert!(found.contains(SCALES) && found.contains(&format!("belongs to {WEIGHT}, which is missing")), "{found}");
+    let scales = |change: &dyn Fn(&Tensor) -> Tensor| {
+        with(&|tensors| {
+            let (_, scales) = tensors.iter_mut().find(|(name, _)| name == SCALES).expect("a tensor of the fixture");
+            *scales = change(scales);
+        })
+    };
+    let found = scales(&|scales| scales.narrow(0, 0, 191).contiguous());
+    assert!(found.contains("is F32 [191], but") && found.contains("of 192 numbers"), "{found}");
+    let found = scales(&|scales| scales.to_kind(Kind::Int));
+    assert!(found.contains("is I32 [192], but"), "{found}");
+    let found = with(&|tensors| {
+        let (_, codes) = tensors.iter_mut().find(|(name, _)| name == WEIGHT).expect("a tensor of the fixture");
+        *codes = codes.to_kind(Kind::Int);
+    });
+    assert!(found.contains("is I32 [192, 64]; I8 (out, in) expected"), "{found}");
 }
 
 #[test]

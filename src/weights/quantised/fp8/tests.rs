@@ -262,7 +262,7 @@ fn other_quantisations_and_bad_block_sizes_are_refused_with_what_is_supported() 
             json!({"quant_method": "aqlm", "bits": 2}),
             ["quantization_config.quant_method: ", "\"aqlm\"", "supported: bitsandbytes, gptq, awq"],
         ),
-        (json!({"load_in_4bit": true}), ["quant_method", "missing", "compressed-tensors, fp8, mxfp4"]),
+        (json!({"bits": 4}), ["quant_method", "missing", "compressed-tensors, fp8, mxfp4"]),
     ] {
         let error = prove_readable(&json!({"quantization_config": quantisation})).unwrap_err();
         let text = error.to_string();

@@ -40,6 +40,27 @@ fn the_format_is_the_first_unless_the_config_says_another() {
     }
 }
 
+/// AutoGPTQ's and AutoAWQ's own files, where the model's config says nothing.
+#[test]
+fn what_config_json_does_not_say_a_file_beside_it_may() {
+    let open_with = |name: &str, file: &str, said: &Value| {
+        let (tensors, whole) = case(name);
+        let (folder, silent) = open(&tensors, &Value::Null).unwrap();
+        assert_eq!(silent.quantised_form(), None);
+        std::fs::write(folder.path().join(file), said.to_string()).unwrap();
+        let source = crate::recipe::BaseSource::Folder(folder.path().to_path_buf());
+        let checkpoint = crate::weights::Checkpoint::open(&source).map_err(|error| error.to_string())?;
+        assert!(checkpoint.notices()[0].starts_with(file), "{:?}", checkpoint.notices());
+        assert!(checkpoint.tensor("m.x.weight", whole.kind(), Device::Cpu).unwrap().equal(&whole), "{name}");
+        Ok::<_, String>(())
+    };
+    let (gptq, awq) = ("quantize_config.json", "quant_config.json");
+    open_with("gptq.4.32", gptq, &json!({"bits": 4, "group_size": 32, "desc_act": false, "sym": false})).unwrap();
+    open_with("awq.gemm.32", awq, &json!({"w_bit": 4, "q_group_size": 32, "version": "GEMM"})).unwrap();
+    let error = open_with("gptq.4.32", gptq, &json!({"bits": 5, "group_size": 32})).unwrap_err();
+    assert!(error.contains("quantize_config.json: bits: is 5"), "{error}");
+}
+
 #[test]
 fn modules_may_differ_by_name() {
     let (mut tensors, _) = case("gptq.4.32");
