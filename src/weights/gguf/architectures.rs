@@ -1,10 +1,10 @@
-//! The architectures that can be read, one entry each: tensors, and where the fields of `config.json` come from.
+//! The architectures that can be read and written, one entry each: tensors, and where the fields of `config.json` come from.
 //!
 //! Every entry was compared with what llama.cpp's own converter makes of a small model of the family
 //! (`tests/python/gguf_families.py`, `tests/gguf_families.rs`). What a GGUF file does not say is what its converter takes for
 //! granted: sliding windows of Mistral, Qwen and StarCoder 2 are lost on the way, as they are in llama.cpp.
 
-use super::names::{Architecture, Field, Name, Rotary, Rows};
+use super::names::{Architecture, Field, Head, Name, Rotary, Rows};
 use Field::{Has, Number, Optional, Required, RowsOf, Text};
 
 const fn same(gguf: &'static str, checkpoint: &'static str) -> Name {
@@ -131,10 +131,13 @@ const LLAMA: Architecture = Architecture {
         BIASES,
         &[Number("attention_dropout", 0.0), Number("initializer_range", 0.02)],
     ],
+    written_from: &[],
+    head: Head::Either,
+    constant: &[],
 };
 
-/// The architectures that can be read.
-pub(super) const ARCHITECTURES: &[Architecture] = &[
+/// The architectures that can be read and written.
+pub(crate) const ARCHITECTURES: &[Architecture] = &[
     Architecture {
         only_with: Some("blk.0.ffn_gate_inp.weight"),
         class: "MixtralForCausalLM",
@@ -163,12 +166,14 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
         ],
         ..LLAMA
     },
-    LLAMA,
+    // llama.cpp has no Mistral: without its window it is a Llama.
+    Architecture { written_from: &["llama", "mistral", "mobilellm"], ..LLAMA },
     Architecture {
         name: "mistral3",
         only_with: Some("attention.temperature_scale"),
         class: "Ministral3ForCausalLM",
         model_type: "ministral3",
+        written_from: &["ministral3", "mistral3/ministral3"],
         fields: &[SIZES, FEED_FORWARD, RMS, SILU, NO_WINDOW],
         ..LLAMA
     },
@@ -177,6 +182,7 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
         name: "mistral3",
         class: "MistralForCausalLM",
         model_type: "mistral",
+        written_from: &["mistral3/mistral"],
         fields: &[SIZES, FEED_FORWARD, RMS, SILU, NO_WINDOW],
         ..LLAMA
     },
@@ -221,6 +227,7 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
         name: "qwen2moe",
         class: "Qwen2MoeForCausalLM",
         model_type: "qwen2_moe",
+        head: Head::Own,
         tensors: &[
             ENDS,
             PRE_NORMS,
@@ -266,6 +273,7 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
         name: "gemma",
         class: "GemmaForCausalLM",
         model_type: "gemma",
+        head: Head::Embedding,
         tensors: &[ENDS, PRE_NORMS, PROJECTIONS, GATED],
         norms_from_one: true,
         fields: &[SIZES, FEED_FORWARD, RMS, &[Text("hidden_act", "gelu_pytorch_tanh")]],
@@ -275,6 +283,7 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
         name: "gemma2",
         class: "Gemma2ForCausalLM",
         model_type: "gemma2",
+        head: Head::Embedding,
         tensors: &[ENDS, SANDWICH, PROJECTIONS, GATED],
         norms_from_one: true,
         fields: &[
@@ -295,6 +304,7 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
         name: "gemma3",
         class: "Gemma3ForCausalLM",
         model_type: "gemma3_text",
+        written_from: &["gemma3_text", "gemma3/gemma3_text"],
         tensors: &[ENDS, SANDWICH, PROJECTIONS, HEAD_NORMS, GATED],
         norms_from_one: true,
         fields: &[
@@ -340,6 +350,7 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
         name: "phi2",
         class: "PhiForCausalLM",
         model_type: "phi",
+        head: Head::Own,
         tensors: &[&[
             same("token_embd", "model.embed_tokens"),
             same("output_norm", "model.final_layernorm"),
@@ -389,6 +400,7 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
         only_with: Some("attention.sliding_window"),
         class: "Olmo3ForCausalLM",
         model_type: "olmo3",
+        head: Head::Own,
         tensors: OLMO,
         fields: &[
             SIZES,
@@ -403,6 +415,7 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
         name: "olmo2",
         class: "Olmo2ForCausalLM",
         model_type: "olmo2",
+        head: Head::Own,
         tensors: OLMO,
         fields: &[SIZES, FEED_FORWARD, RMS, SILU, &[Has("attention_bias", ".self_attn.q_proj.bias")]],
         ..LLAMA
@@ -411,6 +424,8 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
         name: "command-r",
         class: "CohereForCausalLM",
         model_type: "cohere",
+        constant: &[("rope.scaling.type", "none")],
+        head: Head::Embedding,
         tensors: &[
             ENDS,
             &[same("blk.{}.attn_norm", "model.layers.{}.input_layernorm")],
@@ -435,6 +450,8 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
         name: "cohere2",
         class: "Cohere2ForCausalLM",
         model_type: "cohere2",
+        constant: &[("rope.scaling.type", "none")],
+        head: Head::Embedding,
         tensors: &[ENDS, &[same("blk.{}.attn_norm", "model.layers.{}.input_layernorm")], PROJECTIONS, GATED],
         fields: &[
             SIZES,
@@ -473,6 +490,7 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
         name: "stablelm",
         class: "StableLmForCausalLM",
         model_type: "stablelm",
+        head: Head::Own,
         tensors: &[ENDS, PRE_NORMS, PROJECTIONS, GATED],
         fields: &[
             SIZES,
@@ -491,6 +509,7 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
         name: "gptneox",
         class: "GPTNeoXForCausalLM",
         model_type: "gpt_neox",
+        head: Head::Own,
         tensors: &[&[
             same("token_embd", "gpt_neox.embed_in"),
             same("output_norm", "gpt_neox.final_layer_norm"),
@@ -521,6 +540,7 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
         only_with: Some("blk.0.attn_norm_2.weight"),
         class: "FalconForCausalLM",
         model_type: "falcon",
+        constant: &[("tensor_data_layout", "jploski")],
         tensors: &[&[
             same("token_embd", "transformer.word_embeddings"),
             same("output_norm", "transformer.ln_f"),
@@ -539,6 +559,7 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
         name: "falcon",
         class: "FalconForCausalLM",
         model_type: "falcon",
+        constant: &[("tensor_data_layout", "jploski")],
         tensors: &[&[
             same("token_embd", "transformer.word_embeddings"),
             same("output_norm", "transformer.ln_f"),

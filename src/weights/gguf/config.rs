@@ -8,7 +8,7 @@ use std::path::Path;
 use serde_json::{Map, Value as Json, json};
 use tch::Kind;
 
-use super::header::{Entry, shortest};
+use super::header::{Entry, Value, shortest};
 use super::names::{Architecture, Field, Heads, Rotary};
 use super::{Conversion, Form, Metadata, Quantisation, Stored, read_blocks};
 use crate::weights::storage::{self, Source};
@@ -69,6 +69,11 @@ pub(super) fn make(
     for field in architecture.fields.iter().copied().flatten() {
         let (name, value) = field_value(field, architecture, metadata, heads, tensors)?;
         config.insert(name.into(), value);
+    }
+    // Where a family has its own pattern of blocks that slide, a file may have another.
+    if let Some(Value::Bools(slides)) = metadata.values.get(&key("attention.sliding_window_pattern")) {
+        let kind = |slides: &bool| if *slides { "sliding_attention" } else { "full_attention" };
+        config.insert("layer_types".into(), slides.iter().map(kind).collect());
     }
     if architecture.rotary != Rotary::None {
         let head_size = head_size(architecture, metadata, heads)?;

@@ -1,21 +1,33 @@
 //! GGUF: one file (or its parts) with weights, config and tokenizer, shown as a transformers checkpoint.
 
+mod adapter;
 mod architectures;
 mod config;
+mod encode;
 mod header;
 mod names;
+mod quantise;
 mod quants;
 mod read;
+mod shown;
+mod splittings;
 mod tokenizer;
+mod writer;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
+pub(crate) use adapter::AdapterFile;
 use architectures::ARCHITECTURES;
-use header::Value;
-use names::{Architecture, Rows};
-pub(super) use quants::Quantisation;
+use header::{Entry, Value};
+pub(crate) use names::{Architecture, Field, Head, Heads, Rotary, Rows};
+pub(crate) use quantise::quantise;
+pub(crate) use quants::Quantisation;
 pub(super) use read::read_blocks;
+pub(crate) use shown::shown;
+pub(crate) use splittings::{SpelledOut, known as known_splittings, splitting};
+pub(crate) use tokenizer::kind;
+pub(crate) use writer::{Described, Pairs, Value as Written, write};
 
 use super::storage::Dtype;
 use super::{Form, Parts, Stored, file};
@@ -23,7 +35,7 @@ use crate::{Error, Fault, Result};
 
 /// What llama.cpp's converter did to a tensor, to be undone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Conversion {
+pub(crate) enum Conversion {
     /// Nothing.
     Same,
     /// 1 was added to each number.
@@ -101,7 +113,6 @@ pub(super) fn open(path: &Path) -> Result<Parts> {
     let mut factors = HashMap::new();
     for (file, header) in headers.into_iter().enumerate() {
         for entry in header.tensors {
-            let fault = |what: String| Fault::new(format_args!("{}: {}", files[file].display(), entry.name), what);
             if config::FACTORS.contains(&entry.name.as_str()) {
                 let read = config::read_factors(&files[file], &opened[file], &entry)?;
                 factors.insert(entry.name.clone(), read);
@@ -109,42 +120,7 @@ pub(super) fn open(path: &Path) -> Result<Parts> {
             if architecture.is_derived(&entry.name) {
                 continue;
             }
-            let Some((name, rows)) = architecture.to_checkpoint(&entry.name) else {
-                let what = format!("no tensor of this name is known for the architecture {}", architecture.name);
-                return Err(Error::Model(fault(what).hint("use the model's safetensors")));
-            };
-            let count = entry.shape.first().copied().unwrap_or(0);
-            let norm = architecture.norms_from_one && entry.name.ends_with("_norm.weight");
-            let order = if norm { Some(Conversion::FromOne) } else { rows.order(count, heads) };
-            let Some(order) = order else {
-                let what = format!("its {count} rows are not whole heads ({} query, {} key)", heads.query, heads.key);
-                return Err(Error::Model(fault(what)));
-            };
-            let plain = if order == Conversion::Same { Dtype::named(entry.quantisation.name) } else { None };
-            let form = plain.map_or(Form::Blocks(entry.quantisation, order), Form::Plain);
-            if name.contains('*') && entry.shape.len() != 3 {
-                return Err(Error::Model(fault(format!("is {:?}; (experts, out, in) expected", entry.shape))));
-            }
-            let Entry { name: stored_name, mut shape, offset, .. } = entry;
-            if rows == Rows::One && shape.len() == 1 {
-                shape.insert(0, 1);
-            }
-            let Some((before, after)) = name.split_once('*') else {
-                tensors.push(Stored { name, stored_name, shape, file, offset, form, spare: false });
-                continue;
-            };
-            let &[experts, out, columns] = shape.as_slice() else { unreachable!("checked above") };
-            // Rows are whole blocks, so experts are.
-            let bytes = (out * columns) as u64 / entry.quantisation.values as u64 * entry.quantisation.bytes as u64;
-            tensors.extend((0..experts).map(|number| Stored {
-                name: format!("{before}{number}{after}"),
-                stored_name: stored_name.clone(),
-                shape: vec![out, columns],
-                file,
-                offset: offset + number as u64 * bytes,
-                form: plain.map_or(Form::Blocks(entry.quantisation, order), Form::Plain),
-                spare: false,
-            }));
+            tensors.extend(stored(architecture, heads, &files[file], file, entry)?);
         }
     }
     let config = config::make(architecture, &metadata, heads, &tensors, &factors)?;
@@ -160,7 +136,47 @@ pub(super) fn open(path: &Path) -> Result<Parts> {
     Ok(Parts { config, sidecars, files, opened, tensors, notices })
 }
 
-use header::Entry;
+/// A GGUF tensor as the checkpoint has it: one, or one of each expert.
+fn stored(architecture: &Architecture, heads: Heads, path: &Path, file: usize, entry: Entry) -> Result<Vec<Stored>> {
+    let fault = |what: String| Fault::new(format_args!("{}: {}", path.display(), entry.name), what);
+    let Some((name, rows)) = architecture.to_checkpoint(&entry.name) else {
+        let what = format!("no tensor of this name is known for the architecture {}", architecture.name);
+        return Err(Error::Model(fault(what).hint("use the model's safetensors")));
+    };
+    let count = entry.shape.first().copied().unwrap_or(0);
+    let norm = architecture.norms_from_one && entry.name.ends_with("_norm.weight");
+    let order = if norm { Some(Conversion::FromOne) } else { rows.order(count, heads) };
+    let Some(order) = order else {
+        let what = format!("its {count} rows are not whole heads ({} query, {} key)", heads.query, heads.key);
+        return Err(Error::Model(fault(what)));
+    };
+    let plain = if order == Conversion::Same { Dtype::named(entry.quantisation.name) } else { None };
+    let form = || plain.map_or(Form::Blocks(entry.quantisation, order), Form::Plain);
+    if name.contains('*') && entry.shape.len() != 3 {
+        return Err(Error::Model(fault(format!("is {:?}; (experts, out, in) expected", entry.shape))));
+    }
+    let mut shape = entry.shape.clone();
+    if rows == Rows::One && shape.len() == 1 {
+        shape.insert(0, 1);
+    }
+    let tensor = |name: String, shape: Vec<i64>, offset: u64| Stored {
+        name,
+        stored_name: entry.name.clone(),
+        shape,
+        file,
+        offset,
+        form: form(),
+        spare: false,
+    };
+    let Some((before, after)) = name.split_once('*') else { return Ok(vec![tensor(name, shape, entry.offset)]) };
+    let &[experts, out, columns] = shape.as_slice() else { unreachable!("checked above") };
+    // Rows are whole blocks, so experts are.
+    let bytes = (out * columns) as u64 / entry.quantisation.values as u64 * entry.quantisation.bytes as u64;
+    let expert = |number: i64| {
+        tensor(format!("{before}{number}{after}"), vec![out, columns], entry.offset + number as u64 * bytes)
+    };
+    Ok((0..experts).map(expert).collect())
+}
 
 /// All files of a model split as `name-00001-of-00003.gguf`, or the one file.
 fn parts(path: &Path) -> Result<Vec<PathBuf>> {

@@ -6,7 +6,7 @@ use super::architectures::ARCHITECTURES;
 
 /// An architecture as GGUF files name it (`general.architecture`).
 #[derive(Debug)]
-pub(super) struct Architecture {
+pub(crate) struct Architecture {
     /// Its GGUF name.
     pub name: &'static str,
     /// The tensor or setting that a file must have to be this one, where others have the same name.
@@ -25,11 +25,29 @@ pub(super) struct Architecture {
     pub rotary: Rotary,
     /// The fields of the config that are this architecture's own.
     pub fields: &'static [&'static [Field]],
+    /// The configs that are written as this architecture, by their `model_type`, and after a slash that of the text model they hold;
+    /// its own where none is named.
+    pub written_from: &'static [&'static str],
+    /// Where llama.cpp looks for the head's weight.
+    pub head: Head,
+    /// Settings that are the same in every file that is written.
+    pub constant: &'static [(&'static str, &'static str)],
+}
+
+/// Where llama.cpp looks for the head's weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Head {
+    /// In a tensor of its own if there is one, else in the embedding.
+    Either,
+    /// In a tensor of its own, which must be there.
+    Own,
+    /// In the embedding; a tensor of its own is refused.
+    Embedding,
 }
 
 /// One row of the table.
 #[derive(Debug)]
-pub(super) struct Name {
+pub(crate) struct Name {
     /// llama.cpp's.
     pub gguf: &'static str,
     /// transformers'; `*` stands for the number of an expert, where llama.cpp has all of them in one tensor (E, out, in).
@@ -40,7 +58,7 @@ pub(super) struct Name {
 
 /// How a converter orders a tensor's rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Rows {
+pub(crate) enum Rows {
     /// As they are.
     Same,
     /// The rotary pairs of each query head made adjacent.
@@ -55,7 +73,7 @@ pub(super) enum Rows {
 
 /// How much of each head rotates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Rotary {
+pub(crate) enum Rotary {
     /// Nothing: positions enter otherwise.
     None,
     /// All of it.
@@ -66,7 +84,7 @@ pub(super) enum Rotary {
 
 /// Where a field of `config.json` comes from.
 #[derive(Debug)]
-pub(super) enum Field {
+pub(crate) enum Field {
     /// A positive number of the metadata, by its key after the architecture's name, which must be there.
     Required(&'static str, &'static str),
     /// The same; null where it is not there or 0.
@@ -101,7 +119,7 @@ pub(super) enum Field {
 
 /// The sizes of attention.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Heads {
+pub(crate) struct Heads {
     pub query: i64,
     pub key: i64,
 }
@@ -117,6 +135,60 @@ impl Architecture {
         let (name, suffix) = split(gguf)?;
         let mut rows = self.tensors.iter().copied().flatten();
         rows.find_map(|row| Some((translate(row.gguf, row.checkpoint, name)? + suffix, row.rows)))
+    }
+
+    /// The architecture that a config is written as: by its `model_type` and that of the text model it holds, if any; `has` says whether
+    /// there is a tensor of that checkpoint name.
+    pub fn written(
+        model_type: &str,
+        text: Option<Option<&str>>,
+        has: impl Fn(&str) -> bool,
+    ) -> Option<&'static Architecture> {
+        let named = |entry: &str| match (entry.split_once('/'), text) {
+            (None, None) => entry == model_type,
+            (Some((outer, inner)), Some(text)) => outer == model_type && text.is_none_or(|text| text == inner),
+            _ => false,
+        };
+        ARCHITECTURES.iter().find(|architecture| {
+            let known = match architecture.written_from {
+                [] => named(architecture.model_type),
+                others => others.iter().any(|entry| named(entry)),
+            };
+            // Settings are told by the type; only a tensor tells two forms of one type apart.
+            let tensor = architecture.only_with.and_then(|gguf| architecture.to_checkpoint(gguf));
+            known && tensor.is_none_or(|(name, _)| has(&name) || has(&name.replace('*', "0")))
+        })
+    }
+
+    /// The configs that are written, by `model_type`.
+    pub fn all_written() -> Vec<&'static str> {
+        let each = |architecture: &'static Architecture| match architecture.written_from {
+            [] => vec![architecture.model_type],
+            others => others.iter().map(|entry| entry.split('/').next().unwrap_or(entry)).collect(),
+        };
+        let mut names: Vec<_> = ARCHITECTURES.iter().flat_map(each).collect();
+        names.sort_unstable();
+        names.dedup();
+        names
+    }
+
+    /// The GGUF name and row order of a tensor of the checkpoint, and which expert's part of the GGUF tensor it is; `None` when the
+    /// table has none.
+    pub fn to_gguf(&self, checkpoint: &str) -> Option<(String, Rows, Option<usize>)> {
+        let (name, suffix) = split(checkpoint)?;
+        self.tensors.iter().copied().flatten().find_map(|row| {
+            let (gguf, expert) = match row.checkpoint.split_once('*') {
+                None => (translate(row.checkpoint, row.gguf, name)?, None),
+                Some((before, after)) => {
+                    let numbered = name.strip_suffix(after)?;
+                    let at = numbered.rfind('.')? + 1;
+                    let number: usize =
+                        numbered[at..].parse().ok().filter(|n: &usize| n.to_string() == numbered[at..])?;
+                    (translate(before, row.gguf, &numbered[..at])?, Some(number))
+                }
+            };
+            Some((gguf + suffix, row.rows, expert))
+        })
     }
 
     /// Whether experts are among its tensors.
@@ -185,6 +257,9 @@ mod tests {
                     let (checkpoint, rows) = architecture.to_checkpoint(&gguf).unwrap();
                     assert_eq!(checkpoint, row.checkpoint.replace("{}", "17") + suffix);
                     assert_eq!(rows, row.rows);
+                    // And back.
+                    let expert = row.checkpoint.contains('*').then_some(5);
+                    assert_eq!(architecture.to_gguf(&checkpoint.replace('*', "5")), Some((gguf, rows, expert)));
                 }
             }
         }
@@ -196,6 +271,11 @@ mod tests {
             assert_eq!(llama.to_checkpoint(unknown), None, "{unknown}");
         }
         assert!(llama.is_derived("rope_freqs.weight") && !llama.is_derived("output.weight"));
+        for unknown in
+            ["model.layers.x.mlp.up_proj.weight", "model.layers.0.mlp.up_proj", "lm_head.scale", "norm.weight"]
+        {
+            assert_eq!(llama.to_gguf(unknown), None, "{unknown}");
+        }
     }
 
     #[test]
@@ -216,5 +296,15 @@ mod tests {
         let named = |name, has: &str| Architecture::named(name, |one| one == has).unwrap().model_type;
         assert_eq!((named("olmo2", ""), named("olmo2", "attention.sliding_window")), ("olmo2", "olmo3"));
         assert_eq!((named("llama", ""), named("llama", "blk.0.ffn_gate_inp.weight")), ("llama", "mixtral"));
+        let written = |config, text, has: &str| {
+            Architecture::written(config, text, |one| one == has).map(|found| (found.name, found.model_type))
+        };
+        assert_eq!(written("mistral", None, ""), Some(("llama", "llama")));
+        assert_eq!(written("mistral3", Some(Some("mistral")), ""), Some(("mistral3", "mistral")));
+        assert_eq!(written("mistral3", Some(Some("ministral3")), ""), Some(("mistral3", "ministral3")));
+        assert_eq!(written("gemma3", Some(None), ""), Some(("gemma3", "gemma3_text")));
+        let grouped = written("falcon", None, "transformer.h.0.ln_attn.weight").unwrap();
+        assert_eq!((grouped.0, written("falcon", None, "").unwrap().0), ("falcon", "falcon"));
+        assert_eq!(written("gpt_oss", None, ""), None);
     }
 }

@@ -6,6 +6,7 @@
 use half::{bf16, f16};
 use tch::Kind;
 
+use super::encode::{self, Quantise};
 use crate::weights::storage::Dtype;
 
 /// Turns whole blocks into their numbers.
@@ -24,24 +25,28 @@ pub(crate) struct Quantisation {
     pub bytes: usize,
     /// The way to its numbers; `None` for formats that are known but not supported.
     pub dequantise: Option<Dequantise>,
+    /// The way from numbers; `None` for formats that are not written.
+    pub quantise: Option<Quantise>,
+    /// Where a block has its half-precision scales, which large numbers make infinite.
+    pub scales: &'static [usize],
 }
 
 impl Quantisation {
     /// Every format of ggml (2026), so that an unsupported one can be named.
     pub const ALL: &'static [Quantisation] = &[
-        Self::new(0, "F32", 1, 4, Some(f32s)),
-        Self::new(1, "F16", 1, 2, Some(f16s)),
-        Self::new(2, "Q4_0", 32, 18, Some(q4_0)),
-        Self::new(3, "Q4_1", 32, 20, Some(q4_1)),
-        Self::new(6, "Q5_0", 32, 22, Some(q5_0)),
-        Self::new(7, "Q5_1", 32, 24, Some(q5_1)),
-        Self::new(8, "Q8_0", 32, 34, Some(q8_0)),
+        Self::new(0, "F32", 1, 4, Some(f32s)).made_by(encode::f32s, &[]),
+        Self::new(1, "F16", 1, 2, Some(f16s)).made_by(encode::f16s, &[]),
+        Self::new(2, "Q4_0", 32, 18, Some(q4_0)).made_by(encode::q4_0, &[0]),
+        Self::new(3, "Q4_1", 32, 20, Some(q4_1)).made_by(encode::q4_1, &[0, 2]),
+        Self::new(6, "Q5_0", 32, 22, Some(q5_0)).made_by(encode::q5_0, &[0]),
+        Self::new(7, "Q5_1", 32, 24, Some(q5_1)).made_by(encode::q5_1, &[0, 2]),
+        Self::new(8, "Q8_0", 32, 34, Some(q8_0)).made_by(encode::q8_0, &[0]),
         Self::new(9, "Q8_1", 32, 36, None),
         Self::new(10, "Q2_K", 256, 84, Some(q2_k)),
         Self::new(11, "Q3_K", 256, 110, Some(q3_k)),
-        Self::new(12, "Q4_K", 256, 144, Some(q4_k)),
-        Self::new(13, "Q5_K", 256, 176, Some(q5_k)),
-        Self::new(14, "Q6_K", 256, 210, Some(q6_k)),
+        Self::new(12, "Q4_K", 256, 144, Some(q4_k)).made_by(encode::q4_k, &[0, 2]),
+        Self::new(13, "Q5_K", 256, 176, Some(q5_k)).made_by(encode::q5_k, &[0, 2]),
+        Self::new(14, "Q6_K", 256, 210, Some(q6_k)).made_by(encode::q6_k, &[208]),
         Self::new(15, "Q8_K", 256, 292, None),
         Self::new(16, "IQ2_XXS", 256, 66, None),
         Self::new(17, "IQ2_XS", 256, 74, None),
@@ -57,7 +62,7 @@ impl Quantisation {
         Self::new(27, "I64", 1, 8, None),
         Self::new(28, "F64", 1, 8, None),
         Self::new(29, "IQ1_M", 256, 56, None),
-        Self::new(30, "BF16", 1, 2, Some(bf16s)),
+        Self::new(30, "BF16", 1, 2, Some(bf16s)).made_by(encode::bf16s, &[]),
         Self::new(34, "TQ1_0", 256, 54, None),
         Self::new(35, "TQ2_0", 256, 66, None),
         Self::new(39, "MXFP4", 32, 17, None),
@@ -66,7 +71,16 @@ impl Quantisation {
     ];
 
     const fn new(id: u32, name: &'static str, values: usize, bytes: usize, dequantise: Option<Dequantise>) -> Self {
-        Self { id, name, values, bytes, dequantise }
+        Self { id, name, values, bytes, dequantise, quantise: None, scales: &[] }
+    }
+
+    const fn made_by(self, quantise: Quantise, scales: &'static [usize]) -> Self {
+        Self { quantise: Some(quantise), scales, ..self }
+    }
+
+    /// The format of this name, which must be one.
+    pub fn called(name: &str) -> &'static Quantisation {
+        Self::ALL.iter().find(|quantisation| quantisation.name == name).expect("a name of the table")
     }
 
     /// The format a file names.
@@ -76,7 +90,7 @@ impl Quantisation {
 
     /// The format to read plain floating-point numbers as when they are to become another floating-point type: reading and
     /// rounding is then one pass, without a second copy of the tensor.
-    pub fn converting(dtype: &Dtype, kind: Kind) -> Option<&'static Quantisation> {
+    pub(in crate::weights) fn converting(dtype: &Dtype, kind: Kind) -> Option<&'static Quantisation> {
         let floats = [Kind::Float, Kind::Half, Kind::BFloat16];
         let converts =
             dtype.kind != Some(kind) && floats.contains(&kind) && floats.iter().any(|k| dtype.kind == Some(*k));

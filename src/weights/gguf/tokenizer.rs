@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use serde_json::{Map, Value as Json, json};
 
 use super::header::Value;
+use super::splittings::{SPLITTINGS, Step};
 use super::{Metadata, Sidecars, pretty};
 use crate::{Error, Result};
 
@@ -17,7 +18,7 @@ use crate::{Error, Result};
 const LONGEST_TOKEN: usize = 1024;
 
 /// Kinds of tokens (`tokenizer.ggml.token_type`).
-mod kind {
+pub(crate) mod kind {
     pub const NORMAL: i64 = 1;
     pub const UNKNOWN: i64 = 2;
     pub const CONTROL: i64 = 3;
@@ -25,74 +26,6 @@ mod kind {
     pub const UNUSED: i64 = 5;
     pub const BYTE: i64 = 6;
 }
-
-/// How a byte-level tokenizer cuts text into words before merging.
-struct Splitting {
-    /// The names GGUF files give it (`tokenizer.ggml.pre`).
-    names: &'static [&'static str],
-    /// The cuts, one after the other; the byte-level step comes last by itself.
-    steps: &'static [Step],
-    /// Whether a word that is a token is taken whole, whatever the merges say.
-    ignore_merges: bool,
-    /// Whether BOS is added when the metadata does not say.
-    add_bos: bool,
-    /// Whether text is normalised to NFC first.
-    nfc: bool,
-}
-
-enum Step {
-    /// Every digit by itself.
-    Digits,
-    /// GPT-2's expression, built into the byte-level step.
-    Gpt2,
-    /// A regular expression whose matches are words.
-    Split(&'static str),
-}
-
-const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const QWEN2: &str =
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-
-const PLAIN: Splitting = Splitting { names: &[], steps: &[], ignore_merges: false, add_bos: false, nfc: false };
-
-/// Sources: the models' own `tokenizer.json` files, and `llama-vocab.cpp` of llama.cpp for which name means which.
-const SPLITTINGS: &[Splitting] = &[
-    Splitting {
-        names: &["gpt-2", "mpt", "olmo", "phi-2", "jais", "trillion", "roberta-bpe", "exaone4"],
-        steps: &[Step::Gpt2],
-        ..PLAIN
-    },
-    Splitting {
-        names: &["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"],
-        steps: &[Step::Digits, Step::Gpt2],
-        ..PLAIN
-    },
-    Splitting {
-        names: &["llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"],
-        steps: &[Step::Split(LLAMA3)],
-        ignore_merges: true,
-        add_bos: true,
-        ..PLAIN
-    },
-    Splitting { names: &["dbrx", "smaug-bpe", "glm4", "chatglm-bpe"], steps: &[Step::Split(LLAMA3)], ..PLAIN },
-    Splitting { names: &["stablelm2", "hunyuan"], steps: &[Step::Split(QWEN2)], ..PLAIN },
-    Splitting { names: &["qwen2", "deepseek-r1-qwen"], steps: &[Step::Split(QWEN2)], nfc: true, ..PLAIN },
-    Splitting { names: &["tekken"], steps: &[Step::Split(TEKKEN)], ignore_merges: true, add_bos: true, ..PLAIN },
-    Splitting { names: &["gpt-4o", "llama4"], steps: &[Step::Split(GPT4O)], ..PLAIN },
-    Splitting {
-        names: &["deepseek-coder"],
-        steps: &[
-            Step::Split(r"[\r\n]"),
-            Step::Split(r"\s?\p{L}+"),
-            Step::Split(r"\s?\p{P}+"),
-            Step::Split(r"[一-龥ࠀ-一가-퟿]+"),
-            Step::Digits,
-        ],
-        ..PLAIN
-    },
-];
 
 /// The vocabulary as the metadata holds it.
 struct Vocabulary<'a> {
@@ -278,12 +211,14 @@ fn byte_level(
         steps.push(match step {
             Step::Digits => json!({"type": "Digits", "individual_digits": true}),
             Step::Gpt2 => byte_level(true),
+            Step::DigitRuns => json!({"type": "Digits", "individual_digits": false}),
+            Step::Punctuation => json!({"type": "Punctuation", "behavior": "Contiguous"}),
             Step::Split(regex) => {
                 json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false})
             }
         });
     }
-    if !matches!(splitting.steps.last(), Some(Step::Gpt2)) {
+    if !splitting.steps.contains(&Step::Gpt2) {
         steps.push(byte_level(false));
     }
     let adds_bos = special.add_bos.unwrap_or(splitting.add_bos) && special.role("bos_token").is_some();
