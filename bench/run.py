@@ -371,20 +371,28 @@ def quantised_base(arguments, name, say):
     return cells
 
 
+# Bytes of a number's code; in nf4 with the scales of blocks of 64 in eight bits, and theirs in fp32. A row's scale is next to nothing.
+FORMS = {"nf4": 0.5 + (1 + 4 / 256) / 64, "int8": 1, "fp8": 1}
+
+
 def codes(arguments):
     """The best rates of quantising and making whole, and of a copy, in bytes read and written a second."""
     with tempfile.TemporaryDirectory(prefix="engraft-bench-") as folder:
         measured = {"bitsandbytes": [cell(arguments, "codes", folder=folder)]}
-        if arguments.engraft:
-            command = [arguments.engraft, "codes", "--tensors", pathlib.Path(folder) / "weight.safetensors"]
+        for form in FORMS if arguments.engraft else []:
+            command = [arguments.engraft, "codes", "--tensors", pathlib.Path(folder) / "weight.safetensors", "--type", form]
             command += ["--repeat", arguments.repeat, "--threads", arguments.threads]
-            measured["engraft"] = [json.loads(child(list(map(str, command)))[0]) for _ in range(2)]
-            measured["bitsandbytes"].append(cell(arguments, "codes", folder=folder))
-    # A weight in bf16, its codes, and the scales of blocks of 64 in eight bits with theirs in fp32.
-    moved = {"copy": 2 + 2, "quantise": 2 + 0.5 + (1 + 4 / 256) / 64}
-    moved["dequantise"] = moved["quantise"]
-    rate = lambda runs, what: moved[what] * runs[0]["numbers"] / min(s for run in runs for s in run[what])  # noqa: E731
-    return {kind: {what: rate(runs, what) for what in moved} for kind, runs in measured.items()}
+            name = "engraft" if form == "nf4" else f"engraft, {form}"
+            measured[name] = [json.loads(child(list(map(str, command)))[0]) for _ in range(2)]
+            if form == "nf4":
+                measured["bitsandbytes"].append(cell(arguments, "codes", folder=folder))
+
+    def rates(kind, runs):
+        codes = FORMS[kind.partition(", ")[2] or "nf4"]
+        seconds = {what: min(s for run in runs for s in run[what]) for what in runs[0] if what != "numbers"}
+        return {what: (4 if what == "copy" else 2 + codes) * runs[0]["numbers"] / took for what, took in seconds.items()}
+
+    return {kind: rates(kind, runs) for kind, runs in measured.items()}
 
 
 def per_step(counts):
@@ -493,10 +501,12 @@ def table_of_quantised(measured, warmup):
 
 def table_of_codes(rates):
     """The speed of quantising and of making whole as Markdown."""
-    lines = ["| nf4, quantised scales, bf16 | quantise, GB/s | make whole, GB/s | copy, GB/s | make whole against copy |", "|---|---|---|---|---|"]
+    heads = ["quantise, GB/s", "make whole, GB/s", "copy, GB/s", "make whole against copy", "against libtorch's operations"]
+    lines = [f"| nf4, quantised scales, bf16 | {' | '.join(heads)} |", "|---" * 6 + "|"]
     for kind, of in rates.items():
         numbers = " | ".join(f"{of[what] / 1e9:.2f}" for what in ("quantise", "dequantise", "copy"))
-        lines.append(f"| {kind} | {numbers} | {100 * of['dequantise'] / of['copy']:.0f}% |")
+        twin = " and ".join(f"{of[what] / of[f'plain_{what}']:.1f}x" for what in ("quantise", "dequantise") if f"plain_{what}" in of)
+        lines.append(f"| {kind} | {numbers} | {100 * of['dequantise'] / of['copy']:.0f}% | {twin} |")
     return "\n".join(lines)
 
 

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::recipe::{DeviceChoice, Dtype, QuantizationType, Save};
+use crate::adapter::combine::{MajoritySign, Method};
+use crate::recipe::{DeviceChoice, Dtype, QuantizationType, Save, Target};
 use crate::train::Card;
 
 /// Graft low-rank adapters onto open language models: one recipe, one executable, exact results.
@@ -32,8 +33,16 @@ pub enum Command {
     Generate(Generate),
     /// Fold an adapter into its base and write the whole model
     Merge(Merge),
-    /// Write the outputs of a run's last saved state, without training on
+    /// Write what a server loads: an adapter by its rules, or the whole model; or the outputs of a stopped run
     Export(Export),
+    /// Make one adapter of several of the same base, with weights
+    Combine(Combine),
+    /// Take the adapter of a given rank that comes nearest to a fine-tuned model
+    Extract(Extract),
+    /// Compare two adapters or models, tensor by tensor
+    Diff(Diff),
+    /// Check that a run's files are unchanged, or that an export or a server gives the trained answers
+    Verify(Verify),
     /// Write a base in four or eight bits, as transformers and bitsandbytes load it
     Quantize(Quantize),
     /// Show a model, an adapter, a dataset or a run in one screen
@@ -80,6 +89,9 @@ pub struct Train {
     /// Start also where the memory plan takes more than is free
     #[arg(long)]
     pub ignore_memory_plan: bool,
+    /// Sign manifest.json with this private key (Ed25519, PKCS#8 in PEM)
+    #[arg(long, value_name = "KEY")]
+    pub sign: Option<PathBuf>,
     /// Print events as JSON, one object per line, instead of progress
     #[arg(long, conflicts_with = "quiet")]
     pub json: bool,
@@ -225,9 +237,13 @@ pub struct Merge {
     /// Number type to write [default: the base's own]
     #[arg(long, value_name = "DTYPE")]
     pub dtype: Option<Dtype>,
-    /// For an adapter that was trained on a quantised base: the numbers to fold it into
-    #[arg(long, value_name = "NUMBERS", default_value = "dequantized")]
-    pub onto: Onto,
+    /// For an adapter that was trained on a quantised base: the numbers to fold it into [default: dequantized]
+    #[arg(long, value_name = "NUMBERS")]
+    pub onto: Option<Onto>,
+    /// How the base was quantised in training, for an adapter that does not say so (PEFT's do not): nf4, or keys of the recipe's
+    /// `quantization`, as in '{type: nf4, double_quant: false}'
+    #[arg(long, value_name = "TYPE|KEYS")]
+    pub trained_on: Option<String>,
     /// Quantise the merged model, as transformers and bitsandbytes load it
     #[arg(long, value_name = "TYPE")]
     pub quantize: Option<QuantizationType>,
@@ -237,7 +253,7 @@ pub struct Merge {
     /// Ask these prompts: a text file, one to a line [default: a few of many kinds]
     #[arg(long, value_name = "FILE", conflicts_with = "no_probe")]
     pub probe: Option<PathBuf>,
-    /// Do not ask: the only part of merging that needs the whole model in memory, in fp32
+    /// Do not ask: the only part of merging that needs the whole model in memory
     #[arg(long)]
     pub no_probe: bool,
     /// Print the model's manifest.json
@@ -285,18 +301,180 @@ impl Default for Quantizing {
 
 /// `engraft export`
 #[derive(Debug, Clone, PartialEq, Args)]
-#[command(after_help = "Example: what a stopped run has learned so far
-  engraft export recipe.yaml --save adapter --save merged")]
+#[command(after_help = "Examples:
+  engraft export runs/a --target vllm --out served                 the adapter, as vLLM loads it
+  engraft export runs/a --target transformers --merge --out whole  the whole model
+  engraft export someones/adapter --model base --target mlx --out served
+  engraft export recipe.yaml --save adapter --save merged          what a stopped run has learned so far
+
+What a target cannot load is refused, with the way out, before anything is written.")]
 pub struct Export {
-    /// The recipe of the run.
-    #[arg(value_name = "RECIPE")]
-    pub recipe: PathBuf,
+    /// A run's folder, an adapter's folder or a model, with --target; else the recipe of a run
+    #[arg(value_name = "SOURCE")]
+    pub source: String,
+    /// The program that is to load it
+    #[arg(long, value_name = "TARGET", requires = "out", conflicts_with_all = ["save", "set"])]
+    pub target: Option<Target>,
+    /// Folder to write; it must be empty or not exist
+    #[arg(long, short, value_name = "DIR", requires = "target")]
+    pub out: Option<PathBuf>,
+    /// Fold the adapter into its base and write the whole model
+    #[arg(long, requires = "target")]
+    pub merge: bool,
+    /// Number type of a whole model [default: the base's own]
+    #[arg(long = "type", value_name = "TYPE", requires = "target")]
+    pub dtype: Option<Dtype>,
+    /// Base model: hub id, folder of safetensors or .gguf file [default: the one that the run or adapter names]
+    #[arg(long, short, value_name = "MODEL", requires = "target")]
+    pub model: Option<String>,
+    /// Revision of a hub id: branch, tag or commit
+    #[arg(long, value_name = "REVISION", requires = "model")]
+    pub revision: Option<String>,
+    /// Take a base with other numbers than the run was trained on
+    #[arg(long, requires = "target")]
+    pub other_base: bool,
+    /// For an adapter that was trained on a quantised base: the numbers to fold it into
+    #[arg(long, value_name = "NUMBERS", default_value = "dequantized", requires = "merge")]
+    pub onto: Onto,
+    /// Replace what the folder holds; files that are no part of an export are still never deleted
+    #[arg(long, requires = "target")]
+    pub overwrite: bool,
+    /// Print one JSON object: what was written, and the notices
+    #[arg(long, requires = "target")]
+    pub json: bool,
     /// Changes to the recipe.
     #[command(flatten)]
     pub overrides: Overrides,
-    /// What to write (repeatable) [default: the recipe's output.save]
+    /// What to write (repeatable) [default: the recipe's output.save and output.export]
     #[arg(long, value_name = "WHAT")]
     pub save: Vec<Save>,
+}
+
+/// `engraft combine`
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(after_help = "Examples:
+  engraft combine runs/a/adapter runs/b/adapter --by cat --weights 0.7,0.3 --out both
+  engraft combine a b c --by ties --density 0.5 --out one
+
+Kinds and numbers are those of PEFT's add_weighted_adapter. `cat` and `svd` are exact or nearly so; `linear` is rough.")]
+pub struct Combine {
+    /// Adapter folders, as PEFT writes them.
+    #[arg(value_name = "ADAPTER", required = true)]
+    pub adapters: Vec<PathBuf>,
+    /// How
+    #[arg(long, value_name = "KIND", default_value = "svd")]
+    pub by: Method,
+    /// A weight for each adapter; it may be negative [default: 1 each]
+    #[arg(long, value_name = "W,W,...", value_delimiter = ',', allow_hyphen_values = true, value_parser = finite)]
+    pub weights: Vec<f64>,
+    /// Share of the numbers that are kept, where some are dropped: above 0, at most 1
+    #[arg(long, value_name = "SHARE", value_parser = finite)]
+    pub density: Option<f64>,
+    /// Whose sign counts, with ties
+    #[arg(long, value_name = "SIGN", default_value = "total")]
+    pub majority_sign: MajoritySign,
+    /// Rank of what is split by its singular values [default: the largest of the adapters]
+    #[arg(long, value_name = "R", value_parser = clap::value_parser!(u32).range(1..))]
+    pub rank: Option<u32>,
+    /// Seed of what is dropped at random, with dare
+    #[arg(long, value_name = "N", default_value_t = 42)]
+    pub seed: u64,
+    /// Folder to write; it must be empty or not exist
+    #[arg(long, short, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Replace the adapter that the folder holds
+    #[arg(long)]
+    pub overwrite: bool,
+}
+
+/// `engraft extract`
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(after_help = "Example:
+  engraft extract --tuned my-finetune --model HuggingFaceTB/SmolLM2-135M-Instruct --rank 64 --out adapter")]
+pub struct Extract {
+    /// The fine-tuned model: hub id, folder of safetensors or .gguf file
+    #[arg(long, value_name = "MODEL")]
+    pub tuned: String,
+    /// The base it was made of
+    #[arg(long, short, value_name = "MODEL")]
+    pub model: String,
+    /// Rank of every linear's update
+    #[arg(long, short, value_name = "R", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    pub rank: u32,
+    /// Keep what is no linear and became another whole, in modules_to_save
+    #[arg(long)]
+    pub save_others: bool,
+    /// Folder to write; it must be empty or not exist
+    #[arg(long, short, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Replace the adapter that the folder holds
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Print the report as one JSON object: the error of each linear, what is kept whole, what is lost
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `engraft diff`
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(
+    after_help = "Ends with 12 where something differs. Of adapters, what their configs say of the scale counts, too.
+
+Example:
+  engraft diff runs/a/adapter runs/b/adapter --tolerance 1e-5"
+)]
+pub struct Diff {
+    /// Model (hub id, folder, .gguf file), adapter or .safetensors file
+    #[arg(value_name = "A")]
+    pub first: String,
+    /// Another
+    #[arg(value_name = "B")]
+    pub second: String,
+    /// Tensors whose relative difference is at most this count as equal, whatever number type they are stored in
+    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = tolerance)]
+    pub tolerance: f64,
+    /// Print one JSON object with every difference
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `engraft verify`
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(after_help = "Examples:
+  engraft verify runs/a                                    every file of manifest.json, by its SHA-256
+  engraft verify runs/a --key public.pem                   and who signed it
+  engraft verify exports/a                                 the probes, asked of the exported files
+  engraft verify exports/a --server http://localhost:8000  the same, asked of what runs there
+
+Ends with 12 where something changed, or where it is not the trained model that answers.")]
+pub struct Verify {
+    /// A run's folder, or the folder of an adapter or model, or a .gguf file, with probe.json beside it
+    #[arg(value_name = "RUN|EXPORT")]
+    pub folder: PathBuf,
+    /// Base of an exported adapter: hub id, folder of safetensors or .gguf file [default: as the adapter names it]
+    #[arg(long, short, value_name = "MODEL", conflicts_with = "server")]
+    pub model: Option<String>,
+    /// Revision of a hub id: branch, tag or commit
+    #[arg(long, value_name = "REVISION", requires = "model")]
+    pub revision: Option<String>,
+    /// Ask this server instead of the files: vLLM, SGLang, llama.cpp, TGI, Ollama or another that speaks OpenAI's API
+    #[arg(long, value_name = "URL")]
+    pub server: Option<String>,
+    /// What the server calls the model [default: the only one it has]
+    #[arg(long, value_name = "NAME", requires = "server")]
+    pub served_model: Option<String>,
+    /// Environment variable that holds the server's key
+    #[arg(long, value_name = "VARIABLE", requires = "server")]
+    pub api_key_env: Option<String>,
+    /// How long the server may take for an answer, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86400))]
+    pub timeout: u64,
+    /// Public key (PEM) that the manifest must be signed with
+    #[arg(long, value_name = "FILE", conflicts_with = "server")]
+    pub key: Option<PathBuf>,
+    /// Print the result as one JSON object
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `engraft quantize`
@@ -425,6 +603,9 @@ pub struct Codes {
     /// Safetensors file to write: codes, scales and numbers
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
+    /// Where it is done
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub device: DeviceChoice,
     /// Quantise, make whole and copy each tensor so many times, and print the seconds of each
     #[arg(long, value_name = "N")]
     pub repeat: Option<u32>,
@@ -531,6 +712,10 @@ fn finite(typed: &str) -> Result<f64, String> {
     number.ok_or_else(|| format!("{typed:?} is not a number"))
 }
 
+fn tolerance(typed: &str) -> Result<f64, String> {
+    finite(typed).and_then(|t| if t >= 0.0 { Ok(t) } else { Err("must be at least 0".into()) })
+}
+
 fn temperature(typed: &str) -> Result<f64, String> {
     finite(typed).and_then(|t| if t >= 0.0 { Ok(t) } else { Err("must be at least 0".into()) })
 }
@@ -568,6 +753,8 @@ Exit codes:
    9  the loss or a gradient stopped being finite
   10  a limit (--fail-under, --fail-over) was missed
   11  a hub or server could not be reached
+  12  what was compared (diff) is not equal
+  12  verify: files changed, or an export or server does not give the trained answers
   75  stopped by a signal; the state is saved, --resume continues
 
 Environment:
@@ -611,11 +798,19 @@ mod tests {
             "merge --model m --adapter a --out o --dtype bf16 --overwrite",
             "merge --model m --adapter a --out o --quantize nf4 --block-size 128 --no-probe --json",
             "export r.yaml --save adapter --save merged",
+            "export runs/a --target vllm --out o --model b --revision r --overwrite --json",
+            "export runs/a --target transformers --merge --type fp16 --onto original --out o",
+            "combine a b --by dare_ties_svd --weights 0.7,-0.3 --density 0.5 --majority-sign frequency --rank 8 --out o",
+            "extract --tuned t --model m --rank 8 --save-others --out o --json",
+            "diff a b --tolerance 1e-5 --json",
             "inspect a b --json",
             "preview r.yaml --eval --rows 5 --no-color",
             "validate a.yaml b.yaml",
             "plan r.yaml --gpu h200 --set a.b=1 --json",
-            "train r.yaml --ignore-memory-plan",
+            "train r.yaml --ignore-memory-plan --sign key.pem",
+            "verify runs/a --key public.pem --json",
+            "verify e --model owner/name --revision main",
+            "verify e --server http://localhost:8000 --served-model a --api-key-env KEY --timeout 5",
             "schema --markdown",
             "doctor --json",
         ] {
@@ -635,6 +830,15 @@ mod tests {
             ("train r.yaml --json --quiet", "cannot be used with"),
             ("merge --model m --adapter a --out o --quantize nf4 --block-size 63", "bitsandbytes has"),
             ("merge --model m --adapter a --out o --probe f --no-probe", "cannot be used with"),
+            ("export runs/a --target vllm", "required"),
+            ("export runs/a --out o", "required"),
+            ("export runs/a --target vllm --out o --save merged", "cannot be used with"),
+            ("export runs/a --target tensorrt --out o", "possible values"),
+            ("combine a b --weights 1,x --out o", "is not a number"),
+            ("diff a b --tolerance=-1", "at least 0"),
+            ("verify e --served-model a", "--server"),
+            ("verify e --server http://x --model m", "cannot be used with"),
+            ("verify e --server http://x --timeout 0", "0 is not in"),
             ("trian r.yaml", "similar subcommand"),
             ("validate", "required"),
         ] {
@@ -656,6 +860,8 @@ mod tests {
             Error::Diverged(fault()),
             Error::Gate(fault()),
             Error::Network(fault()),
+            Error::Differs(fault()),
+            Error::Mismatch(fault()),
             Error::Interrupted(fault()),
         ] {
             assert!(FIRST_STEPS_AND_EXIT_CODES.contains(&format!("\n{:>4}  ", error.exit_code())), "{error:?}");

@@ -514,12 +514,16 @@ fn a_base_in_fp8_trains_alike_quantised_on_the_way_and_stored() {
     };
     let said =
         train("on-the-way", &["--set", "quantization.type=fp8", "--set", "quantization.cache_dequantized=never"]);
-    assert_eq!(said, json!({"type": "fp8", "skip": ["lm_head"], "dtype": "fp32"}));
+    assert_eq!((&said["type"], &said["skip"], &said["dtype"]), (&json!("fp8"), &json!(["lm_head"]), &json!("fp32")));
+    let (digests, stored) = (said["weights"].as_object().unwrap().clone(), &said["stored"]);
+    assert_eq!((digests.len(), stored), (14, &Value::Null));
     bench.succeed(&["quantize", "--model", "base", "--out", "stored", "--type", "fp8", "--dtype", "fp32"]);
     let config: Value = serde_json::from_slice(&std::fs::read(bench.path("stored/config.json")).unwrap()).unwrap();
     assert_eq!(config["quantization_config"]["quant_method"], "compressed-tensors");
     let said = train("stored-run", &["--set", "base_model=stored", "--set", "quantization.cache_dequantized=never"]);
     assert_eq!(said["type"], "compressed-tensors");
+    assert_eq!(said["stored"], "F8_E4M3 with scales in F32 to each row");
+    assert_eq!(said["weights"].as_object().unwrap(), &digests);
     assert_eq!(bench.result("on-the-way"), bench.result("stored-run"));
 
     let [one, other] = [("base", "on-the-way"), ("stored", "stored-run")].map(|(base, run)| {
@@ -723,7 +727,12 @@ fn export_writes_the_adapter_that_training_took_and_refuses_another_base_or_eval
     }
     bench.succeed(&[&["export", "recipe.yaml", "--save", "adapter"], &rate[..]].concat());
     assert!(bench.result("run").1 == adapter, "the best adapter is not written over");
-    assert_eq!(manifest()["outputs"], exported["outputs"]);
+    // But for the card, which says when.
+    let outputs = |manifest: &Value| -> Vec<Value> {
+        let all = manifest["outputs"].as_array().unwrap().iter();
+        all.filter(|output| !output["path"].as_str().unwrap().ends_with("README.md")).cloned().collect()
+    };
+    assert_eq!(outputs(&manifest()), outputs(&exported));
 
     let export = [&["export", "recipe.yaml"], &rate[..]].concat();
     let resume = [&["train", "recipe.yaml", "--resume"], &rate[..]].concat();
@@ -809,7 +818,20 @@ fn an_adapter_trains_on_products_of_fp8_numbers_and_its_recipe_says_what_they_ne
     let refused = |set: &[&str], words: &[&str]| {
         bench.fail(&[&["validate", "recipe.yaml"], &settings(set)[..]].concat(), 3, words);
     };
-    refused(&[QLORA, "quantization.compute=fp8", "dtype=bf16"], &["quantization.type: fp8", "nf4"]);
+    let nf4 = [QLORA, "quantization={type: nf4, compute: fp8}", "dtype=bf16"];
+    refused(&nf4, &["quantization.type: fp8", "nf4"]);
+    // Without a type, it is the base that says whether it is stored so.
+    let unsaid = [QLORA, "quantization.compute=fp8", "dtype=bf16", "output.dir=stored", "output.save=[adapter]"];
+    let train = |base: &'static str| [&["train", "recipe.yaml", "--set", base], &settings(&unsaid)[..]].concat();
+    bench.fail(&train("base_model=base"), 3, &["quantization.compute", "kept as nf4", "quantization.type: fp8"]);
+    bench.succeed(&["quantize", "--model", "base", "--out", "eight", "--type", "int8", "--dtype", "bf16"]);
+    bench.fail(&train("base_model=eight"), 3, &["quantization.compute", "kept as int8"]);
+    bench.succeed(&["quantize", "--model", "base", "--out", "rows", "--type", "fp8", "--dtype", "bf16"]);
+    bench.succeed(&train("base_model=rows"));
+    let stored: Vec<f64> = bench.result("stored").0.iter().filter_map(|line| line[1].as_f64()).collect();
+    // Norms are stored in bf16 there, and read in fp32.
+    let apart = stored.iter().zip(&multiplied).map(|(stored, own)| (stored - own).abs() / own).fold(0.0, f64::max);
+    assert!(stored.len() == multiplied.len() && apart < 0.02, "{stored:?} {multiplied:?}");
     refused(&[QLORA, "quantization.type=fp8", "quantization.compute=fp8", "dtype=fp32"], &["dtype: bf16", "fp32"]);
     let cached = "quantization.cache_dequantized=always";
     refused(&[&fp8[..], &["quantization.compute=fp8", cached]].concat(), &["cache_dequantized"]);
@@ -861,7 +883,7 @@ fn a_merge_says_how_far_it_is_from_what_was_trained_and_what_quantising_took_awa
     let config = |folder: &str| std::fs::read_to_string(bench.path(folder).join("config.json")).unwrap();
     assert_eq!(config("again"), config("after"));
 
-    assert_eq!(merge("unasked", &["--no-probe"])["drift"], Value::Null);
+    assert_eq!(merge("unasked", &["--no-probe"])["drift"], "not measured: --no-probe");
     let fail = |more: &[&str], code, parts: &[&str]| {
         let merge = ["merge", "--model", "base", "--adapter", "run/adapter", "--out", "none"];
         bench.fail(&[&merge[..], more].concat(), code, parts);
@@ -963,6 +985,20 @@ fn an_adapter_is_not_put_on_other_numbers_than_it_was_trained_on() {
     let generate = ["generate", "--model", "base4", "--adapter", "run/adapter", "--raw", "--prompt", "add"];
     bench.fail(&generate, 5, &["run/adapter", mine, stored]);
     bench.fail(&["merge", "--model", "base4", "--adapter", "run/adapter", "--out", "m"], 5, &[mine, stored]);
+    // In its own form, made of other numbers, or of other linears.
+    bench.succeed(&["quantize", "--model", "base", "--out", "of-bf16", "--dtype", "bf16"]);
+    let left = ["--dtype", "fp32", "--skip", "lm_head", "--skip", "v_proj"];
+    bench.succeed(&[&["quantize", "--model", "base", "--out", "left"], &left[..]].concat());
+    let words =
+        [("of-bf16", ["of numbers in fp32", "of numbers in bf16"]), ("left", ["v_proj", "stored as plain numbers"])];
+    for (base, words) in words {
+        let generate = ["generate", "--model", base, "--adapter", "run/adapter", "--raw", "--prompt", "add"];
+        bench.fail(&generate, 5, &[&["run/adapter"], &words[..]].concat());
+        bench.fail(&["merge", "--model", base, "--adapter", "run/adapter", "--out", "m"], 5, &words);
+        let model = format!("base_model={base}");
+        let eval = ["eval", "recipe.yaml", "--adapter", "run/adapter", "--set", &model, "--set", QLORA];
+        bench.fail(&eval, 5, &words);
+    }
     // In its own it is the same base.
     bench.succeed(&["quantize", "--model", "base", "--out", "base-nf4", "--dtype", "fp32"]);
     let own = [
@@ -979,4 +1015,448 @@ fn an_adapter_is_not_put_on_other_numbers_than_it_was_trained_on() {
     ];
     let unquantised = [&["generate", "--model", "base"], &own[3..]].concat();
     assert_eq!(bench.succeed(&own), bench.succeed(&unquantised));
+}
+
+/// The mean of a weight's scales, which is a part of all its numbers, is summed in one order: what is merged later, with other threads,
+/// is what was trained on.
+#[test]
+fn codes_are_the_same_whatever_the_number_of_threads() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    tch::manual_seed(1);
+    let weight = Tensor::randn([2048, 2048], (Kind::Float, Device::Cpu));
+    Tensor::write_safetensors(&[("w", &weight)], path("w.safetensors")).unwrap();
+    let codes = |threads: &str| {
+        let (tensors, out) = (path("w.safetensors"), path(threads));
+        let arguments = ["codes", "--tensors", &tensors, "--out", &out, "--threads", threads];
+        let output = Command::new(env!("CARGO_BIN_EXE_engraft")).args(arguments).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        std::fs::read(out).unwrap()
+    };
+    let one = codes("1");
+    assert!(["2", "4"].iter().all(|threads| codes(threads) == one));
+}
+
+/// PEFT's adapters do not say what they were trained on: it is said for them, or the merged model is of the base's own numbers.
+#[test]
+fn an_adapter_that_does_not_say_how_its_base_was_quantised_is_told() {
+    let bench = Bench::new("max_steps: 6");
+    bench.succeed(&[&["train", "recipe.yaml"], &settings(&[QLORA, "output.save=[adapter]"])[..]].concat());
+    let said = bench.path("run/adapter/base_quantization.json");
+    let merge = |out: &'static str, more: &[&'static str]| {
+        let merge = ["merge", "--model", "base", "--adapter", "silent", "--dtype", "fp32", "--no-probe", "--out", out];
+        [&merge[..], more].concat()
+    };
+    std::fs::rename(bench.path("run/adapter"), bench.path("silent")).unwrap();
+    let said_moved = bench.path("silent").join(said.file_name().unwrap());
+    bench.succeed(&merge("exact", &[]));
+    bench.fail(&merge("twice", &["--trained-on", "nf4"]), 3, &["--trained-on", "says itself", "nf4"]);
+    let scheme = std::fs::read(&said_moved).unwrap();
+    std::fs::remove_file(&said_moved).unwrap();
+
+    bench.fail(&merge("none", &["--onto", "dequantized"]), 5, &["does not say", "--trained-on nf4"]);
+    let plain = bench.engraft(&merge("plain", &[]));
+    let words = String::from_utf8_lossy(&plain.stderr);
+    assert!(plain.status.success() && words.contains("--trained-on nf4"), "{words}");
+    bench.succeed(&merge("told", &["--trained-on", "nf4"]));
+    bench
+        .succeed(&merge("keys", &["--trained-on", "{type: nf4, block_size: 64, double_quant: true, skip: [lm_head]}"]));
+    bench.succeed(&merge("single", &["--trained-on", "{type: nf4, double_quant: false}"]));
+    let bytes = |folder: &str| std::fs::read(bench.path(folder).join("model.safetensors")).unwrap();
+    assert!(bytes("told") == bytes("exact") && bytes("keys") == bytes("exact"));
+    assert!(bytes("plain") != bytes("exact") && bytes("single") != bytes("exact"));
+    bench.fail(&merge("wrong", &["--trained-on", "nf5"]), 3, &["--trained-on", "nf5"]);
+    bench.fail(&merge("wrong", &["--trained-on", "{skip: [lm_hed]}"]), 3, &["--trained-on", "lm_hed"]);
+
+    // What it says it was trained on is compared with what is made.
+    let mut other: Value = serde_json::from_slice(&scheme).unwrap();
+    let modules = other["weights"].as_object_mut().unwrap();
+    let first = modules.keys().next().unwrap().clone();
+    modules.insert(first.clone(), json!("0".repeat(32)));
+    std::fs::write(&said_moved, other.to_string()).unwrap();
+    let output = bench.engraft(&merge("other", &[]));
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && words.contains("1 of 14") && words.contains(&first), "{words}");
+    let manifest = std::fs::read_to_string(bench.path("other/manifest.json")).unwrap();
+    assert!(manifest.contains("1 of 14"), "{manifest}");
+    let generate =
+        ["generate", "--model", "base", "--adapter", "silent", "--raw", "--prompt", "add", "--max-tokens", "3"];
+    let output = bench.engraft(&generate);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("1 of 14"));
+}
+
+/// Logits of some token ids, by a model as options name it.
+fn logits(bench: &Bench, model: &[&str]) -> Tensor {
+    let out = bench.path("logits.safetensors");
+    let ids = ["--ids", "5,80,33,7", "--dtype", "fp32", "--out", out.to_str().unwrap()];
+    bench.succeed(&[&["logits"], model, &ids[..]].concat());
+    let tensors = Tensor::read_safetensors(&out).unwrap();
+    tensors.into_iter().find(|(name, _)| name == "logits").unwrap().1
+}
+
+fn read_json(path: PathBuf) -> Value {
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+#[test]
+fn a_run_is_exported_as_each_server_loads_it() {
+    let bench = Bench::new("max_steps: 3");
+    let exports = "output.export=[vllm, {target: transformers, merge: true, type: fp16}]";
+    let patterns = "adapter.rank_pattern={q_proj: 2}";
+    bench.succeed(&[
+        "train",
+        "recipe.yaml",
+        "--quiet",
+        "--set=adapter.use_rslora=true",
+        "--set",
+        patterns,
+        "--set",
+        exports,
+    ]);
+    let manifest = read_json(bench.path("run/manifest.json"));
+    let written: Vec<&str> =
+        manifest["outputs"].as_array().unwrap().iter().map(|file| file["path"].as_str().unwrap()).collect();
+    for file in ["export/vllm/adapter_model.safetensors", "export/transformers-merged-fp16/model.safetensors"] {
+        assert!(written.contains(&file), "{file} is not in {written:?}");
+    }
+    let adapted = logits(&bench, &["--model", "base", "--adapter", "run/adapter"]);
+    assert!(!adapted.allclose(&logits(&bench, &["--model", "base"]), 1e-3, 1e-3, false));
+    let same = |model: &[&str]| adapted.allclose(&logits(&bench, model), 1e-5, 1e-5, false);
+    assert!(same(&["--model", "base", "--adapter", "run/export/vllm"]));
+
+    // The scale, which these servers would get wrong, is in B; ranks are filled up to one.
+    for target in ["vllm", "sglang", "tgi", "peft", "transformers"] {
+        let said = bench.succeed(&["export", "run", "--target", target, "--out", target, "--json"]);
+        let facts: Value = serde_json::from_str(&said).unwrap();
+        assert_eq!((&facts["target"], &facts["merged"]), (&json!(target), &json!(false)), "{facts}");
+        assert!(same(&["--model", "base", "--adapter", target]), "{target}");
+        let config = read_json(bench.path(target).join("adapter_config.json"));
+        let found = json!([config["r"], config["lora_alpha"], config["use_rslora"], config["rank_pattern"]]);
+        match target {
+            "peft" | "transformers" => assert_eq!(found, json!([4, 8, true, {"q_proj": 2}]), "{target}"),
+            _ => {
+                assert_eq!(found, json!([4, 4, false, {}]), "{target}");
+                assert!(facts["notices"].to_string().contains("in B"), "{facts}");
+                let targets = config["target_modules"].as_array().unwrap();
+                assert!(targets.contains(&json!("q_proj")) && targets.len() == 7, "{config}");
+            }
+        }
+        assert_eq!(config["base_model_name_or_path"], "tiny/base", "{target}");
+        for file in ["tokenizer.json", "tokenizer_config.json"] {
+            assert!(bench.path(target).join(file).exists(), "{target}: {file}");
+        }
+    }
+    bench.succeed(&["export", "run", "--target", "mlx", "--out", "mlx"]);
+    let config = read_json(bench.path("mlx/adapter_config.json"));
+    assert_eq!(json!([config["fine_tune_type"], config["num_layers"]]), json!(["lora", 2]));
+    assert_eq!(json!([config["lora_parameters"]["rank"], config["lora_parameters"]["scale"]]), json!([4, 1.0]));
+    assert!(config["lora_parameters"]["keys"].as_array().unwrap().contains(&json!("self_attn.q_proj")), "{config}");
+    let of = |file: &str| -> BTreeMap<String, Tensor> {
+        Tensor::read_safetensors(bench.path(file)).unwrap().into_iter().collect()
+    };
+    let (ours, theirs) = (of("mlx/adapters.safetensors"), of("sglang/adapter_model.safetensors"));
+    assert_eq!(ours.len(), 28);
+    for part in ["a", "b"] {
+        let name = format!("base_model.model.model.layers.1.mlp.down_proj.lora_{}.weight", part.to_uppercase());
+        assert!(ours[&format!("model.layers.1.mlp.down_proj.lora_{part}")].equal(&theirs[&name].tr()), "{part}");
+    }
+
+    // Whole models, of the adapter and of what is merged already.
+    for (target, source) in [("vllm", "run"), ("transformers", "run/merged"), ("mlx", "run/adapter")] {
+        let out = format!("{target}-merged");
+        let model = if source == "run/adapter" { &["--model", "base"][..] } else { &[] };
+        bench.succeed(&[&["export", source, "--target", target, "--merge", "--out", &out], model].concat());
+        assert!(same(&["--model", &out]), "{target}");
+    }
+    bench.fail(&["export", "run", "--target", "vllm", "--out", "vllm"], 6, &["vllm", "not empty", "--overwrite"]);
+    bench.succeed(&["export", "run", "--target", "vllm", "--out", "vllm", "--overwrite"]);
+    bench.fail(&["export", "run", "--target", "vllm", "--out", "new", "--type", "fp16"], 3, &["--type", "--merge"]);
+    bench.fail(
+        &["export", "run", "--target", "peft", "--merge", "--out", "new"],
+        5,
+        &["PEFT loads adapters", "transformers"],
+    );
+    bench.fail(&["export", "recipe.yaml", "--target", "vllm", "--out", "new"], 5, &["is a recipe", "output.dir"]);
+    bench.fail(&["export", "cache", "--target", "vllm", "--out", "new"], 5, &["cache"]);
+    assert!(!bench.path("new").exists());
+}
+
+#[test]
+fn what_a_server_cannot_load_is_refused_before_training_and_before_writing() {
+    let bench = Bench::new("max_steps: 1");
+    let train = ["train", "recipe.yaml", "--quiet", "--set", "output.save=[adapter]"];
+    let whole = "--set=adapter.modules_to_save=[model.norm]";
+    for (set, target, parts) in [
+        ("--set=adapter.use_dora=true", "vllm", ["trained lengths (DoRA)", "--merge"]),
+        (whole, "sglang", ["trained whole (model.norm)", "--merge"]),
+        ("--set=adapter.target_modules=[q_proj, lm_head]", "mlx", ["lm_head, which is the embedding", "--merge"]),
+        ("--set=adapter.trainable_token_indices=[3]", "tgi", ["trained whole (model.embed_tokens)", "--merge"]),
+    ] {
+        let export = format!("output.export=[{target}]");
+        bench.fail(&[&train[..], &[set, "--set", &export, "--overwrite"]].concat(), 5, &parts);
+        assert!(!bench.path("run/adapter").exists(), "{set}: nothing was trained");
+    }
+    let dir = |set: &str, dir: &str| {
+        let dir = format!("output.dir={dir}");
+        bench.succeed(&[&train[..], &[set, "--set", &dir]].concat());
+    };
+    dir("--set=adapter.use_dora=true", "dora");
+    bench.fail(&["export", "dora", "--target", "vllm", "--out", "out"], 5, &["vLLM cannot load", "DoRA", "--merge"]);
+    dir(whole, "whole");
+    bench.fail(
+        &["export", "whole", "--target", "tgi", "--out", "out"],
+        5,
+        &["TGI cannot load", "model.norm", "--merge"],
+    );
+    dir("--set=adapter.target_modules=[lm_head]", "head");
+    for target in ["vllm", "sglang", "tgi", "mlx"] {
+        bench.fail(&["export", "head", "--target", target, "--out", "out"], 5, &["lm_head", "embedding", "--merge"]);
+    }
+    assert!(!bench.path("out").exists());
+    // The way out is one.
+    for run in ["dora", "whole", "head"] {
+        let out = format!("{run}-merged");
+        bench.succeed(&["export", run, "--target", "vllm", "--merge", "--out", &out]);
+        let adapter = format!("{run}/adapter");
+        let adapted = logits(&bench, &["--model", "base", "--adapter", &adapter]);
+        assert!(adapted.allclose(&logits(&bench, &["--model", &out]), 1e-5, 1e-5, false), "{run}");
+        // And PEFT loads all of it.
+        let peft = format!("{run}-peft");
+        bench.succeed(&["export", run, "--target", "peft", "--out", &peft]);
+        assert!(
+            adapted.allclose(&logits(&bench, &["--model", "base", "--adapter", &peft]), 1e-6, 1e-6, false),
+            "{run}"
+        );
+    }
+    // An adapter whose rank no server of this kind can be started for.
+    let config = read_json(bench.path("head/adapter/adapter_config.json"));
+    assert_eq!(config["r"], 4);
+    let pissa = "--set=adapter.init_lora_weights=pissa";
+    dir(pissa, "pissa");
+    bench.succeed(&["export", "pissa", "--target", "sglang", "--out", "plain"]);
+    assert_eq!(read_json(bench.path("plain/adapter_config.json"))["r"], 8, "twice, on the base as it was");
+    let adapted = logits(&bench, &["--model", "base", "--adapter", "pissa/adapter"]);
+    assert!(adapted.allclose(&logits(&bench, &["--model", "base", "--adapter", "plain"]), 1e-5, 1e-5, false));
+}
+
+#[test]
+fn half_written_runs_changed_files_and_other_bases_are_not_exported() {
+    let bench = Bench::new("max_steps: 1, save_steps: 1");
+    bench.succeed(&["train", "recipe.yaml", "--quiet", "--set", "output.save=[adapter]"]);
+    let export = ["export", "run", "--target", "vllm", "--out", "out"];
+    let (manifest, kept) = (bench.path("run/manifest.json"), bench.path("kept.json"));
+    std::fs::rename(&manifest, &kept).unwrap();
+    bench.fail(&export, 7, &["without manifest.json", "cut short", "--resume"]);
+    std::fs::rename(&kept, &manifest).unwrap();
+
+    let (adapter, aside) = (bench.path("run/adapter"), bench.path("aside"));
+    std::fs::rename(&adapter, &aside).unwrap();
+    bench.fail(&export, 7, &["has written no adapter", "--resume"]);
+    std::fs::rename(&aside, &adapter).unwrap();
+
+    let config = adapter.join("adapter_config.json");
+    let text = std::fs::read_to_string(&config).unwrap();
+    std::fs::write(&config, text.replace("\"lora_alpha\": 8", "\"lora_alpha\": 80")).unwrap();
+    bench.fail(&export, 7, &["adapter_config.json", "SHA-256", "run/adapter"]);
+    std::fs::write(&config, &text).unwrap();
+
+    // The same shapes with other numbers: what no server would notice.
+    let base = bench.path("base/model.safetensors");
+    let mut tensors = Tensor::read_safetensors(&base).unwrap();
+    std::fs::rename(&base, bench.path("base.safetensors")).unwrap();
+    tensors[0].1 = &tensors[0].1 + 0.5;
+    Tensor::write_safetensors(&tensors, &base).unwrap();
+    bench.fail(&export, 5, &["model.safetensors has other numbers", "base", "--other-base"]);
+    bench.succeed(&[&export[..], &["--other-base", "--overwrite"]].concat());
+    std::fs::rename(bench.path("base.safetensors"), &base).unwrap();
+
+    // Other shapes.
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft/base-tied");
+    let another = ["--model", fixture.to_str().unwrap(), "--overwrite"];
+    bench.fail(
+        &[&["export", "run/adapter"], &export[2..], &another].concat(),
+        5,
+        &["is for another base", "tiny/base"],
+    );
+    // Named as the hub has it, where there is no network: the way out is --model.
+    let mut offline = bench.command(&["export", "run/adapter", "--target", "vllm", "--out", "new"]);
+    let offline = offline.env("HF_ENDPOINT", "http://127.0.0.1:9").env("HF_HOME", bench.path("hub")).output().unwrap();
+    assert_eq!(offline.status.code(), Some(11), "{}", String::from_utf8_lossy(&offline.stderr));
+    assert!(!bench.path("new").exists());
+    std::fs::rename(bench.path("base"), bench.path("moved")).unwrap();
+    bench.fail(&[&export[..], &["--overwrite"]].concat(), 5, &["the base of run/adapter", "--model"]);
+    bench.succeed(&[&export[..], &["--overwrite", "--model", "moved"]].concat());
+}
+
+#[test]
+fn adapters_are_combined_taken_out_of_models_and_compared() {
+    let bench = Bench::new("max_steps: 2");
+    for (dir, seed) in [("one", "1"), ("two", "2")] {
+        let (dir, seed) = (format!("output.dir={dir}"), format!("training.seed={seed}"));
+        bench.succeed(&["train", "recipe.yaml", "--quiet", "--set", &dir, "--set", &seed]);
+    }
+    bench.succeed(&["diff", "one/adapter", "one"]);
+    bench.fail(&["diff", "one", "two"], 12, &["28 of 28 tensors differ"]);
+    let facts = bench.engraft(&["diff", "one", "two", "--json"]);
+    let facts: Value = serde_json::from_slice(&facts.stdout).unwrap();
+    assert_eq!(json!([facts["is_equal"], facts["in_both"], facts["equal"]]), json!([false, 28, 0]), "{facts}");
+    bench.fail(&["diff", "one", "base"], 5, &["only one of one and base is an adapter"]);
+    bench.fail(&["diff", "base", "one/merged"], 12, &["14 of 20 tensors differ"]);
+    bench.succeed(&["diff", "base", "one/merged", "--tolerance", "10"]);
+
+    // Exact: the sum of both, and one less itself.
+    let sum = ["combine", "one/adapter", "two/adapter", "--out", "sum", "--weights"];
+    bench.succeed(&[&sum[..], &["0.75,0.5", "--by", "cat"]].concat());
+    let config = read_json(bench.path("sum/adapter_config.json"));
+    assert_eq!(
+        json!([config["r"], config["lora_alpha"], config["base_model_name_or_path"]]),
+        json!([8, 8, "tiny/base"])
+    );
+    bench.fail(&[&sum[..], &["1,1"]].concat(), 6, &["not empty"]);
+    bench.fail(&[&sum[..], &["1,1", "--by", "ties", "--overwrite"]].concat(), 3, &["--density"]);
+    bench.succeed(&[&sum[..], &["1,1", "--by", "dare_ties", "--density", "0.5", "--overwrite"]].concat());
+    bench.succeed(&["combine", "one/adapter", "one/adapter", "--weights", "1,-1", "--out", "none"]);
+    assert!(logits(&bench, &["--model", "base"]).allclose(
+        &logits(&bench, &["--model", "base", "--adapter", "none"]),
+        1e-6,
+        1e-6,
+        false
+    ));
+
+    // Out of the merged model comes the adapter that went into it.
+    let said = bench.succeed(&[
+        "extract",
+        "--tuned",
+        "one/merged",
+        "--model",
+        "base",
+        "--rank",
+        "4",
+        "--out",
+        "out",
+        "--json",
+    ]);
+    let facts: Value = serde_json::from_str(&said).unwrap();
+    assert_eq!(facts["modules"].as_array().unwrap().len(), 14, "{facts}");
+    assert!(facts["relative_error"].as_f64().unwrap() < 1e-3 && facts["energy"].as_f64().unwrap() > 0.999, "{facts}");
+    let [one, other] = ["one/adapter", "out"].map(|adapter| logits(&bench, &["--model", "base", "--adapter", adapter]));
+    assert!(one.allclose(&other, 1e-4, 1e-4, false));
+    bench.fail(&["extract", "--tuned", "base", "--model", "base", "--out", "nothing"], 5, &["no tensor differs"]);
+    assert!(!bench.path("nothing").exists());
+}
+
+/// What the adapter in `adapter`, on the base in `base`, and the base itself say of the built-in prompts.
+fn probe_of(base: &Path, adapter: &Path, formats: &[&str]) -> engraft::export::probe::Probe {
+    use engraft::adapter::{Adapters, LoadedAdapter, Origin};
+    use engraft::data::{Encoder, Tokenizer};
+    use engraft::evaluate::Probes;
+    use engraft::export::probe::{About, Probe};
+    use engraft::model::Decoder;
+    use engraft::recipe::{BaseSource, DatasetRecipe};
+    use engraft::weights::Checkpoint;
+
+    let checkpoint = Checkpoint::open(&BaseSource::Folder(base.to_path_buf())).unwrap();
+    let tokenizer = Arc::new(Tokenizer::new(&checkpoint.sidecars).unwrap());
+    let encoder = Encoder::new(tokenizer.clone(), &DatasetRecipe::defaults()).unwrap();
+    let mut model = Decoder::load(&checkpoint, Kind::Float, Device::Cpu, &|_, _| ()).unwrap();
+    let probes = Probes::new(None, &encoder, model.spec.max_position_embeddings as usize).unwrap();
+    let of_base = probes.record(&model, &tokenizer);
+    let loaded = LoadedAdapter::read(adapter).unwrap();
+    let origin = Origin { checkpoint: &checkpoint, scheme: None, start: None, progress: &|_, _| () };
+    Adapters::attach_loaded(&mut model, &loaded, 0.0, Some(&origin)).unwrap();
+    let trained = probes.record(&model, &tokenizer);
+    let about = About { base: "base", sidecars: &checkpoint.sidecars, encoder: &encoder, vocabulary: VOCABULARY };
+    Probe::make(&probes, trained, of_base, formats, about).unwrap()
+}
+
+#[test]
+fn verify_tells_what_changed_and_whether_an_export_is_what_was_trained() {
+    let bench = Bench::new("max_steps: 12");
+    // The secret of RFC 8032's first test, and what OpenSSL makes of it.
+    let pem = |kind: &str, text: &str| format!("-----BEGIN {kind} KEY-----\n{text}\n-----END {kind} KEY-----\n");
+    let secret = "MC4CAQAwBQYDK2VwBCIEIJ1hsZ3v/VpguoRK9JLsLMREScVpezJpGXA7rAMcrn9g";
+    std::fs::write(bench.path("key.pem"), pem("PRIVATE", secret)).unwrap();
+    let public = "MCowBQYDK2VwAyEA11qYAYKxCrfVS/7TyWQHOg7hcvPapiMlrwIaaPcHURo=";
+    std::fs::write(bench.path("public.pem"), pem("PUBLIC", public)).unwrap();
+    bench.fail(&["train", "recipe.yaml", "--sign", "recipe.yaml"], 6, &["genpkey"]);
+    bench.succeed(&["train", "recipe.yaml", "--sign", "key.pem"]);
+    bench.succeed(&["verify", "run", "--key", "public.pem"]);
+    let manifest: Value = serde_json::from_slice(&std::fs::read(bench.path("run/manifest.json")).unwrap()).unwrap();
+    let documentation = &manifest["documentation"];
+    assert!(documentation["floating_point_operations"].as_f64().unwrap() > 1e6, "{documentation}");
+    assert!(documentation["trained_parameters"].as_u64().unwrap() > 0 && documentation["began"].is_string());
+    assert_eq!(documentation["data"]["training"]["rows"], 40);
+    for folder in ["adapter", "merged"] {
+        let card = std::fs::read_to_string(bench.path("run").join(folder).join("README.md")).unwrap();
+        assert!(card.starts_with("---\nbase_model: \"tiny/base\"\n") && card.contains("](loss.svg)"), "{card}");
+        assert!(bench.path("run").join(folder).join("loss.svg").exists());
+    }
+
+    // The run's files, one of them changed, one more, one less.
+    let page = bench.succeed(&["verify", "run"]);
+    assert!(page.contains("as the manifest lists them"), "{page}");
+    let result: Value = serde_json::from_str(&bench.succeed(&["verify", "run", "--json"])).unwrap();
+    assert!(result["agrees"] == true && result["files"].as_array().unwrap().len() > 8, "{result}");
+    let config = bench.path("run/adapter/adapter_config.json");
+    let before = std::fs::read(&config).unwrap();
+    std::fs::write(&config, String::from_utf8(before.clone()).unwrap().replace("tiny/base", "tiny/bass")).unwrap();
+    bench.fail(&["verify", "run"], 12, &["1 of the files"]);
+    std::fs::write(&config, before).unwrap();
+    std::fs::rename(bench.path("train.parquet"), bench.path("gone.parquet")).unwrap();
+    let output = bench.engraft(&["verify", "run"]);
+    let page = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.code() == Some(12) && page.contains("training data") && page.contains("MISSING"), "{page}");
+    std::fs::rename(bench.path("gone.parquet"), bench.path("train.parquet")).unwrap();
+    bench.succeed(&["verify", "run"]);
+    bench.fail(&["verify", "run", "--key", "recipe.yaml"], 5, &["is no public key"]);
+    bench.fail(&["verify", "nowhere"], 5, &["no such folder"]);
+    bench.fail(&["verify", "base"], 5, &["probe.json", "engraft export"]);
+
+    // Exports: the adapter on its base and the merged model give the trained answers.
+    let export = |name: &str, from: &str| {
+        let folder = bench.path(name);
+        std::fs::create_dir(&folder).unwrap();
+        for entry in std::fs::read_dir(bench.path(from)).unwrap() {
+            let path = entry.unwrap().path();
+            std::fs::copy(&path, folder.join(path.file_name().unwrap())).unwrap();
+        }
+        folder
+    };
+    let probe = probe_of(&bench.path("base"), &bench.path("run/adapter"), &["f32"]);
+    let (adapter, merged) = (export("exported", "run/adapter"), export("whole", "run/merged"));
+    probe.write(&adapter).unwrap();
+    probe.write(&merged).unwrap();
+    let page = bench.succeed(&["verify", "exported", "--model", "base"]);
+    assert!(page.contains("this is the trained model"), "{page}");
+    bench.succeed(&["verify", "whole"]);
+    bench.fail(&["verify", "whole", "--model", "base"], 5, &["is a whole model"]);
+    // The name that the adapter has for its base is not here.
+    let mut alone = bench.command(&["verify", "exported"]);
+    let output = alone.env("HF_HUB_OFFLINE", "1").env("HF_HOME", bench.path("hub")).output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.code() == Some(11) && errors.contains("tiny/base"), "{errors}");
+
+    // An adapter at half its strength, and one that does nothing.
+    let weights = adapter.join("adapter_model.safetensors");
+    let tensors = Tensor::read_safetensors(&weights).unwrap();
+    for (factor, said) in [(0.5, "neither the trained model nor its base"), (0.0, "the bare base")] {
+        let scaled: Vec<(String, Tensor)> = tensors
+            .iter()
+            .map(|(name, tensor)| (name.clone(), if name.contains("lora_B") { tensor * factor } else { tensor.copy() }))
+            .collect();
+        let specs: Vec<TensorSpec> = scaled.iter().map(|(name, tensor)| TensorSpec::of(name, tensor)).collect();
+        writer::write(&weights, &specs, &BTreeMap::new(), |i| Ok(scaled[i].1.contiguous())).unwrap();
+        bench.fail(&["verify", "exported", "--model", "base"], 12, &[said]);
+    }
+    // A tokenizer that is another one gives other prompts, whatever the weights say.
+    let tokenizer = merged.join("tokenizer_config.json");
+    let text = std::fs::read_to_string(&tokenizer).unwrap();
+    std::fs::write(&tokenizer, format!("{text} ")).unwrap();
+    bench.fail(&["verify", "whole"], 12, &["tokenizer_config.json is another one"]);
+    bench.fail(&["verify", "whole", "--server", "http://127.0.0.1:9"], 11, &["nobody answers"]);
+    bench.fail(
+        &["verify", "whole", "--server", "http://127.0.0.1:9", "--api-key-env", "NO_SUCH_KEY"],
+        11,
+        &["NO_SUCH_KEY"],
+    );
 }

@@ -1,7 +1,8 @@
 //! Starts that are taken from the weight itself: PiSSA (arXiv:2404.02948), OLoRA (arXiv:2406.01775) and LoftQ (arXiv:2310.08659), as
 //! PEFT 0.21.2 makes them.
 
-use std::collections::HashMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
 
 use tch::{Device, Kind, Tensor};
 
@@ -12,7 +13,7 @@ use super::targets::Target;
 use crate::model::sites::{Role, Site};
 use crate::model::spec::Stored;
 use crate::model::{Decoder, Linear};
-use crate::quant::{Form, Scheme, Weight};
+use crate::quant::{Digest, Form, Scheme, Weight};
 use crate::recipe::{AdapterRecipe, InitLora};
 use crate::weights::Checkpoint;
 use crate::{Error, Fault, Result};
@@ -41,6 +42,8 @@ pub(super) struct Originals<'a> {
     origin: Option<&'a Origin<'a>>,
     /// The modules whose weights are kept as the scheme says, and how their files call these.
     quantised: HashMap<String, Vec<String>>,
+    /// Fingerprints of what was left of weights and quantised, by module.
+    digests: RefCell<BTreeMap<String, Digest>>,
     kind: Kind,
 }
 
@@ -54,7 +57,7 @@ impl<'a> Originals<'a> {
             let stored = |path: &String| spec.names.stored_as(path, |name| checkpoint.shape(name).is_some());
             kept.map(|site| (site.name.clone(), site.parameters().iter().map(stored).collect())).collect()
         });
-        Self { origin, quantised, kind: model.kind }
+        Self { origin, quantised, digests: RefCell::default(), kind: model.kind }
     }
 
     pub(super) fn progress(&self, done: usize, all: usize) {
@@ -149,9 +152,18 @@ impl<'a> Originals<'a> {
     /// Leaves in the linear what is left of its weight.
     pub(super) fn leave(&self, linear: &mut Linear, left: &Tensor) {
         linear.weight = match self.scheme(&linear.name) {
-            Some(scheme) => scheme.keep(left, self.kind),
+            Some(scheme) => {
+                let (weight, digest) = scheme.keep(left, self.kind);
+                self.digests.borrow_mut().insert(linear.name.clone(), digest);
+                weight
+            }
             None => Weight::Dense(left.to_kind(self.kind)),
         };
+    }
+
+    /// Fingerprints of what was left of weights and quantised, by module.
+    pub(super) fn digests(self) -> BTreeMap<String, Digest> {
+        self.digests.into_inner()
     }
 
     /// The weight of a linear before it was quantised, fp32: (out, in) or (E, out, in).

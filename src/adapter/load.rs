@@ -6,14 +6,13 @@ use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
 use super::config::{AdapterConfig, CONFIG, MERGE_IT, Ranks};
-use super::layout::Assembled;
+use super::layout::{self, Assembled};
 use super::saved::{self, BIAS, Named, Saved, TOKENS};
-use super::{Update, overview};
+use super::{TrainedOn, Update, overview};
 use crate::model::names::Names;
 use crate::model::sites::{Role, Site};
 use crate::model::{ModelSpec, Trained};
-use crate::quant::Scheme;
-use crate::recipe::TokenIndices;
+use crate::recipe::{Targets, TokenIndices};
 use crate::weights::Checkpoint;
 use crate::{Error, Fault, Result};
 
@@ -119,9 +118,9 @@ impl LoadedAdapter {
         }
     }
 
-    /// How the base was quantised when the adapter was trained; `None` where it was not, or nothing says so.
-    pub fn scheme(&self) -> Result<Option<Scheme>> {
-        trained_on(&self.folder)
+    /// What its base was when it was trained; `None` where that was not quantised, or nothing says so.
+    pub fn trained_on(&self) -> Result<Option<TrainedOn>> {
+        TrainedOn::read(&self.folder)
     }
 
     /// What of a model of this spec is trained whole, and how it is now.
@@ -194,7 +193,7 @@ impl LoadedAdapter {
             }
         }
         if absent.is_empty() && differing.is_empty() {
-            let parted = self.scheme()?.is_some_and(|scheme| scheme.after_start);
+            let parted = self.trained_on()?.is_some_and(|trained_on| trained_on.scheme.after_start);
             let updates = updates.into_iter();
             return Ok(updates.map(|(index, u)| (index, if parted { u.parted() } else { u })).collect());
         }
@@ -220,24 +219,36 @@ impl LoadedAdapter {
     }
 }
 
-const FLOATS: [&str; 4] = ["F32", "F16", "BF16", "F64"];
-
-/// How the base was quantised when the adapter in `folder` was trained; `None` where it was not, or nothing says so.
-///
-/// Errors with [`Error::Model`] where the file that says it is damaged.
-pub fn trained_on(folder: &Path) -> Result<Option<Scheme>> {
-    let path = folder.join(SCHEME);
-    let fault = |what: String| Error::Model(Fault::at(&path, what));
-    match path.metadata() {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Ok(metadata) if metadata.len() > MAX_TEMPLATE => {
-            return Err(fault(format!("is {} bytes; at most {MAX_TEMPLATE} are read", metadata.len())));
+impl LoadedAdapter {
+    /// What the config of the adapter, fitted to a base, says there, where modules may be called otherwise: `dropout` while training.
+    ///
+    /// Errors with [`Error::Recipe`] for what PEFT has no way to say.
+    pub fn config_on(
+        &self,
+        fitted: &BTreeMap<usize, Update>,
+        sites: &[Site],
+        names: &Names,
+        dropout: f64,
+    ) -> Result<AdapterConfig> {
+        let mut config = AdapterConfig { lora_dropout: dropout, ..self.config.clone() };
+        let originals: Vec<Update> = fitted.values().map(Update::of_the_original).collect();
+        let chosen: Vec<(usize, u32, f64)> =
+            fitted.keys().zip(&originals).map(|(index, update)| (*index, update.rank() as u32, update.scale)).collect();
+        layout::describe(&mut config, sites, names, &chosen)?;
+        let theirs: BTreeSet<&str> = self.updates.iter().map(|update| update.module.as_str()).collect();
+        // Null where PEFT was to guess from the model's type.
+        config
+            .target_modules
+            .get_or_insert_with(|| Targets::Names(originals.iter().map(|update| update.module.clone()).collect()));
+        let otherwise_spelled = originals.iter().any(|update| !theirs.contains(update.module.as_str()));
+        if otherwise_spelled && config.target_parameters.is_none() {
+            config.spell_out(&originals);
         }
-        Err(_) | Ok(_) => {}
+        Ok(config)
     }
-    let text = std::fs::read(&path).map_err(|error| fault(format!("cannot be read: {error}")))?;
-    Scheme::from_json(&text).map(Some).map_err(fault)
 }
+
+const FLOATS: [&str; 4] = ["F32", "F16", "BF16", "F64"];
 
 /// The keys of one module's A and B.
 #[derive(Default)]

@@ -2,12 +2,16 @@
 //!
 //! The low-rank mechanism belongs to the model ([`crate::model::LowRank`]); this room is the policy.
 
+pub mod combine;
 pub mod config;
 mod decompose;
+pub mod extract;
 pub mod init;
 pub mod layout;
 pub mod load;
 pub mod merge;
+pub mod numbers;
+pub mod plain;
 mod planned;
 pub mod saved;
 mod spelling;
@@ -24,14 +28,15 @@ use crate::model::names::Names;
 use crate::model::sites::{self, Role, Site};
 use crate::model::{Decoder, Linear, LowRank};
 use crate::ops::{Magnitude, magnitude};
-use crate::recipe::{AdapterRecipe, Targets};
+use crate::recipe::AdapterRecipe;
 use crate::torch_ext::catching;
 use crate::{Error, Fault, Result};
 
 pub use config::AdapterConfig;
 pub use decompose::Origin;
 use decompose::Originals;
-pub use load::{LoadedAdapter, trained_on};
+pub use load::LoadedAdapter;
+pub use numbers::TrainedOn;
 pub use planned::{PlannedAdapters, PlannedSaved, PlannedUpdate};
 pub use saved::Saved;
 pub use targets::overview;
@@ -206,6 +211,7 @@ impl Adapters {
             Ok(update)
         });
         let updates = updates.collect::<Result<Vec<_>>>()?;
+        model.digests.extend(originals.digests());
         if model.spec.names.among_others && config.target_parameters.is_none() {
             // A short name would match in the parts that are not trained, too.
             config.spell_out(&updates);
@@ -245,14 +251,7 @@ impl Adapters {
     ) -> Result<Self> {
         let device = model.device;
         let originals = Originals::of(model, origin);
-        let mut config = AdapterConfig { lora_dropout: dropout, ..loaded.config.clone() };
-        let chosen: Vec<(usize, u32, f64)> = fitted
-            .iter()
-            .map(|(index, update)| (*index, update.of_the_original().rank() as u32, update.scale))
-            .collect();
-        layout::describe(&mut config, sites, &model.spec.names, &chosen)?;
-        let theirs: BTreeSet<&str> = loaded.updates.iter().map(|update| update.module.as_str()).collect();
-        let otherwise_spelled = fitted.values().any(|update| !theirs.contains(update.module.as_str()));
+        let config = loaded.config_on(&fitted, sites, &model.spec.names, dropout)?;
         let mut linears = by_name(model);
         let mut updates = Vec::with_capacity(fitted.len());
         for (index, update) in fitted {
@@ -269,13 +268,7 @@ impl Adapters {
             })?;
             updates.push(update);
         }
-        // Null where PEFT was to guess from the model's type.
-        config
-            .target_modules
-            .get_or_insert_with(|| Targets::Names(updates.iter().map(|update| update.module.clone()).collect()));
-        if otherwise_spelled && config.target_parameters.is_none() {
-            config.spell_out(&updates);
-        }
+        model.digests.extend(originals.digests());
         let mut notices = loaded.notices.clone();
         notices.extend(tied_head(model, &updates));
         let saved: Vec<Saved> = loaded.saved(&model.spec)?.iter().map(|saved| saved.trainable(device)).collect();

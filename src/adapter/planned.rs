@@ -3,7 +3,7 @@
 use super::config::AdapterConfig;
 use super::load::PREFIX;
 use super::spelling;
-use super::{LoadedAdapter, saved, targets};
+use super::{Adapters, LoadedAdapter, saved, targets};
 use crate::Result;
 use crate::model::ModelSpec;
 use crate::model::sites::Role;
@@ -50,13 +50,17 @@ pub struct PlannedSaved {
     pub shared_with: Option<String>,
 }
 
+/// E of a linear that every expert has.
+fn experts(role: &Role) -> Option<i64> {
+    if let Role::Experts { count, .. } = role { Some(*count) } else { None }
+}
+
 impl PlannedAdapters {
     /// What `recipe` names in a model of this spec. Of an adapter that is continued, its files are read.
     ///
     /// Errors: those of [`super::Adapters::attach`] that do not need the weights.
     pub fn of(spec: &ModelSpec, recipe: &AdapterRecipe) -> Result<Self> {
         let sites = spec.sites();
-        let experts = |role: &Role| if let Role::Experts { count, .. } = role { Some(*count) } else { None };
         if let Some(folder) = &recipe.adapter_name_or_path {
             let loaded = LoadedAdapter::read(folder)?;
             let updates = loaded.fit(&sites, &spec.names)?.into_values().map(|update| PlannedUpdate {
@@ -97,6 +101,18 @@ impl PlannedAdapters {
             PlannedSaved { module: named.module, shape, bias: named.bias, rows, shared_with: named.shared_with }
         });
         Ok(Self { updates: updates.collect(), saved: saved.collect(), keeps_start: recipe.starts_from_weights() })
+    }
+
+    /// Those that are on a model.
+    pub fn attached(adapters: &Adapters) -> Self {
+        let updates = adapters.updates().iter().map(|update| PlannedUpdate {
+            module: update.module.clone(),
+            experts: experts(&update.role),
+            shape: update.shape(),
+            rank: update.rank(),
+            decomposed: update.lengths.is_some(),
+        });
+        Self { updates: updates.collect(), saved: Vec::new(), keeps_start: false }
     }
 
     /// Names and shapes of what is trained, fp32, as [`super::Adapters::parameters`] has them.

@@ -243,7 +243,7 @@ fn norm<'a>(model: &'a mut Decoder, module: &str) -> Option<&'a mut Norm> {
 }
 
 /// Modules whose weights can be trained whole: the embedding, linears, norms.
-fn known(spec: &ModelSpec) -> Vec<Named> {
+pub(super) fn known(spec: &ModelSpec) -> Vec<Named> {
     let tensors = spec.tensors();
     let of = |module, shape, bias| Named { module, shape, bias, rows: None, shared_with: None };
     let table = of(embedding(spec), vec![spec.vocab_size, spec.hidden_size], false);

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::*;
 use crate::model::names::Names;
-use crate::recipe::BaseSource;
+use crate::recipe::{BaseSource, Targets};
 use crate::weights::Checkpoint;
 
 fn fixtures() -> PathBuf {

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::console::{Console, Unit};
 use super::loading::{self, Base};
+use crate::adapter::numbers::Here;
 use crate::cli::{Eval, Metric, Threshold};
 use crate::evaluate::{self, Answer, Questions};
 use crate::model::Sampling;
@@ -48,7 +49,7 @@ pub fn run(arguments: &Eval, out: &mut dyn Write) -> Result<()> {
                 fault.hint("train it, name another with --adapter, or measure the base with --base"),
             ));
         }
-        loading::same_numbers(folder, &plan, scheme.as_ref(), &checkpoint, &console)?;
+        loading::same_numbers(folder, &plan, scheme.as_ref(), Here { checkpoint: &checkpoint, spec: &spec }, &console)?;
     }
     let mut model = loading::decoder(&checkpoint, spec, plan.kind, device, scheme.as_ref(), &console)?;
     if let Some(folder) = &adapter {

@@ -7,14 +7,16 @@ use std::thread::JoinHandle;
 use tch::{Device, Kind};
 
 use super::console::{Console, Unit};
-use crate::adapter::{Adapters, LoadedAdapter, Origin, overview, trained_on};
+use crate::adapter::numbers::{Here, skips_something};
+use crate::adapter::{Adapters, LoadedAdapter, Origin, TrainedOn};
 use crate::cli::{ModelChoice, Quantizing};
 use crate::data::{Dataset, Encoder, Tokenizer, add_tokens, grow};
 use crate::export::manifest::{self, FileDigest};
+use crate::export::run::Written;
 use crate::export::sidecars;
 use crate::model::{Decoder, ModelSpec, families};
 use crate::ops::cuda;
-use crate::quant::{Products, Scheme, ends_in, fp8};
+use crate::quant::{Form, Products, Scheme, fp8};
 use crate::recipe::{
     AdapterRecipe, BaseSource, CacheDequantized, DataSource, DatasetRecipe, Dtype, Plan, QuantizationType, cache_dir,
 };
@@ -157,6 +159,16 @@ pub(super) fn scheme(
         skips_something(&scheme, spec, "quantization.skip")?;
     }
     if scheme.products == Products::Fp8 {
+        let own = checkpoint.quantised_form() == Some(scheme.form);
+        if scheme.form != Form::Fp8 && !(own && checkpoint.is_fp8_in_rows()) {
+            let layout = checkpoint.layout().filter(|_| own).map(|layout| format!(" ({layout})")).unwrap_or_default();
+            let what = format!(
+                "`compute: fp8` needs fp8 numbers with a scale to each row; the base is kept as {}{layout}",
+                scheme.form
+            );
+            let fault = Fault::new("quantization.compute", what);
+            return Err(Error::Recipe(vec![fault.hint("write `quantization.type: fp8`, or leave `compute` out")]));
+        }
         if !fp8::multiplies(device) {
             console.say("note: this device does not multiply fp8; `compute: fp8` is made of fp32 products, slowly");
         }
@@ -175,46 +187,28 @@ pub(super) fn same_numbers(
     adapter: &Path,
     plan: &Plan,
     scheme: Option<&Scheme>,
-    checkpoint: &Checkpoint,
+    here: Here<'_>,
     console: &Console,
 ) -> Result<()> {
-    let here = match scheme {
-        Some(scheme) => format!("quantised as {scheme}"),
-        None => format!("not quantised, in {}", plan.recipe.dtype),
-    };
-    let Some(trained_on) = trained_on(adapter)? else {
-        if scheme.is_some() {
-            console.say(format_args!(
-                "note: {} does not say that it was trained on a quantised base; here its base is {here}",
-                adapter.display()
-            ));
-        }
-        return Ok(());
-    };
-    let stored = checkpoint.quantised_form().is_some_and(|stored| stored == trained_on.form);
-    let same = match scheme {
-        // What is stored quantised stays so, whatever is skipped.
-        Some(scheme) if stored => scheme.kind == trained_on.kind,
-        Some(scheme) => scheme.makes_numbers_of(&trained_on),
-        None => stored && plan.kind == trained_on.kind,
-    };
-    if same {
-        return Ok(());
+    match (TrainedOn::read(adapter)?, scheme) {
+        (Some(trained_on), scheme) => trained_on.prove_same(adapter, here, scheme, plan.kind)?,
+        (None, Some(scheme)) => console.say(format_args!(
+            "note: {} does not say that it was trained on a quantised base; here its base is quantised as {scheme}",
+            adapter.display()
+        )),
+        (None, None) => {}
     }
-    let what = format!("was trained on its base quantised as {trained_on}, but by the recipe the base is {here}");
-    let hint = format!("write into the recipe (or --set) {}", trained_on.in_recipe());
-    Err(Error::Model(Fault::at(adapter, what).hint(hint)))
+    Ok(())
 }
 
-/// Refuses a base that is stored in another quantised form than the one an adapter was trained on, which is wanted again.
-pub(super) fn stored_alike(adapter: &Path, trained_on: Option<&Scheme>, checkpoint: &Checkpoint) -> Result<()> {
-    let (Some(trained_on), Some(stored)) = (trained_on, checkpoint.quantised_form()) else { return Ok(()) };
-    if stored.may_become(trained_on.form) {
-        return Ok(());
+/// Says where weights were quantised to other numbers than those that the adapter which was put on a model was trained on.
+pub(super) fn say_what_differs(adapter: &Path, model: &Decoder, console: &Console) -> Result<()> {
+    if let Some(trained_on) = TrainedOn::read(adapter)?
+        && let Some(notice) = trained_on.notice(adapter, &model.digests)?
+    {
+        console.say(format_args!("note: {notice}"));
     }
-    let what = format!("was trained on its base quantised as {}, but this base is stored as {stored}", trained_on.form);
-    let hint = "name the base that it was trained on, or the unquantised model that both were made of";
-    Err(Error::Model(Fault::at(adapter, what).hint(hint)))
+    Ok(())
 }
 
 /// The scheme that options ask for, of numbers in `kind`, for a model of this spec.
@@ -225,20 +219,6 @@ pub(super) fn asked(form: QuantizationType, how: &Quantizing, kind: Kind, spec: 
     let scheme = Scheme { form, kind, skip: how.skip.clone(), products: Products::Dequantised, after_start: false };
     skips_something(&scheme, spec, "--skip")?;
     Ok(scheme)
-}
-
-/// Refuses a name, said at `place`, that skips none of the model's linears.
-fn skips_something(scheme: &Scheme, spec: &ModelSpec, place: &str) -> Result<()> {
-    let sites = spec.sites();
-    let linears: Vec<&str> = sites.iter().map(|site| site.name.as_str()).collect();
-    let idle = |name: &&String| !linears.iter().any(|linear| ends_in(linear, name));
-    match scheme.skip.iter().find(idle) {
-        None => Ok(()),
-        Some(name) => {
-            let fault = Fault::new(place, format!("'{name}' is no linear, nor the end of the path of one"));
-            Err(Error::Recipe(vec![fault.hint(format!("those are: {}", overview(&linears)))]))
-        }
-    }
 }
 
 /// The tokenizer of a base.
@@ -297,14 +277,19 @@ pub(super) fn chosen(choice: &ModelChoice, console: &Console) -> Result<Loaded> 
     let mut checkpoint = checkpoint(&source, console)?;
     let loaded = choice.adapter.as_deref().map(LoadedAdapter::read).transpose()?;
     // Asked on other numbers than it learned on, it would answer differently.
-    let scheme = loaded.as_ref().map(LoadedAdapter::scheme).transpose()?.flatten();
+    let trained_on = loaded.as_ref().map(LoadedAdapter::trained_on).transpose()?.flatten();
+    let scheme = trained_on.as_ref().map(|trained_on| trained_on.scheme.clone());
     if let Some(loaded) = &loaded {
-        stored_alike(&loaded.folder, scheme.as_ref(), &checkpoint)?;
         with_tokens_of(loaded, &mut checkpoint)?;
     }
     let trained_in = scheme.as_ref().map_or(Kind::BFloat16, |scheme| scheme.kind);
     let kind = choice.dtype.map_or(trained_in, Dtype::kind);
     let spec = families::spec(&checkpoint)?;
+    if let (Some(loaded), Some(trained_on)) = (&loaded, &trained_on) {
+        let here = Here { checkpoint: &checkpoint, spec: &spec };
+        trained_on.prove_stored_alike(&loaded.folder, here)?;
+        trained_on.prove_had(&loaded.folder, here)?;
+    }
     let mut model = decoder(&checkpoint, spec, kind, device, scheme.as_ref(), console)?;
     if let Some(loaded) = &loaded {
         put_on(&mut model, loaded, &checkpoint, scheme.as_ref(), console)?;
@@ -336,7 +321,33 @@ fn put_on(
         console.say(format_args!("note: {notice}"));
     }
     let origin = Origin { checkpoint, scheme, start: None, progress: &|_, _| () };
-    Adapters::attach_loaded(model, loaded, 0.0, Some(&origin)).map(drop)
+    Adapters::attach_loaded(model, loaded, 0.0, Some(&origin))?;
+    say_what_differs(&loaded.folder, model, console)
+}
+
+/// Says what a run has written, and what the one who serves it must know.
+pub(super) fn say_written(console: &Console, written: &Written) {
+    for notice in &written.notices {
+        console.say(format_args!("note: {notice}"));
+    }
+    for folder in &written.folders {
+        console.say(format_args!("wrote {}", folder.display()));
+    }
+}
+
+/// What the base's config says its weights are.
+pub(super) fn own_dtype(config: &serde_json::Value) -> Dtype {
+    let said = [
+        &config["dtype"],
+        &config["torch_dtype"],
+        &config["text_config"]["dtype"],
+        &config["text_config"]["torch_dtype"],
+    ];
+    match said.into_iter().find_map(|dtype| dtype.as_str()) {
+        Some("float32") => Dtype::Fp32,
+        Some("float16") => Dtype::Fp16,
+        _ => Dtype::Bf16,
+    }
 }
 
 /// As many CPU threads as asked for, else as many as this process may use (its cgroup's share, too), and memory kept for reuse.

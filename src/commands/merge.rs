@@ -7,15 +7,16 @@ use tch::{Device, Kind};
 
 use super::console::{Console, Unit};
 use super::loading;
-use crate::adapter::{Adapters, Learned, LoadedAdapter, Origin, Update};
+use crate::adapter::numbers::{Here, skips_something};
+use crate::adapter::{Adapters, Learned, LoadedAdapter, Origin, TrainedOn, Update};
 use crate::cli::{Merge, Onto, Quantizing};
 use crate::data::{Encoder, Tokenizer};
-use crate::evaluate::{Drift, Probes};
-use crate::export::manifest::{self, Base, MergeManifest};
+use crate::evaluate::{Drift, Measured, Probes};
+use crate::export::manifest::{self, Base, Manifest, MergeManifest};
 use crate::export::{merged, quantised, sidecars};
 use crate::model::{ModelSpec, families};
-use crate::quant::{Form, Products, Scheme};
-use crate::recipe::{BaseSource, DatasetRecipe, Dtype};
+use crate::quant::{Products, Scheme, name_of};
+use crate::recipe::{BaseSource, DatasetRecipe, QuantizationRecipe};
 use crate::torch_ext::{catching, torch_version};
 use crate::train::free_bytes;
 use crate::weights::Checkpoint;
@@ -42,7 +43,7 @@ pub fn run(arguments: &Merge, out: &mut dyn Write) -> Result<()> {
     }
     let mut spec = families::spec(&checkpoint)?;
     spec.grow(checkpoint.vocabulary)?;
-    let dtype = arguments.dtype.unwrap_or_else(|| own_dtype(&checkpoint.config));
+    let dtype = arguments.dtype.unwrap_or_else(|| loading::own_dtype(&checkpoint.config));
     let kind = dtype.kind();
     let asked = |form| loading::asked(form, &arguments.quantizing, kind, &spec);
     let scheme = arguments.quantize.map(asked).transpose()?;
@@ -51,9 +52,15 @@ pub fn run(arguments: &Merge, out: &mut dyn Write) -> Result<()> {
     // The template it was trained with travels with an adapter.
     let template = adapter.chat_template()?;
     let sidecars = sidecars(&checkpoint, template.as_deref());
-    let trained_on = adapter.scheme()?;
-    loading::stored_alike(&adapter.folder, trained_on.as_ref(), &checkpoint)?;
-    let onto = trained_on.as_ref().filter(|_| arguments.onto == Onto::Dequantized);
+    let here = Here { checkpoint: &checkpoint, spec: &spec };
+    let trained_on = trained_on(arguments, &adapter, here, &console)?;
+    let asked_onto = arguments.onto.unwrap_or(Onto::Dequantized);
+    let onto = trained_on.as_ref().filter(|_| asked_onto == Onto::Dequantized);
+    if let Some(what) = onto.and_then(|trained_on| trained_on.missing(&checkpoint)) {
+        let hint = "name the base the adapter was trained on, or say --onto original";
+        return Err(Error::Model(Fault::at(&adapter.folder, what).hint(hint)));
+    }
+    let onto = onto.map(|trained_on| &trained_on.scheme);
     let updates = match onto {
         Some(_) => updates,
         None => updates.iter().map(Update::of_the_original).collect(),
@@ -61,28 +68,28 @@ pub fn run(arguments: &Merge, out: &mut dyn Write) -> Result<()> {
     if onto.is_some() {
         console.say("the update is folded into the numbers it was trained on: those of the quantised base");
     }
-    // A form that only its own tool makes is had where it is stored.
-    let elsewhere = trained_on
-        .as_ref()
-        .map(|scheme| scheme.form)
-        .filter(|form| !form.can_be_made() && checkpoint.quantised_form() != Some(*form));
+    let scheme_of = trained_on.as_ref().map(|trained_on| &trained_on.scheme);
+    let elsewhere = trained_on.as_ref().and_then(|trained_on| trained_on.missing(&checkpoint));
     let probes = match arguments.no_probe {
-        true => None,
-        false => probes(arguments, &sidecars, &spec, elsewhere, &console)?,
+        true => Err("--no-probe".to_string()),
+        false => probes(arguments, &sidecars, &spec, (elsewhere, scheme_of.map_or(kind, |scheme| scheme.kind)))?,
     };
+    if let (Err(why), false) = (&probes, arguments.no_probe) {
+        console.say(format_args!("note: no prompts are asked, so that no drift is measured: {why}"));
+    }
 
     let learned = Learned { updates: &updates, saved: &saved };
-    let written = match &scheme {
+    let (written, made) = match &scheme {
         Some(scheme) => {
             let stage = console.stage("merging and quantising", Unit::Things("numbers"));
             let at = |done, total| stage.at(done, total);
-            Some(quantised::write(&arguments.out, &checkpoint, learned, onto, scheme, &sidecars, &at)?)
+            let written = quantised::write(&arguments.out, &checkpoint, learned, onto, scheme, &sidecars, &at)?;
+            (Some(written.clone()), written.onto)
         }
         None => {
             let stage = console.stage("merging", Unit::Bytes);
             let at = |done, total| stage.at(done, total);
-            merged::write(&arguments.out, &checkpoint, learned, onto, kind, &sidecars, &at)?;
-            None
+            (None, merged::write(&arguments.out, &checkpoint, learned, onto, kind, &sidecars, &at)?)
         }
     };
     console.say(format_args!("wrote {}", arguments.out.display()));
@@ -90,22 +97,30 @@ pub fn run(arguments: &Merge, out: &mut dyn Write) -> Result<()> {
         console.say(written);
     }
 
-    let mut drift = None;
-    if let Some(probes) = probes {
-        let scheme = trained_on.clone().map(|scheme| Scheme { products: Products::Cached, ..scheme });
-        let mut trained =
-            loading::decoder(&checkpoint, spec.clone(), Kind::Float, Device::Cpu, scheme.as_ref(), &console)?;
+    let differing = trained_on.as_ref().and_then(|trained_on| trained_on.differing(&made));
+    if let Some(differing) = &differing {
+        console.say(format_args!("note: {differing}"));
+    }
+
+    let drift = probes.map(|(probes, kind)| {
+        let products = if kind == Kind::Float { Products::Cached } else { Products::Dequantised };
+        let scheme = scheme_of.map(|scheme| Scheme { products, ..scheme.clone() });
+        let mut trained = loading::decoder(&checkpoint, spec.clone(), kind, Device::Cpu, scheme.as_ref(), &console)?;
         let origin = Origin { checkpoint: &checkpoint, scheme: scheme.as_ref(), start: None, progress: &|_, _| () };
         Adapters::attach_loaded(&mut trained, &adapter, 0.0, Some(&origin))?;
         let replies = catching("asking the adapter on its base", || Ok(probes.ask(&trained)))?;
         drop(trained);
         let merged = Checkpoint::open(&BaseSource::Folder(arguments.out.clone()))?;
         let spec = families::spec(&merged)?;
-        let merged = loading::decoder(&merged, spec, Kind::Float, Device::Cpu, None, &console)?;
+        let merged = loading::decoder(&merged, spec, kind, Device::Cpu, None, &console)?;
         let found = catching("asking the merged model", || Ok(Drift::of(&replies, &merged)))?;
         console.say(format_args!("beside the adapter on its base, at {} prompts: {found}", found.prompts));
-        drift = Some(found);
-    }
+        Ok::<_, Error>(Measured::Drift(found))
+    });
+    let drift = match drift {
+        Ok(measured) => measured?,
+        Err(why) => Measured::Not(format!("not measured: {why}")),
+    };
 
     let manifest = MergeManifest {
         engraft_version: env!("CARGO_PKG_VERSION").into(),
@@ -113,12 +128,13 @@ pub fn run(arguments: &Merge, out: &mut dyn Write) -> Result<()> {
         created: jiff::Timestamp::now().to_string(),
         base: Base::of(&checkpoint, &arguments.model, loading::joined(base_files)?),
         adapter: manifest::outputs(Path::new(""), std::slice::from_ref(&adapter.folder), &|_, _| ())?,
-        trained_on: trained_on.as_ref().map(Scheme::to_value),
-        onto: trained_on.as_ref().map(|_| arguments.onto.to_string()),
+        trained_on: scheme_of.map(Scheme::to_value),
+        onto: trained_on.as_ref().map(|_| asked_onto.to_string()),
         dtype: dtype.to_string(),
         quantization: scheme.as_ref().map(Scheme::to_value),
         quantization_loss: written.map(|written| written.loss),
         drift,
+        differing,
         outputs: manifest::outputs(&arguments.out, std::slice::from_ref(&arguments.out), &|_, _| ())?,
     };
     manifest.write(&arguments.out)?;
@@ -129,59 +145,119 @@ pub fn run(arguments: &Merge, out: &mut dyn Write) -> Result<()> {
     Ok(())
 }
 
-/// What to ask, where there is a tokenizer to ask with and memory for the models, or prompts were named.
+/// What the base was when the adapter was trained, as the adapter or `--trained-on` says; `None` where it was not quantised, or nothing
+/// says so.
+fn trained_on(
+    arguments: &Merge,
+    adapter: &LoadedAdapter,
+    here: Here<'_>,
+    console: &Console,
+) -> Result<Option<TrainedOn>> {
+    const PLACE: &str = "--trained-on";
+    let itself = adapter.trained_on()?;
+    let (found, typed) = match (itself, &arguments.trained_on) {
+        (Some(itself), Some(_)) => {
+            let what = format!("the adapter says itself that its base was quantised as {}", itself.scheme);
+            return Err(Error::Recipe(vec![Fault::new(PLACE, what).hint("leave it out")]));
+        }
+        (itself, None) => (itself, None),
+        // What weights are read in where nothing else is said.
+        (None, Some(typed)) => {
+            let kind = loading::own_dtype(&here.checkpoint.config).kind();
+            let scheme = QuantizationRecipe::typed(typed, PLACE, kind)?;
+            skips_something(&scheme, here.spec, PLACE)?;
+            (None, Some(TrainedOn { scheme, stored: None, weights: Default::default() }))
+        }
+    };
+    if let Some(typed) = &typed {
+        console.say(format_args!("the adapter is taken as trained on its base quantised as {}", typed.scheme));
+    }
+    let found = found.or(typed);
+    match &found {
+        Some(found) => found.prove_stored_alike(&adapter.folder, here)?,
+        // What is stored quantised is read as the numbers that it stands for.
+        None if here.checkpoint.quantised_form().is_some() => {}
+        None if arguments.onto == Some(Onto::Dequantized) => {
+            let fault = Fault::at(&adapter.folder, "does not say that it was trained on a quantised base, nor how");
+            let hint = format!("say how ({PLACE} nf4), or leave out --onto: the update is folded into the base's own numbers");
+            return Err(Error::Model(fault.hint(hint)));
+        }
+        None if !is_of_a_plain_run(&adapter.folder) => console.say(format_args!(
+            "note: the adapter does not say how its base was quantised, if it was; the update is folded into the base's own numbers \
+             ({PLACE} nf4: into those of a base quantised so)"
+        )),
+        None => {}
+    }
+    Ok(found)
+}
+
+/// Whether an adapter lies in the folder of a run of engraft, which would have said that its base was quantised.
+fn is_of_a_plain_run(adapter: &Path) -> bool {
+    adapter.parent().is_some_and(|run| Manifest::read(run).is_ok())
+}
+
+/// What to ask, and what to compute in; or why nothing is asked: without a tokenizer to ask with, the numbers of training (`elsewhere`
+/// says why), or memory for the models, which take less in the number type of `training`.
+///
+/// Errors: where prompts were named.
 fn probes(
     arguments: &Merge,
     sidecars: &std::collections::BTreeMap<String, Vec<u8>>,
     spec: &ModelSpec,
-    elsewhere: Option<Form>,
-    console: &Console,
-) -> Result<Option<Probes>> {
+    (elsewhere, training): (Option<String>, Kind),
+) -> Result<std::result::Result<(Probes, Kind), String>> {
     let named = arguments.probe.as_deref();
     let numbers: i64 = spec.tensors().values().map(|shape| shape.iter().product::<i64>()).sum();
-    let (needed, free) = (4 * numbers as u64, free_bytes(Device::Cpu));
     let encoder = Tokenizer::new(sidecars).map(std::sync::Arc::new);
     let encoder = encoder.and_then(|tokenizer| Encoder::new(tokenizer, &DatasetRecipe::defaults()));
-    let missing = match (&encoder, free) {
-        _ if elsewhere.is_some() => elsewhere
-            .map(|form| format!("the adapter was trained on a base that is stored as {form}, which this one is not")),
-        (Err(error), _) => Some(format!("without a tokenizer: {error}")),
-        (Ok(_), Some(free)) if free < needed => Some(format!(
-            "the models take {:.1} GB each in fp32, and {:.1} GB are free",
-            gigabytes(needed),
-            gigabytes(free)
-        )),
-        (Ok(_), _) => None,
+    let lacks_numbers = elsewhere.is_some();
+    let kind = match (elsewhere, &encoder) {
+        (Some(why), _) => Err(format!("the adapter {why}")),
+        (None, Err(error)) => Err(format!("without a tokenizer: {error}")),
+        (None, Ok(_)) => computed_in(numbers as u64, free_bytes(Device::Cpu), training),
     };
-    match (missing, encoder) {
-        (None, Ok(encoder)) => Probes::new(named, &encoder, spec.max_position_embeddings as usize).map(Some),
-        (Some(why), _) if named.is_none() => {
-            console.say(format_args!("note: no prompts are asked, so that no drift is measured: {why}"));
-            Ok(None)
+    match (kind, encoder) {
+        (Ok(kind), Ok(encoder)) => {
+            Probes::new(named, &encoder, spec.max_position_embeddings as usize).map(|probes| Ok((probes, kind)))
         }
+        (Err(why), _) if named.is_none() => Ok(Err(why)),
         (_, Err(error)) => Err(error),
-        (Some(why), Ok(_)) => {
+        (Err(why), Ok(_)) => {
             let fault = Fault::new("--probe", why).hint("leave it out, or say --no-probe");
-            Err(if elsewhere.is_some() { Error::Model(fault) } else { Error::Device(fault) })
+            Err(if lacks_numbers { Error::Model(fault) } else { Error::Device(fault) })
         }
     }
+}
+
+/// What two models of so many `numbers`, one after the other, are computed in within `free` bytes: fp32, or the number type of training.
+///
+/// Errors: what is missing, in a sentence.
+fn computed_in(numbers: u64, free: Option<u64>, training: Kind) -> std::result::Result<Kind, String> {
+    let bytes = |kind: Kind| kind.elt_size_in_bytes() as u64 * numbers;
+    let Some(free) = free else { return Ok(Kind::Float) };
+    [Kind::Float, training].into_iter().find(|kind| bytes(*kind) <= free).ok_or_else(|| {
+        let (needed, free, kind) = (gigabytes(bytes(training)), gigabytes(free), name_of(training));
+        format!("the models take {needed:.1} GB each in {kind}, and {free:.1} GB are free")
+    })
 }
 
 fn gigabytes(bytes: u64) -> f64 {
     bytes as f64 / 1e9
 }
 
-/// What the base's config says its weights are.
-fn own_dtype(config: &serde_json::Value) -> Dtype {
-    let said = [
-        &config["dtype"],
-        &config["torch_dtype"],
-        &config["text_config"]["dtype"],
-        &config["text_config"]["torch_dtype"],
-    ];
-    match said.into_iter().find_map(|dtype| dtype.as_str()) {
-        Some("float32") => Dtype::Fp32,
-        Some("float16") => Dtype::Fp16,
-        _ => Dtype::Bf16,
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn models_are_asked_in_fp32_or_where_that_does_not_fit_in_what_was_trained_in() {
+        let of = |free| computed_in(1_000, free, Kind::BFloat16);
+        assert_eq!(
+            (of(None), of(Some(4_000)), of(Some(3_999))),
+            (Ok(Kind::Float), Ok(Kind::Float), Ok(Kind::BFloat16))
+        );
+        assert_eq!(of(Some(2_000)), Ok(Kind::BFloat16));
+        let why = of(Some(1_999)).unwrap_err();
+        assert!(why.contains("in bf16"), "{why}");
     }
 }

@@ -2,9 +2,12 @@
 
 pub mod chat;
 pub mod codes;
+pub mod combine;
+pub mod diff;
 pub mod doctor;
 pub mod eval;
 pub mod export;
+pub mod extract;
 pub mod generate;
 pub mod inspect;
 pub mod logits;
@@ -15,6 +18,7 @@ pub mod quantize;
 pub mod schema;
 pub mod train;
 pub mod validate;
+pub mod verify;
 
 mod console;
 mod loading;
@@ -34,7 +38,11 @@ pub fn run(cli: &Cli, out: &mut dyn Write) -> Result<()> {
         Command::Chat(arguments) => chat::run(arguments, out),
         Command::Generate(arguments) => generate::run(arguments, out),
         Command::Merge(arguments) => merge::run(arguments, out),
-        Command::Export(arguments) => export::run(arguments),
+        Command::Export(arguments) => export::run(arguments, out),
+        Command::Combine(arguments) => combine::run(arguments),
+        Command::Extract(arguments) => extract::run(arguments, out),
+        Command::Diff(arguments) => diff::run(arguments, out),
+        Command::Verify(arguments) => verify::run(arguments, out),
         Command::Quantize(arguments) => quantize::run(arguments),
         Command::Inspect(arguments) => inspect::run(arguments, out),
         Command::Preview(arguments) => preview::run(arguments, out),

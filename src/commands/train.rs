@@ -4,11 +4,13 @@ use tch::{Device, Kind};
 
 use super::console::{Console, Unit};
 use super::loading::{self, Base};
-use crate::adapter::{Adapters, Origin, PlannedAdapters};
+use crate::adapter::numbers::Here;
+use crate::adapter::{Adapters, Origin, PlannedAdapters, TrainedOn};
 use crate::cli::Train;
 use crate::data::{Dataset, Encoder};
-use crate::export::manifest;
 use crate::export::run::{self, Finished};
+use crate::export::signature::{self, Key};
+use crate::export::{manifest, target};
 use crate::objective::Supervised;
 use crate::recipe::{DataSource, MicroBatch, Offload, Recipe, TileFeedForward, Tiling, TrainingRecipe};
 use crate::torch_ext::{cpu_memory, set_deterministic};
@@ -27,6 +29,8 @@ pub fn run(arguments: &Train) -> Result<()> {
 fn train(arguments: &Train, events: Events) -> Result<()> {
     let plan = Recipe::read(&arguments.recipe, &arguments.overrides.set)?.plan()?;
     let device = plan.device()?;
+    // A key that is none is found out before the training, not after it.
+    let key = arguments.sign.as_deref().map(Key::read).transpose()?;
     let silent = arguments.quiet || arguments.json;
     let console = Console::new(silent);
     loading::use_cpu(plan.training.threads);
@@ -63,7 +67,13 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
 
     let scheme = loading::scheme(&plan, &checkpoint, &spec, device, &console)?;
     if let Some(continued) = &plan.adapter.adapter_name_or_path {
-        loading::same_numbers(continued, &plan, scheme.as_ref(), &checkpoint, &console)?;
+        loading::same_numbers(
+            continued,
+            &plan,
+            scheme.as_ref(),
+            Here { checkpoint: &checkpoint, spec: &spec },
+            &console,
+        )?;
     }
     let (longest, made_for) = (train.report().longest, spec.max_position_embeddings as u64);
     if longest > made_for {
@@ -156,7 +166,14 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
         };
         Adapters::attach(&mut model, &adapter, plan.training.seed, Some(&origin))?
     };
+    if let Some(continued) = &plan.adapter.adapter_name_or_path {
+        loading::say_what_differs(continued, &model, &console)?;
+    }
     folder.keep_adapter_start(adapters.start())?;
+    // What a server cannot load is better known now than after the training.
+    for choice in plan.output.exports() {
+        target::prove(choice.target, choice.merge, &spec, &adapters.config, adapters.learned())?;
+    }
     for notice in &adapters.notices {
         console.say(format_args!("note: {notice}"));
     }
@@ -211,10 +228,11 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
         });
     }
 
+    let trained_on = scheme.as_ref().map(|scheme| TrainedOn::of(&checkpoint, scheme, &model.digests));
     let finished = Finished {
         plan: &plan,
         checkpoint: &checkpoint,
-        scheme: scheme.as_ref(),
+        trained_on: trained_on.as_ref(),
         base_files,
         adapters: &adapters,
         train: &train,
@@ -224,9 +242,16 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
         device: device_name,
     };
     let stage = console.stage("writing", Unit::Bytes);
-    for folder in run::write(&finished, &plan.output.save, &|_, done, total| stage.at(done, total))? {
-        console.say(format_args!("wrote {}", folder.display()));
-        events.tell(&Event::Wrote { path: &folder });
+    let written =
+        run::write(&finished, &plan.output.save, &plan.output.exports(), &|_, done, total| stage.at(done, total))?;
+    loading::say_written(&console, &written);
+    for path in &written.folders {
+        events.tell(&Event::Wrote { path });
+    }
+    if let Some(key) = &key {
+        let path = signature::sign(&plan.output.dir, key)?;
+        console.say(format_args!("wrote {}", path.display()));
+        events.tell(&Event::Wrote { path: &path });
     }
     console.say(format_args!("report: {}", plan.output.dir.join("report.html").display()));
     Ok(())

@@ -14,7 +14,9 @@ use crate::model::{Decoder, Forward};
 use crate::objective::supervised;
 
 pub use answers::{Answer, Score, answer_all, score};
-pub use probe::{Drift, Probes, Reply};
+pub use probe::{
+    Apart, Candidate, Drift, Ended, FORMATS, Finding, Measured, Place, Probes, Prompt, Reply, Said, Tolerance, Verdict,
+};
 pub use questions::{Question, Questions, questions};
 
 /// Loss on a dataset.

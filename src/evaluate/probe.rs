@@ -2,15 +2,25 @@
 //!
 //! One answers some prompts, always by the likeliest token; then both say what they think at every place of those answers.
 
+mod said;
+mod tolerance;
+mod verdict;
+
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use crate::data::{Encoder, Example};
-use crate::model::{Decoder, Forward, Sampling};
+use super::Question;
+use crate::data::{Encoder, Example, Tokenizer};
+use crate::model::{Continuation, Decoder, Forward, Sampling};
 use crate::ops::Documents;
+use crate::quant::name_of;
 use crate::{Error, Fault, Result};
+
+pub use said::{Apart, Candidate, Ended, Place, Said};
+pub use tolerance::{FORMATS, Tolerance};
+pub use verdict::{Finding, Verdict};
 
 /// Asked where nobody names other prompts: of many kinds, as what an adapter was trained for is not known.
 const PROMPTS: [&str; 8] = [
@@ -33,10 +43,19 @@ const MOST_BYTES: u64 = 1 << 20;
 /// What is asked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Probes {
-    /// Token ids of each prompt.
-    prompts: Vec<Vec<u32>>,
+    /// The prompts.
+    pub prompts: Vec<Prompt>,
     /// Token ids that end an answer.
-    stop: Vec<u32>,
+    pub stop: Vec<u32>,
+}
+
+/// A prompt, with the chat template around it where there is one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Prompt {
+    /// Where it is from: `built in`, file and line, file and row.
+    pub place: String,
+    /// Its tokens.
+    pub ids: Vec<u32>,
 }
 
 /// An answer, and what its model thought at every place of it.
@@ -48,13 +67,25 @@ pub struct Reply {
     logits: Tensor,
 }
 
+/// How far apart two models are, or `not measured: ` and why.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Measured {
+    /// Both were asked.
+    Drift(Drift),
+    /// They were not.
+    Not(String),
+}
+
 /// How far apart two models are.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Drift {
     /// Prompts asked.
     pub prompts: usize,
     /// Places of their answers, of the first model.
     pub places: usize,
+    /// What both were computed in: `fp32`, or the number type of training where memory was short, whose rounding is part of the rest.
+    pub dtype: String,
     /// The largest difference between two logits of a token at a place.
     pub max_logit_difference: f64,
     /// The mean over all tokens and places.
@@ -74,7 +105,8 @@ impl Probes {
         let stop = encoder.end_ids();
         let Some(path) = file else {
             let ids = PROMPTS.iter().filter_map(|prompt| encode(encoder, prompt).ok());
-            return Ok(Self { prompts: ids.filter(|ids| fits(ids, context)).collect(), stop });
+            let prompts = ids.filter(|ids| fits(ids, context)).map(|ids| Prompt { place: "built in".into(), ids });
+            return Ok(Self { prompts: prompts.collect(), stop });
         };
         let fault = |what: String| Error::Data(Fault::at(path, what));
         let length = path.metadata().map_err(|error| fault(format!("cannot be read: {error}")))?.len();
@@ -90,7 +122,7 @@ impl Probes {
                 let what = format!("has {} tokens; with an answer of {LONGEST} the model takes {context}", ids.len());
                 return Err(Error::Data(Fault::new(place, what).hint("shorten the prompt")));
             }
-            Ok(ids)
+            Ok(Prompt { place, ids })
         });
         let prompts = ids.collect::<Result<Vec<_>>>()?;
         if prompts.is_empty() || prompts.len() > MOST {
@@ -100,16 +132,38 @@ impl Probes {
         Ok(Self { prompts, stop })
     }
 
+    /// Adds up to `count` rows of an eval set, evenly spread over it; those that leave no room for an answer are left out.
+    pub fn add_rows(&mut self, rows: &[Question], count: usize, context: usize) {
+        let fitting: Vec<&Question> = rows.iter().filter(|row| fits(&row.prompt, context)).collect();
+        let count = count.min(fitting.len()).min(MOST.saturating_sub(self.prompts.len()));
+        let spread = (0..count).map(|i| fitting[i * fitting.len() / count]);
+        self.prompts.extend(spread.map(|row| Prompt { place: row.place.clone(), ids: row.prompt.clone() }));
+    }
+
     /// What a model answers.
     pub fn ask(&self, model: &Decoder) -> Vec<Reply> {
-        let sampling = Sampling { max_tokens: LONGEST, stop: self.stop.clone(), ..Sampling::default() };
-        let answers = model.generate(&self.prompts, &sampling, &mut |_, _| std::ops::ControlFlow::Continue(()));
-        let replies = self.prompts.iter().zip(answers).map(|(prompt, answer)| {
-            let ids = [&prompt[..], &answer.ids].concat();
+        let replies = self.prompts.iter().zip(self.answers(model)).map(|(prompt, answer)| {
+            let ids = [&prompt.ids[..], &answer.ids].concat();
             let logits = logits(model, &ids, answer.ids.len() + 1);
             Reply { ids, logits }
         });
         replies.collect()
+    }
+
+    /// What a model answers, as it is kept beside what is exported.
+    pub fn record(&self, model: &Decoder, tokenizer: &Tokenizer) -> Vec<Said> {
+        let recorded = self.prompts.iter().zip(self.answers(model)).map(|(prompt, answer)| {
+            let ids = [&prompt.ids[..], &answer.ids].concat();
+            let logits = logits(model, &ids, answer.ids.len() + 1);
+            Said::of(answer, &logits, tokenizer)
+        });
+        recorded.collect()
+    }
+
+    fn answers(&self, model: &Decoder) -> Vec<Continuation> {
+        let sampling = Sampling { max_tokens: LONGEST, stop: self.stop.clone(), ..Sampling::default() };
+        let prompts: Vec<Vec<u32>> = self.prompts.iter().map(|prompt| prompt.ids.clone()).collect();
+        model.generate(&prompts, &sampling, &mut |_, _| std::ops::ControlFlow::Continue(()))
     }
 }
 
@@ -134,6 +188,7 @@ impl Drift {
         Self {
             prompts: replies.len(),
             places,
+            dtype: name_of(model.kind).into(),
             max_logit_difference: largest,
             mean_logit_difference: sum / numbers.max(1) as f64,
             greedy_agreement: agreed as f64 / places.max(1) as f64,
@@ -144,10 +199,10 @@ impl Drift {
 
 impl std::fmt::Display for Drift {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { prompts, places, max_logit_difference: max, mean_logit_difference: mean, .. } = self;
+        let Self { prompts, places, dtype, max_logit_difference: max, mean_logit_difference: mean, .. } = self;
         write!(
             f,
-            "logits differ by {mean:.2e} on average and {max:.2e} at most; the likeliest token is the same at {:.1}% of {places} places, \
+            "in {dtype}, logits differ by {mean:.2e} on average and {max:.2e} at most; the likeliest token is the same at {:.1}% of {places} places, \
              {} of {prompts} answers are the same",
             100.0 * self.greedy_agreement,
             self.same_answers
@@ -198,7 +253,8 @@ mod tests {
 
     #[test]
     fn a_model_does_not_drift_from_itself_and_a_changed_one_by_what_was_changed() {
-        let probes = Probes { prompts: vec![vec![3, 1, 4], vec![1, 5, 9, 2, 6]], stop: vec![] };
+        let prompts = [vec![3, 1, 4], vec![1, 5, 9, 2, 6]].map(|ids| Prompt { place: String::new(), ids });
+        let probes = Probes { prompts: prompts.to_vec(), stop: vec![] };
         let (mut model, twin) = (model(), model());
         let replies = probes.ask(&model);
         let Drift { prompts, places, max_logit_difference, mean_logit_difference, .. } = Drift::of(&replies, &twin);

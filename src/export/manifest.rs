@@ -10,9 +10,10 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::documentation::Documentation;
 use super::quantised::Loss;
 use crate::data::DatasetReport;
-use crate::evaluate::Drift;
+use crate::evaluate::Measured;
 use crate::weights::{Checkpoint, sha256_file, writer};
 use crate::{Error, Fault, Result};
 
@@ -53,6 +54,12 @@ pub struct Manifest {
     pub seeds: BTreeMap<String, u64>,
     /// How the run went: the last loss, evaluations, tokens, seconds.
     pub metrics: serde_json::Value,
+    /// SHA-256 of the program that ran: the very code, whatever its version is called. Absent where it cannot be read.
+    #[serde(default)]
+    pub program: Option<String>,
+    /// What whoever publishes the model has to document, as far as the run knows it.
+    #[serde(default)]
+    pub documentation: Option<Documentation>,
     /// What was written, with paths relative to the run's folder.
     pub outputs: Vec<FileDigest>,
 }
@@ -116,8 +123,11 @@ pub struct MergeManifest {
     pub quantization: Option<serde_json::Value>,
     /// What quantising took away.
     pub quantization_loss: Option<Loss>,
-    /// How far it is from the adapter on its base; absent where nothing was asked.
-    pub drift: Option<Drift>,
+    /// How far it is from the adapter on its base, or why that was not measured.
+    pub drift: Measured,
+    /// Where the numbers that the update was folded into are not those the adapter was trained on; absent where they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub differing: Option<String>,
     /// What was written, with paths relative to the model's folder.
     pub outputs: Vec<FileDigest>,
 }
@@ -196,6 +206,11 @@ pub fn sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// SHA-256 of the program that runs.
+pub fn program() -> Option<String> {
+    sha256_file(&std::env::current_exe().ok()?).ok()
+}
+
 /// One fingerprint of a base: of its weight files and its config. Another one means other numbers.
 pub fn base_fingerprint(files: &[FileDigest], checkpoint: &Checkpoint) -> String {
     let config = sha256(&checkpoint.sidecars["config.json"]);
@@ -205,7 +220,12 @@ pub fn base_fingerprint(files: &[FileDigest], checkpoint: &Checkpoint) -> String
 
 /// SHA-256 of a checkpoint's tokenizer files, by name.
 pub fn tokenizer(checkpoint: &Checkpoint) -> BTreeMap<String, String> {
-    let files = checkpoint.sidecars.iter().filter(|(name, _)| super::peft::tokenizer_file(name));
+    tokenizer_of(&checkpoint.sidecars)
+}
+
+/// SHA-256 of the tokenizer's files among some, by name.
+pub fn tokenizer_of(sidecars: &BTreeMap<String, Vec<u8>>) -> BTreeMap<String, String> {
+    let files = sidecars.iter().filter(|(name, _)| super::peft::tokenizer_file(name));
     files.map(|(name, bytes)| (name.clone(), sha256(bytes))).collect()
 }
 
@@ -261,8 +281,11 @@ mod tests {
             resolved_recipe: serde_json::json!({"base_model": "owner/name"}),
             seeds: BTreeMap::from([("training".into(), u64::MAX)]),
             metrics: serde_json::json!({"loss": 0.5}),
+            program: program(),
+            documentation: None,
             outputs: vec![file],
         };
+        assert_eq!(manifest.program.as_ref().map(String::len), Some(64), "this test's own");
         manifest.write(folder.path()).unwrap();
         assert_eq!(Manifest::read(folder.path()).unwrap(), manifest);
         fs::write(folder.path().join(MANIFEST), "{\"base\": 3}").unwrap();

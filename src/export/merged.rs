@@ -2,6 +2,7 @@
 //!
 //! The base is read from its checkpoint again, tensor by tensor, so writing peaks at one tensor and never needs a second model.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::path::Path;
@@ -9,9 +10,12 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
+use super::card::{CARD, CURVE};
 use super::folder::Staging;
 use super::manifest::MANIFEST;
 use super::peft::tokenizer_file;
+use super::probe::PROBE;
+use super::signature::SIGNATURE;
 use crate::adapter::merge::{merged, merged_experts};
 use crate::adapter::{Learned, Saved, Update};
 use crate::data::grow;
@@ -19,7 +23,7 @@ use crate::model::families;
 use crate::model::sites::{Role, Site, expert};
 use crate::model::spec::Stored;
 use crate::model::{Trained, grown};
-use crate::quant::Scheme;
+use crate::quant::{Digest, Scheme};
 use crate::weights::Checkpoint;
 use crate::weights::writer::{self, SHARD_BYTES, TensorSpec};
 use crate::{Error, Fault, Result};
@@ -30,7 +34,8 @@ use crate::{Error, Fault, Result};
 /// they are), also where the base is quantised (its scales and its `quantization_config` are gone then), in shards of 5 GB. A head
 /// that shares the embedding's weight is not stored, unless an update targets it: then both are stored and the config says they
 /// are no longer tied. `onto` is how the base was quantised when the adapter was trained: the update is folded into those numbers.
-/// `sidecars` come from [`super::sidecars`]; `progress` is called with bytes written so far and in all.
+/// `sidecars` come from [`super::sidecars`]; `progress` is called with bytes written so far and in all. Gives the fingerprints of the
+/// weights that were quantised, by module ([`crate::adapter::TrainedOn::differing`]).
 ///
 /// Errors: an update that does not fit the base, a merged value that `kind` cannot hold, what the checkpoint finds damaged;
 /// [`Error::Output`] for a folder that cannot be written or is the base's own.
@@ -42,7 +47,7 @@ pub fn write(
     kind: Kind,
     sidecars: &BTreeMap<String, Vec<u8>>,
     progress: &dyn Fn(u64, u64),
-) -> Result<()> {
+) -> Result<BTreeMap<String, Digest>> {
     let merging = Merging::new(folder, checkpoint, learned, onto, kind)?;
     let specs: Vec<TensorSpec> = (0..merging.tensors()).map(|index| merging.spec(index)).collect();
     let bytes = |spec: &TensorSpec| spec.shape.iter().product::<i64>() as u64 * spec.kind.elt_size_in_bytes() as u64;
@@ -55,7 +60,8 @@ pub fn write(
         progress(done, total);
         Ok(tensor)
     })?;
-    finish(staging, &merging.config(), sidecars)
+    finish(staging, &merging.config(), sidecars)?;
+    Ok(merging.digests())
 }
 
 /// Puts the small files beside the weights, and the folder into its place.
@@ -73,6 +79,7 @@ pub(super) struct Merging<'a> {
     plan: Plan<'a>,
     onto: Option<&'a Scheme>,
     kind: Kind,
+    digests: RefCell<BTreeMap<String, Digest>>,
 }
 
 impl<'a> Merging<'a> {
@@ -92,7 +99,7 @@ impl<'a> Merging<'a> {
             let fault = Fault::new("merge", what);
             return Err(Error::Model(fault.hint("name the base the adapter was trained on, or say --onto original")));
         }
-        Ok(Self { checkpoint, plan: Plan::new(checkpoint, learned, onto)?, onto, kind })
+        Ok(Self { checkpoint, plan: Plan::new(checkpoint, learned, onto)?, onto, kind, digests: RefCell::default() })
     }
 
     /// How many tensors there are.
@@ -114,23 +121,52 @@ impl<'a> Merging<'a> {
         let rounded_to = self.onto.map_or(self.kind, |scheme| if planned.wide { Kind::Float } else { scheme.kind });
         let read_as = whole.unwrap_or(rounded_to);
         let tensor = self.checkpoint.tensor(planned.from, read_as, Device::Cpu)?;
-        let tensor = if planned.shape[..] == tensor.size()[..] { tensor } else { grown(tensor, planned.shape[0]) };
+        let grown = |tensor: Tensor| match planned.shape[..] == tensor.size()[..] {
+            true => tensor,
+            false => grown(tensor, planned.shape[0]),
+        };
+        // As a model grows: by numbers of the quantised weight, where nothing was taken off it.
         let tensor = match &planned.update {
-            Some(part) => part.left(tensor, read_as),
-            None => tensor,
+            Some(part) if part.is_of_the_rest() => part.left(grown(tensor), read_as),
+            _ => tensor,
         };
-        let tensor = match self.onto.filter(|_| planned.quantised.is_some()) {
-            Some(scheme) if planned.quantised == Some(Lies::Transposed) => {
-                scheme.numbers(&tensor.transpose(1, 2).contiguous()).transpose(1, 2).contiguous()
-            }
-            Some(scheme) => scheme.numbers(&tensor),
-            None => tensor,
-        };
+        let tensor = grown(match (&planned.quantised, self.onto) {
+            (Some(place), Some(scheme)) => self.quantised(place, scheme, planned, tensor)?,
+            _ => tensor,
+        });
         let own = whole.unwrap_or(kind);
         match &planned.update {
             Some(part) => part.merged(&tensor, own),
             None => Ok(tensor.to_kind(own)),
         }
+    }
+
+    /// What a weight stood for when the adapter was trained.
+    fn quantised(&self, place: &Place, scheme: &Scheme, planned: &Planned<'_>, tensor: Tensor) -> Result<Tensor> {
+        let (digest, numbers) = match place.stored {
+            // Read as the numbers it was trained on.
+            true => match self.checkpoint.quantised(planned.from, scheme.kind, Device::Cpu)? {
+                Some(stored) => (stored.digest(), tensor),
+                None => return Ok(tensor),
+            },
+            false => {
+                let turned = |tensor: Tensor| match place.lies {
+                    Lies::AsComputed => tensor,
+                    Lies::Transposed => tensor.transpose(1, 2).contiguous(),
+                };
+                let made = scheme.quantised(&turned(tensor));
+                (made.digest(), turned(made.dequantised()))
+            }
+        };
+        let mut all = self.digests.borrow_mut();
+        let own = place.expert.map_or(digest, |number| digest.of_expert(number));
+        all.entry(place.module.clone()).and_modify(|others| *others = others.with(own)).or_insert(own);
+        Ok(numbers)
+    }
+
+    /// Fingerprints of the weights that were quantised as their tensors were made, by module.
+    pub(super) fn digests(self) -> BTreeMap<String, Digest> {
+        self.digests.into_inner()
     }
 
     /// The base's config, with what merging changes.
@@ -152,7 +188,7 @@ pub(super) fn is_ours(name: &str, sidecars: &BTreeMap<String, Vec<u8>>) -> bool 
     weights || sidecars.contains_key(name) || tokenizer_file(name) || OURS.contains(&name)
 }
 
-const OURS: [&str; 4] = ["config.json", "generation_config.json", MANIFEST, "README.md"];
+const OURS: [&str; 7] = ["config.json", "generation_config.json", MANIFEST, SIGNATURE, CARD, CURVE, PROBE];
 
 /// What is stored.
 struct Plan<'a> {
@@ -167,10 +203,21 @@ struct Planned<'a> {
     from: &'a str,
     shape: Vec<i64>,
     update: Option<Part<'a>>,
-    /// How it lies in the file, where it was quantised before training.
-    quantised: Option<Lies>,
+    /// What it was part of, where it was quantised in training.
+    quantised: Option<Place>,
     /// Whether it was computed with in fp32, so that its numbers were never rounded.
     wide: bool,
+}
+
+/// Whose weight a tensor is, or a part of.
+struct Place {
+    /// Of the linear, as transformers has it.
+    module: String,
+    /// Whose it is, where each expert's is a tensor of its own.
+    expert: Option<i64>,
+    lies: Lies,
+    /// Whether the file has it as it was in training.
+    stored: bool,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -287,12 +334,21 @@ impl<'a> Plan<'a> {
         });
         let parts = updates.iter().flat_map(Part::of).chain(trained);
         let mut by_weight: BTreeMap<String, Part<'_>> = parts.map(|(name, part)| (stored(&name), part)).collect();
-        let quantised: BTreeMap<String, Lies> = onto.map_or_else(BTreeMap::new, |scheme| {
+        let stored_so = onto.is_some_and(|scheme| checkpoint.quantised_form() == Some(scheme.form));
+        let mut quantised: BTreeMap<String, Place> = onto.map_or_else(BTreeMap::new, |scheme| {
             let sites = spec.sites().into_iter();
             sites
                 .filter(|site| site.quantisable(spec.head.tied) && !scheme.skips(&site.name))
-                .flat_map(|site| site.parameters().into_iter().map(move |name| (name, lies(&site))).collect::<Vec<_>>())
-                .map(|(name, lies)| (stored(&name), lies))
+                .flat_map(|site| {
+                    let (parameters, lies) = (site.parameters(), lies(&site));
+                    let apart = matches!(site.role, Role::Experts { stored: Stored::Apart, .. });
+                    let place = move |number| {
+                        let expert = apart.then_some(number);
+                        Place { module: site.name.clone(), expert, lies, stored: stored_so }
+                    };
+                    parameters.into_iter().zip((0..).map(place))
+                })
+                .map(|(name, place)| (stored(&name), place))
                 .collect()
         });
         // An embedding that is trained without a head that shared its weight leaves that behind as it was.
@@ -301,7 +357,6 @@ impl<'a> Plan<'a> {
             spec.head.tied && (by_weight.contains_key(&head) || by_weight.get(&embedding).is_some_and(parts_from_head));
         let wide: HashSet<String> = spec.wide_tensors().iter().map(|name| spec.names.stored(name)).collect();
         let accounted: HashSet<String> = spec.tensors().keys().map(|name| spec.names.stored(name)).collect();
-        let stored_so = onto.is_some_and(|scheme| checkpoint.quantised_form() == Some(scheme.form));
         let mut tensors = Vec::new();
         for from in checkpoint.names() {
             // A checkpoint may store the shared weight a second time; the embedding's is the one that is used.
@@ -318,10 +373,10 @@ impl<'a> Plan<'a> {
                 from,
                 shape: shape.clone(),
                 // A base that is stored quantised reads as the numbers it was trained on, but for what was taken off them.
-                quantised: quantised
-                    .get(from)
-                    .copied()
-                    .filter(|_| !stored_so || by_weight.get(from).is_some_and(Part::is_of_the_rest)),
+                quantised: quantised.remove(from).map(|place| {
+                    let rest = by_weight.get(from).is_some_and(Part::is_of_the_rest);
+                    Place { stored: place.stored && !rest, ..place }
+                }),
                 update: by_weight.remove(from),
                 wide: wide.contains(from),
             });

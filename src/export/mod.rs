@@ -1,13 +1,26 @@
-//! What is written: PEFT adapters ([`peft`]), merged models ([`merged`]), quantised bases ([`quantised`]), the manifest ([`manifest`]), all of a run
+//! What is written: PEFT adapters ([`peft`]), merged models ([`merged`]), quantised bases ([`quantised`]), GGUF ([`gguf`]) and its
+//! Modelfile ([`ollama`]), what servers load ([`served`], by the rules of [`target`]), the manifest ([`manifest`]), all of a run
 //! together ([`run`]). Each folder appears whole
 //! or not at all ([`folder`]).
 
+pub mod card;
+pub mod documentation;
 pub mod folder;
+pub mod gguf;
+pub mod licence;
 pub mod manifest;
 pub mod merged;
+mod mlx;
+pub mod ollama;
 pub mod peft;
+pub mod probe;
 pub mod quantised;
 pub mod run;
+pub mod served;
+pub mod server;
+pub mod signature;
+pub mod target;
+pub mod unchanged;
 
 #[cfg(test)]
 mod tests;

@@ -3,16 +3,19 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use super::card::{CARD, CURVE};
 use super::folder::Staging;
+use super::manifest::MANIFEST;
+use super::probe::PROBE;
+use super::signature::SIGNATURE;
 use crate::Result;
 use crate::adapter::config::CONFIG;
 use crate::adapter::load::{SCHEME, WEIGHTS};
-use crate::adapter::{AdapterConfig, Learned, Saved, layout};
-use crate::quant::Scheme;
+use crate::adapter::{AdapterConfig, Learned, Saved, TrainedOn, layout};
 use crate::weights::writer::{self, TensorSpec};
 
 /// Files of a base that an adapter's folder does not repeat: PEFT takes them from the base.
-const THE_BASES_OWN: [&str; 2] = ["config.json", "generation_config.json"];
+pub(super) const THE_BASES_OWN: [&str; 2] = ["config.json", "generation_config.json"];
 
 /// Writes an adapter's folder, whole or not at all: `adapter_config.json`, `adapter_model.safetensors` (fp32; updates, and what is
 /// trained whole), the tokenizer's
@@ -26,11 +29,13 @@ pub fn write(
     folder: &Path,
     config: &AdapterConfig,
     learned: Learned<'_>,
-    scheme: Option<&Scheme>,
+    trained_on: Option<&TrainedOn>,
     sidecars: &BTreeMap<String, Vec<u8>>,
 ) -> Result<()> {
     let ours = |name: &str| {
-        [CONFIG, WEIGHTS, SCHEME, "README.md"].contains(&name) || sidecars.contains_key(name) || tokenizer_file(name)
+        [CONFIG, WEIGHTS, SCHEME, CARD, CURVE, PROBE, MANIFEST, SIGNATURE].contains(&name)
+            || sidecars.contains_key(name)
+            || tokenizer_file(name)
     };
     let staging = Staging::create(folder, ours)?;
     let Learned { updates, saved } = learned;
@@ -39,10 +44,9 @@ pub fn write(
     let specs: Vec<TensorSpec> = tensors.iter().map(|(key, tensor)| TensorSpec::of(key, tensor)).collect();
     writer::write(&staging.path().join(WEIGHTS), &specs, &BTreeMap::new(), |index| Ok(tensors[index].1.contiguous()))?;
     writer::write_file(&staging.path().join(CONFIG), config.to_json().as_bytes())?;
-    if let Some(scheme) = scheme {
-        let after_start = updates.iter().any(|update| update.taken.is_some());
-        let scheme = Scheme { after_start, ..scheme.clone() };
-        writer::write_file(&staging.path().join(SCHEME), scheme.to_json().as_bytes())?;
+    if let Some(mut trained_on) = trained_on.cloned() {
+        trained_on.scheme.after_start = updates.iter().any(|update| update.taken.is_some());
+        writer::write_file(&staging.path().join(SCHEME), trained_on.to_json().as_bytes())?;
     }
     for (name, bytes) in sidecars.iter().filter(|(name, _)| !THE_BASES_OWN.contains(&name.as_str())) {
         writer::write_file(&staging.path().join(name), bytes)?;

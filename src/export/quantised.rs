@@ -16,7 +16,7 @@ use crate::adapter::Learned;
 use crate::model::families;
 use crate::model::sites::Role;
 use crate::quant::four_bit::{Absmax, FourBit, NESTED_BLOCK};
-use crate::quant::{Form, Fp8, Int8, Scheme};
+use crate::quant::{Digest, Form, Fp8, Int8, Scheme};
 use crate::weights::Checkpoint;
 use crate::weights::writer::{self, SHARD_BYTES, TensorSpec};
 
@@ -32,6 +32,8 @@ pub struct Written {
     pub experts: usize,
     /// What quantising took away.
     pub loss: Loss,
+    /// Fingerprints of the weights that the update was folded into, by module, where these were quantised.
+    pub onto: BTreeMap<String, Digest>,
 }
 
 /// What quantising took away: of each weight W, which became Q, `|Q - W| / |W|` in Frobenius norms.
@@ -161,7 +163,7 @@ pub fn write(
     }
     finish(staging, &config, sidecars)?;
     let experts = sites.iter().filter(|site| matches!(site.role, Role::Experts { .. })).count();
-    Ok(Written { quantised: chosen.len(), experts, loss: Loss::of(losses) })
+    Ok(Written { quantised: chosen.len(), experts, loss: Loss::of(losses), onto: merging.digests() })
 }
 
 /// `|found - exact| / |exact|`; 0 of a weight of zeros, which every form holds.

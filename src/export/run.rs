@@ -5,15 +5,19 @@ use std::path::{Path, PathBuf};
 
 use tch::Kind;
 
+use super::documentation::{self, Documentation};
+use super::licence::Licence;
 use super::manifest::{self, Base, FileDigest, MANIFEST, Manifest};
-use super::{merged, peft, sidecars};
+use super::served::Served;
+use super::{card, merged, peft, sidecars};
 use crate::Result;
-use crate::adapter::Adapters;
+use crate::adapter::{AdapterConfig, Adapters, PlannedAdapters, TrainedOn};
 use crate::data::Dataset;
-use crate::quant::Scheme;
-use crate::recipe::{Plan, Save};
+use crate::model::families;
+use crate::recipe::{Dtype, ExportChoice, Plan, Save};
 use crate::torch_ext::torch_version;
-use crate::train::Outcome;
+use crate::train::speed::{Lengths, Work};
+use crate::train::{Cut, Outcome, curves};
 use crate::weights::Checkpoint;
 
 /// A run that is done, and all that the manifest says of it.
@@ -22,8 +26,8 @@ pub struct Finished<'a> {
     pub plan: &'a Plan,
     /// Its base.
     pub checkpoint: &'a Checkpoint,
-    /// How the base was quantised; `None` where it was not.
-    pub scheme: Option<&'a Scheme>,
+    /// What the base's numbers were; `None` where it was not quantised.
+    pub trained_on: Option<&'a TrainedOn>,
     /// Digests of the base's weight files.
     pub base_files: Vec<FileDigest>,
     /// What it trained.
@@ -40,15 +44,30 @@ pub struct Finished<'a> {
     pub device: String,
 }
 
-/// Writes into the run's folder what `save` names, then `manifest.json`; gives the folders written.
+/// What was written of a run.
+#[derive(Debug, Default)]
+pub struct Written {
+    /// The folders.
+    pub folders: Vec<PathBuf>,
+    /// What the one who serves them must know, in plain sentences.
+    pub notices: Vec<String>,
+}
+
+/// Writes into the run's folder what `save` names, `export/<target>` for each of `exports`, then `manifest.json`.
 ///
 /// `progress` is told which of them is being written, and bytes done and in all.
-pub fn write(finished: &Finished<'_>, save: &[Save], progress: &dyn Fn(&str, u64, u64)) -> Result<Vec<PathBuf>> {
+pub fn write(
+    finished: &Finished<'_>,
+    save: &[Save],
+    exports: &[ExportChoice],
+    progress: &dyn Fn(&str, u64, u64),
+) -> Result<Written> {
     let plan = finished.plan;
     let dir = &plan.output.dir;
     let own_template = plan.dataset.chat_template.as_ref().and(finished.chat_template);
     let sidecars = sidecars(finished.checkpoint, own_template);
-    let mut written = Vec::new();
+    let config = config(finished);
+    let mut written = Written::default();
     for what in save {
         let (name, folder) = match what {
             Save::Adapter => ("adapter", dir.join("adapter")),
@@ -56,34 +75,95 @@ pub fn write(finished: &Finished<'_>, save: &[Save], progress: &dyn Fn(&str, u64
         };
         match what {
             Save::Adapter => {
-                let mut config = finished.adapters.config.clone();
-                // The commit is one of the repository that was trained on, whatever that is called in the config.
-                (config.base_model_name_or_path, config.revision) = match &plan.output.base_model_name_or_path {
-                    Some(name) => (Some(name.clone()), plan.recipe.revision.clone()),
-                    None => (Some(plan.recipe.base_model.clone()), finished.checkpoint.commit.clone()),
-                };
-                peft::write(&folder, &config, finished.adapters.learned(), finished.scheme, &sidecars)?;
+                peft::write(&folder, &config, finished.adapters.learned(), finished.trained_on, &sidecars)?;
             }
             Save::Merged => {
                 let at = |done, total| progress(name, done, total);
-                merged::write(
-                    &folder,
-                    finished.checkpoint,
-                    finished.adapters.learned(),
-                    finished.scheme,
-                    plan.kind,
-                    &sidecars,
-                    &at,
-                )?;
+                let (learned, onto) = (finished.adapters.learned(), finished.trained_on.map(|on| &on.scheme));
+                let made = merged::write(&folder, finished.checkpoint, learned, onto, plan.kind, &sidecars, &at)?;
+                written.notices.extend(finished.trained_on.and_then(|on| on.differing(&made)));
             }
         }
-        written.push(folder);
+        written.folders.push(folder);
     }
-    manifest(finished, &written)?.write(dir)?;
+    if !exports.is_empty() {
+        let mut spec = families::spec(finished.checkpoint)?;
+        spec.grow(finished.checkpoint.vocabulary)?;
+        let served = Served {
+            checkpoint: finished.checkpoint,
+            spec: &spec,
+            config: &config,
+            learned: finished.adapters.learned(),
+            trained_on: finished.trained_on,
+            onto: finished.trained_on.map(|on| &on.scheme),
+            template: own_template,
+        };
+        for choice in exports {
+            let name = choice.folder();
+            let folder = dir.join("export").join(&name);
+            let kind = choice.numbers.map_or(plan.kind, Dtype::kind);
+            let at = |done, total| progress(&name, done, total);
+            let notices = served.write(&folder, choice.target, choice.merge, kind, &at)?;
+            written.notices.extend(notices.into_iter().map(|notice| format!("export/{name}: {notice}")));
+            written.folders.push(folder);
+        }
+    }
+    let mut manifest = manifest(finished)?;
+    // Metrics that somebody has removed are no reason to write nothing.
+    let curve = curves(dir).unwrap_or_default();
+    for (what, folder) in save.iter().zip(&written.folders) {
+        let kind = match what {
+            Save::Adapter => card::Kind::Adapter,
+            Save::Merged => card::Kind::Merged,
+        };
+        card::write(folder, &facts(finished, &manifest, kind, curve.as_deref()))?;
+    }
+    let quiet = |_, _| ();
+    manifest.outputs = manifest::outputs(dir, &written.folders, &quiet)?;
+    manifest.outputs.extend(kept(finished, &manifest.outputs, &manifest.metrics));
+    manifest.outputs.sort_by(|one, other| one.path.cmp(&other.path));
+    manifest.write(dir)?;
     Ok(written)
 }
 
-fn manifest(finished: &Finished<'_>, written: &[PathBuf]) -> Result<Manifest> {
+/// What the card of something that the run wrote says.
+fn facts<'a>(
+    finished: &'a Finished<'_>,
+    manifest: &'a Manifest,
+    kind: card::Kind,
+    curve: Option<&'a str>,
+) -> card::Facts<'a> {
+    let plan = finished.plan;
+    let documentation = manifest.documentation.as_ref().expect("a run's manifest has it");
+    let named = plan.output.dir.file_name().and_then(|name| name.to_str());
+    card::Facts {
+        name: named.unwrap_or("A fine-tuned model"),
+        kind,
+        base: plan.output.base_model_name_or_path.as_ref().unwrap_or(&plan.recipe.base_model),
+        licence: &documentation.base_licence,
+        documentation: Some(documentation),
+        recipe: Some(&manifest.resolved_recipe),
+        metrics: Some(&manifest.metrics),
+        train: &manifest.train,
+        drift: None,
+        curve,
+    }
+}
+
+/// The adapter's config, with the name of its base.
+fn config(finished: &Finished<'_>) -> AdapterConfig {
+    let plan = finished.plan;
+    let mut config = finished.adapters.config.clone();
+    // The commit is one of the repository that was trained on, whatever that is called in the config.
+    (config.base_model_name_or_path, config.revision) = match &plan.output.base_model_name_or_path {
+        Some(name) => (Some(name.clone()), plan.recipe.revision.clone()),
+        None => (Some(plan.recipe.base_model.clone()), finished.checkpoint.commit.clone()),
+    };
+    config
+}
+
+/// All but what was written.
+fn manifest(finished: &Finished<'_>) -> Result<Manifest> {
     let plan = finished.plan;
     let dataset_files = |dataset: &Dataset| {
         let digest = |file: &crate::data::DatasetFile| FileDigest {
@@ -94,12 +174,12 @@ fn manifest(finished: &Finished<'_>, written: &[PathBuf]) -> Result<Manifest> {
         dataset.files().iter().map(digest).collect::<Vec<_>>()
     };
     let datasets = [("training", Some(finished.train)), ("eval", finished.eval)];
-    let reports = datasets.into_iter().filter_map(|(set, dataset)| Some((set.to_string(), dataset?.report().clone())));
+    let datasets: Vec<(&str, &Dataset)> =
+        datasets.into_iter().filter_map(|(set, dataset)| Some((set, dataset?))).collect();
+    let reports = datasets.iter().map(|(set, dataset)| ((*set).to_string(), dataset.report().clone()));
     let metrics = serde_json::to_value(&finished.outcome).expect("numbers, flags and a path have a JSON form");
     let quiet = |_, _| ();
-    let mut outputs = manifest::outputs(&plan.output.dir, written, &quiet)?;
-    outputs.extend(kept(finished, &outputs, &metrics));
-    outputs.sort_by(|one, other| one.path.cmp(&other.path));
+    let documentation = Documentation::new(model(finished)?, plan, &datasets, &finished.outcome, &finished.device);
     Ok(Manifest {
         engraft_version: env!("CARGO_PKG_VERSION").into(),
         libtorch_version: torch_version().into(),
@@ -122,7 +202,35 @@ fn manifest(finished: &Finished<'_>, written: &[PathBuf]) -> Result<Manifest> {
             .expect("a recipe was read from YAML, so it has a JSON form"),
         seeds: BTreeMap::from([("training".to_string(), plan.training.seed)]),
         metrics,
-        outputs,
+        program: manifest::program(),
+        documentation: Some(documentation),
+        outputs: Vec::new(),
+    })
+}
+
+/// What the documentation says of the model: its size, its base's licence, and the work of training it.
+fn model(finished: &Finished<'_>) -> Result<documentation::Model> {
+    let (plan, checkpoint, outcome) = (finished.plan, finished.checkpoint, &finished.outcome);
+    let spec = families::spec(checkpoint)?;
+    let parameters: i64 = spec.tensors().values().map(|shape| shape.iter().product::<i64>()).sum();
+    let cut = Cut { training: &plan.training, max_length: plan.dataset.max_length, dataset: Some(finished.train) };
+    let pass = cut.lengths(&spec);
+    // Of attention as much as the tokens that were seen have in a pass.
+    let part = outcome.tokens as f64 / pass.tokens.max(1.0);
+    let lengths = Lengths {
+        documents: part * pass.documents,
+        tokens: outcome.tokens as f64,
+        trained: outcome.trained_tokens as f64,
+        attention: part * pass.attention,
+    };
+    let adapters = PlannedAdapters::attached(finished.adapters);
+    Ok(documentation::Model {
+        architecture: checkpoint.config["model_type"].as_str().unwrap_or_default().into(),
+        parameters: parameters as u64,
+        trained: finished.adapters.trainable() as u64,
+        context: spec.max_position_embeddings,
+        operations: Work::of(&spec, &adapters).operations(&lengths),
+        licence: Licence::of(checkpoint),
     })
 }
 

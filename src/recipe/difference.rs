@@ -11,6 +11,7 @@ use super::Recipe;
 const NEUTRAL: &[&str] = &[
     "output.dir",
     "output.save",
+    "output.export",
     "output.tensorboard",
     "output.base_model_name_or_path",
     "training.logging_steps",
@@ -32,7 +33,7 @@ impl Recipe {
     /// What differs from `other`, as `training.learning_rate: 0.0002 -> 0.0001` (this one's value first); empty when
     /// both train the same numbers.
     ///
-    /// Not compared: `output.dir`, `output.save`, `output.tensorboard`, `output.base_model_name_or_path`,
+    /// Not compared: `output.dir`, `output.save`, `output.export`, `output.tensorboard`, `output.base_model_name_or_path`,
     /// `training.logging_steps`, `training.save_steps`, `training.save_total_limit` and `training.threads`. They change
     /// what is written, shown or kept, so a run may be resumed with others.
     pub fn differences(&self, other: &Recipe) -> Vec<String> {

@@ -10,6 +10,7 @@ mod base;
 mod cache;
 mod check;
 mod difference;
+mod exports;
 mod file;
 mod foreign;
 mod overrides;
@@ -24,6 +25,7 @@ mod tree;
 
 pub use base::BaseSource;
 pub use cache::cache_dir;
+pub use exports::{ExportChoice, ExportRecipe, Target};
 pub use plan::Plan;
 pub use read::RecipeFile;
 pub use reference::{json_schema, markdown};

@@ -12,7 +12,7 @@ use super::{
     Dtype, OutputRecipe, QuantizationRecipe, QuantizationType, Recipe, RecipeFile, Save, Sources, TrainingRecipe,
     sources,
 };
-use crate::quant::{Form, FourBitType, Products, Scheme};
+use crate::quant::{Form, FourBitType, Products, Scheme, name_of};
 use crate::{Error, Fault, Result};
 
 /// A recipe with everything resolved.
@@ -111,6 +111,23 @@ impl QuantizationRecipe {
     pub fn asks_for_a_form(&self) -> bool {
         let usual = Self::default();
         self.form.is_some() || (self.double_quant, self.block_size) != (usual.double_quant, usual.block_size)
+    }
+
+    /// What is typed for one on a command line, at `place`, as a scheme for numbers in `kind`: a `type`, or a mapping of keys.
+    ///
+    /// # Errors
+    /// [`Error::Recipe`], as strict as a recipe's.
+    pub fn typed(typed: &str, place: &str, kind: Kind) -> crate::Result<Scheme> {
+        let key = if typed.trim_start().starts_with('{') { "quantization" } else { "quantization.type" };
+        let set = [format!("{key}={typed}"), format!("dtype={}", name_of(kind)), "adapter.method=qlora".to_string()];
+        let rest = "{base_model: base, dataset: {train: rows.parquet}, output: {dir: out}}";
+        match Recipe::parse(Path::new(place), rest, &set) {
+            Ok(file) => Ok(file.recipe.quantization.unwrap_or_default().scheme(kind)),
+            Err(Error::Recipe(faults)) => {
+                Err(Error::Recipe(faults.into_iter().map(|fault| Fault { place: place.into(), ..fault }).collect()))
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// What this asks for. Whether weights are cached whole where that is left to engraft is decided when there is a device.

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::ExportRecipe;
+
 /// A fine-tuning run: which base, which adapter, which data, how trained, what written.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -233,7 +235,7 @@ pub struct QuantizationRecipe {
     /// Modules that stay as they are: those whose path is such a name or ends in `.name`.
     #[schemars(inner(length(min = 1)))]
     pub skip: Vec<String>,
-    /// Number type of products with the base; `dtype`, which it must be where both are given.
+    /// Accepted for recipes that have it from bitsandbytes, and nothing but `dtype`: products are computed in the type of the activations.
     pub compute_dtype: Option<Dtype>,
     /// What products with the base read.
     pub compute: Compute,
@@ -288,8 +290,9 @@ pub enum Compute {
     /// Its numbers, made whole.
     #[default]
     Dequantized,
-    /// The fp8 numbers themselves, with `type: fp8` and `dtype: bf16`; inputs and gradients are quantised row by row, too. Faster where a
-    /// GPU multiplies fp8 (compute capability 8.9 and up), and another arithmetic; experts' weights are made whole.
+    /// The fp8 numbers themselves, with `dtype: bf16` and `type: fp8` or a base that is stored so, a scale to each row; inputs and
+    /// gradients are quantised row by row, too. Faster where a GPU multiplies fp8 (compute capability 8.9 and up), and another
+    /// arithmetic; experts' weights are made whole.
     Fp8,
 }
 
@@ -778,6 +781,11 @@ pub struct OutputRecipe {
     #[schemars(length(min = 1), extend("uniqueItems" = true))]
     #[serde(default = "save_adapter")]
     pub save: Vec<Save>,
+    /// What to write for servers at the end, into `<dir>/export/<target>`, as `engraft export` does: names (`peft`, `vllm`, `sglang`,
+    /// `tgi`, `transformers`, `mlx`), or `{target, merge, type}`. What a target cannot load is refused before training.
+    #[schemars(length(min = 1), extend("uniqueItems" = true))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub export: Option<Vec<ExportRecipe>>,
     /// What the adapter's config calls its base; absent: `base_model` as typed.
     #[schemars(length(min = 1))]
     #[serde(default)]

@@ -11,6 +11,7 @@ mod failure;
 mod flash;
 mod gemm;
 mod number;
+mod nvml;
 mod optimizer;
 mod parallel;
 mod placed;
@@ -35,6 +36,7 @@ pub use gemm::{Rows, bf16_gemm, bf16_gemm_done, bf16_gemm_serves};
 #[cfg(target_arch = "x86_64")]
 pub use number::Lanes;
 pub use number::Number;
+pub use nvml::GpuEnergy;
 pub use optimizer::{AdamW, add_scaled, clear_gradients, fused_adamw_, global_norm};
 pub use parallel::{parallel_for, parallel_tasks, parallel_tasks_with};
 pub use placed::{pinned, placed, sent};

@@ -28,8 +28,15 @@ pub enum Start {
 }
 
 /// What [`Start::Overwrite`] removes.
-const REPLACED: [&str; 6] =
-    ["state", ADAPTER_START, super::metrics::FILE, super::tensorboard::FOLDER, super::report::FILE, "manifest.json"];
+const REPLACED: [&str; 7] = [
+    "state",
+    ADAPTER_START,
+    super::metrics::FILE,
+    super::tensorboard::FOLDER,
+    super::report::FILE,
+    "manifest.json",
+    "manifest.json.sig",
+];
 
 /// A run's folder, locked until this is dropped (or the process ends, however it ends).
 ///

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::Scaler;
+use super::{Energy, Scaler};
 use crate::data::Cursor;
 use crate::{Error, Fault, Result};
 
@@ -35,6 +35,12 @@ pub struct Ledger {
     pub trained_tokens: u64,
     /// Seconds of all parts of the run, up to here.
     pub elapsed_seconds: f64,
+    /// When the first part began, RFC 3339, UTC.
+    #[serde(default)]
+    pub began: Option<String>,
+    /// Energy that all parts took, where the machine counts it.
+    #[serde(default)]
+    pub energy: Option<Energy>,
     /// The last logged loss.
     pub loss: Option<f64>,
     /// Loss since then: a state may be saved between two logged steps.
@@ -150,6 +156,8 @@ impl Ledger {
             tokens: 0,
             trained_tokens: 0,
             elapsed_seconds: 0.0,
+            began: None,
+            energy: None,
             loss: None,
             unlogged: LossSum::default(),
             unlogged_balance: LossSum::default(),

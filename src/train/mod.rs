@@ -11,6 +11,7 @@ mod folder;
 mod ledger;
 mod machines;
 mod memory;
+mod meter;
 mod metrics;
 mod optimizer;
 mod outcome;
@@ -35,11 +36,13 @@ pub use memory::{
     Choice, MemoryPlan, Planned, RunMemory, Step, Wish, advice, budget, caches_dequantised, choices, choose, divisors,
     free_bytes, overhead, refuse_what_does_not_fit, sizes,
 };
+pub use meter::{Energy, Meter};
 pub use metrics::{EvalRecord, Event, Events, Metrics, StepRecord, memory_bytes, peak_memory_bytes};
 pub use optimizer::{Optimizer, bytes_of_state, restore};
 pub use outcome::Outcome;
 pub use page::Page;
 pub use progress::Progress;
+pub use report::curves;
 pub use scaler::Scaler;
 pub use schedule::Schedule;
 pub use signals::Interrupts;

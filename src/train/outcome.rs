@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::{Best, Ledger, States};
+use super::{Best, Energy, Ledger, States};
 
 /// How a run went.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -28,6 +28,10 @@ pub struct Outcome {
     pub trained_tokens: u64,
     /// Seconds of all parts of the run.
     pub seconds: f64,
+    /// When it began, RFC 3339, UTC.
+    pub began: Option<String>,
+    /// Energy that it took, of the whole machine; absent where the machine does not count it.
+    pub energy: Option<Energy>,
     /// Whether early stopping ended it.
     pub stopped_early: bool,
     /// The last state.
@@ -47,6 +51,8 @@ impl Outcome {
             tokens: ledger.tokens,
             trained_tokens: ledger.trained_tokens,
             seconds: ledger.elapsed_seconds,
+            began: ledger.began.clone(),
+            energy: ledger.energy.clone(),
             stopped_early: ledger.stopped_early,
             state: states.path(ledger.step),
         }

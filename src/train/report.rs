@@ -64,16 +64,44 @@ pub fn write(folder: &Path, facts: &[(String, String)], recipe: &Value, outcome:
     disk::replace_file(&folder.join(FILE), html.as_bytes())
 }
 
+/// The loss of the run in `folder` as a drawing of its own (SVG), the same as the report's; `None` where nothing was logged.
+///
+/// # Errors
+/// [`Error::Output`] where `metrics.jsonl` cannot be read.
+pub fn curves(folder: &Path) -> Result<Option<String>> {
+    let path = folder.join(metrics::FILE);
+    let lines = std::fs::read_to_string(&path).map_err(|error| disk::failed("read", &path, &error))?;
+    let records = records(&lines);
+    let series = vec![("training", column(&records, "loss")), ("evaluation", column(&records, "eval_loss"))];
+    let Some(chart) = chart("Loss", Scale::Logarithmic, series) else { return Ok(None) };
+    let drawn = || -> Result<String, minijinja::Error> {
+        // The name ends in .xml, so minijinja escapes every value.
+        let mut environment = Environment::new();
+        environment.add_template("curves.xml", include_str!("curves.xml"))?;
+        environment.get_template("curves.xml")?.render(context! {
+            chart => Serde(chart), width => WIDTH, height => HEIGHT, left => LEFT, right => WIDTH - RIGHT,
+        })
+    };
+    drawn().map(Some).map_err(|error| Error::Output(Fault::at(&path, format!("cannot be drawn: {error:#}"))))
+}
+
+fn records(lines: &str) -> Vec<Value> {
+    lines.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+}
+
+/// Steps and values of a key, where it has one.
+fn column(records: &[Value], key: &str) -> Vec<(f64, f64)> {
+    records.iter().filter_map(|record| Some((record["step"].as_f64()?, record.get(key)?.as_f64()?))).collect()
+}
+
 fn render(
     lines: &str,
     facts: &[(String, String)],
     recipe: &Value,
     outcome: &Outcome,
 ) -> Result<String, minijinja::Error> {
-    let records: Vec<Value> = lines.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
-    let column = |key: &str| -> Vec<(f64, f64)> {
-        records.iter().filter_map(|record| Some((record["step"].as_f64()?, record.get(key)?.as_f64()?))).collect()
-    };
+    let records = records(lines);
+    let column = |key: &str| column(&records, key);
     let charts: Vec<Chart> = [
         ("Loss", Scale::Logarithmic, vec![("training", column("loss")), ("evaluation", column("eval_loss"))]),
         ("Balance of experts", Scale::Linear, vec![("router_aux_loss", column("router_aux_loss"))]),
@@ -98,6 +126,10 @@ fn render(
     table.push(("Adapter taken from".to_owned(), format!("step {}", outcome.taken)));
     table.push(("Tokens".to_owned(), format!("{} of which {} trained", outcome.tokens, outcome.trained_tokens)));
     table.push(("Time".to_owned(), format!("{:.0} s", outcome.seconds)));
+    if let Some(energy) = &outcome.energy {
+        let of = energy.of.join(", ");
+        table.push(("Energy".to_owned(), format!("{:.4} kWh of the whole machine ({of})", energy.joules / 3.6e6)));
+    }
     table.extend(peak.map(|peak| ("Peak memory".to_owned(), peak)));
     if outcome.stopped_early {
         table.push(("Stopped early".to_owned(), "yes".to_owned()));
@@ -224,6 +256,8 @@ mod tests {
             tokens: 1000,
             trained_tokens: 300,
             seconds: 12.0,
+            began: None,
+            energy: Some(crate::train::Energy { joules: 7200.0, of: vec!["package-0".into()] }),
             stopped_early: true,
             state: "state/step-000030".into(),
         }
@@ -245,11 +279,25 @@ mod tests {
         assert!(!html.contains("training.max_steps") && !html.contains("<b>"), "what is not set is not shown");
         assert!(html.contains("Loss (logarithmic)"));
         assert_eq!(html.matches("<polyline").count(), 5, "training and evaluation loss and three more curves");
+        assert!(html.contains("0.0020 kWh of the whole machine (package-0)"));
         assert!(html.contains("1.00 GiB") && html.contains("1.4000 at step 20"));
         assert!(!html.contains("<script>alert"), "facts are escaped");
         for outside in ["http:", "https:", "src=", "href=", "@import", "url("] {
             assert!(!html.contains(outside), "{outside}");
         }
+    }
+
+    #[test]
+    fn the_curve_alone_is_a_drawing_that_needs_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let lines: String =
+            (1..=5).map(|step| format!("{{\"step\":{step},\"loss\":{}}}\n", 3.0 / f64::from(step))).collect();
+        std::fs::write(folder.path().join(metrics::FILE), lines + "{\"step\":5,\"eval_loss\":1.5}\n").unwrap();
+        let drawing = curves(folder.path()).unwrap().unwrap();
+        assert!(drawing.starts_with("<svg xmlns=") && drawing.matches("<polyline").count() == 2, "{drawing}");
+        assert!(!drawing.contains("<script") && !drawing.contains("href"));
+        std::fs::write(folder.path().join(metrics::FILE), "").unwrap();
+        assert_eq!(curves(folder.path()).unwrap(), None);
     }
 
     #[test]

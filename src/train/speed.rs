@@ -137,6 +137,12 @@ impl Work {
         Self { blocks, head, updates: updates.sum(), all, feed_forwards, trained }
     }
 
+    /// F_model of a run that has gone over `lengths`: floating-point operations of the model itself, without what was recomputed.
+    pub fn operations(&self, lengths: &Lengths) -> f64 {
+        let Lengths { tokens, trained, attention, .. } = *lengths;
+        tokens * (4.0 * self.blocks + 6.0 * self.updates) + trained * 4.0 * self.head + 3.0 * attention
+    }
+
     /// What a run will take on a machine.
     pub fn predict(
         &self,
@@ -170,7 +176,7 @@ impl Work {
         let update = 28.0 * self.trained / machine.bandwidth;
         let seconds_per_step = schedule.accumulated * micro + update;
         let per_second = schedule.accumulated * n / seconds_per_step;
-        let model = n * (4.0 * self.blocks + 4.0 * rho * self.head + 6.0 * self.updates) + 3.0 * attended;
+        let model = self.operations(&Lengths { documents: 0.0, tokens: n, trained: rho * n, attention: attended });
         Prediction {
             tokens_per_second: per_second,
             trained_tokens_per_second: per_second * rho,

@@ -14,7 +14,7 @@ use super::ledger::{Chosen, Identity, Ledger};
 use super::metrics::{EvalRecord, Event, Events, Metrics};
 use super::optimizer::{Optimizer, restore};
 use super::state::States;
-use super::{BatchSource, Interrupts, Outcome, Progress, RunFolder, Schedule, report};
+use super::{BatchSource, Energy, Interrupts, Meter, Outcome, Progress, RunFolder, Schedule, report};
 use crate::data::{Batch, Cursor, RowId};
 use crate::objective::{Learner, Loss};
 use crate::recipe::TrainingRecipe;
@@ -68,6 +68,9 @@ pub struct Trainer<'a> {
     window: Window,
     began: Instant,
     elapsed_before: f64,
+    /// Counts the energy of this part of the run, where the machine does.
+    meter: Option<Meter>,
+    energy_before: Option<Energy>,
     saved_at: Option<u64>,
     /// Whether an update was cut short: the parameters are then those of no step.
     torn: bool,
@@ -116,6 +119,8 @@ impl<'a> Trainer<'a> {
             window: Window::default(),
             began: Instant::now(),
             elapsed_before: 0.0,
+            meter: None,
+            energy_before: None,
             saved_at: None,
             torn: false,
         }
@@ -411,11 +416,21 @@ impl<'a> Trainer<'a> {
             false => self.states.load(taken)?.adapter,
         };
         restore(&self.parameters, &adapter, &self.states.path(taken))?;
-        self.ledger.elapsed_seconds = self.elapsed();
+        self.note_time();
         let outcome = Outcome::of(&self.ledger, taken, &self.states);
         report::write(&self.run.folder.path, &self.run.facts, &self.run.identity.recipe, &outcome)?;
         metrics.tell(&Event::End(&outcome))?;
         Ok(outcome)
+    }
+
+    /// Notes the time and the energy that all parts of the run have taken.
+    fn note_time(&mut self) {
+        self.ledger.elapsed_seconds = self.elapsed();
+        // A part on a machine that does not count leaves what was counted before.
+        self.ledger.energy = match &self.meter {
+            Some(meter) => Some(meter.energy(self.energy_before.as_ref())),
+            None => self.energy_before.clone(),
+        };
     }
 
     fn elapsed(&self) -> f64 {

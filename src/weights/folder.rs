@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 
-use super::{Form, Parts, Stored, file, quantised, safetensors};
+use super::{Form, Parts, Stored, file, quantised, safetensors, tekken};
 use crate::{Error, Fault, Result};
 
 /// The weights as one file.
@@ -40,7 +40,7 @@ pub(super) fn open(folder: &Path) -> Result<Parts> {
             Fault::at(folder, what).hint("name a model's folder, a .gguf file or owner/name on the hub"),
         ));
     }
-    let (config, bytes) = read_config(folder)?;
+    let (mut config, bytes) = read_config(folder)?;
     let mut notices = Vec::new();
     if config.get("auto_map").is_some() {
         notices.push(
@@ -55,6 +55,13 @@ pub(super) fn open(folder: &Path) -> Result<Parts> {
             sidecars.insert(name.to_string(), file::read(&path, MAX_SIDECAR)?);
         }
     }
+    let tekken = folder.join(tekken::FILE);
+    if !sidecars.contains_key("tokenizer.json") && tekken.symlink_metadata().is_ok() {
+        let made = tekken::make(&tekken, &file::read(&tekken, MAX_SIDECAR)?)?;
+        for (name, bytes) in made {
+            sidecars.entry(name).or_insert(bytes);
+        }
+    }
 
     let (files, index) = weight_files(folder)?;
     let mut opened = Vec::new();
@@ -67,8 +74,19 @@ pub(super) fn open(folder: &Path) -> Result<Parts> {
     if let Some(index) = index {
         check_index(folder, &index, &files, &tensors)?;
     }
+    let beside = quantised::said_beside(folder, &mut config, &tensors)?;
+    if let Some(name) = beside {
+        notices.push(format!("{name} says how the weights are quantised, which config.json does not"));
+    }
+    const SAID: &str = "config.json: quantization_config.";
     let tensors =
-        quantised::pair(&config, (&files, &opened), tensors, &mut notices).map_err(|error| located(folder, error))?;
+        quantised::pair(&config, (&files, &opened), tensors, &mut notices).map_err(|error| match (error, beside) {
+            (Error::Model(fault), Some(name)) if fault.place.starts_with(SAID) => {
+                let place = fault.place.replacen(SAID, &format!("{name}: "), 1);
+                Error::Model(Fault { place: folder.join(place).display().to_string(), ..fault })
+            }
+            (error, _) => located(folder, error),
+        })?;
     Ok(Parts { config, sidecars, files, opened, tensors, notices })
 }
 

@@ -4,6 +4,7 @@
 //! `HF_ENDPOINT`, `HF_HOME`, `HF_HUB_CACHE`, `HF_TOKEN` (or the token file of `hf auth login`), `HF_HUB_OFFLINE`.
 
 mod transfer;
+mod upload;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -15,7 +16,10 @@ use hf_hub::{Cache, Repo, RepoType};
 use self::transfer::{Client, Trouble};
 use super::folder::{self, INDEX, Index, SIDECARS, SINGLE};
 use super::sha256_file;
+use super::tekken;
 use crate::{Error, Fault, Result};
+
+pub use upload::{Push, Pushed};
 
 /// Attempts per file when the network fails; each continues where the last one stopped.
 const ATTEMPTS: u32 = 4;
@@ -132,6 +136,17 @@ impl Hub {
         }
     }
 
+    /// The model card (`README.md`) of a repository at a commit: asked for once, and nothing where it cannot be had, as no run
+    /// depends on it.
+    pub fn card(&self, id: &str, commit: &str) -> Option<String> {
+        const MOST_BYTES: u64 = 1 << 20;
+        if self.offline || check_name(id, commit).is_err() {
+            return None;
+        }
+        let client = Client::new(self.token.as_deref(), self.patience);
+        client.text(&format!("{}/{id}/resolve/{commit}/README.md", self.endpoint), MOST_BYTES).ok()
+    }
+
     /// A complete copy of the model in the cache.
     fn cached(&self, id: &str, revision: &str) -> Option<Fetched> {
         let cache = Cache::new(self.cache.clone());
@@ -181,6 +196,9 @@ impl Hub {
         }
         for name in ["config.json"].into_iter().chain(SIDECARS).filter(|name| names.contains(*name)) {
             fetch(name)?;
+        }
+        if !names.contains("tokenizer.json") && names.contains(tekken::FILE) {
+            fetch(tekken::FILE)?;
         }
         if names.contains(SINGLE) {
             fetch(SINGLE)?;

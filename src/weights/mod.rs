@@ -4,16 +4,18 @@
 //! tensor straight into its own memory, a quantised one beside its codes, so loading a model peaks at the model plus one tensor. A
 //! `Checkpoint` is `Send + Sync`: several threads may read tensors from it.
 
+mod compare;
 mod file;
 mod folder;
-mod gguf;
+pub(crate) mod gguf;
 pub mod hub;
 mod quantised;
 mod safetensors;
 mod storage;
+mod tekken;
 pub mod writer;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -23,6 +25,7 @@ use crate::quant::{self, Quantised};
 use crate::recipe::BaseSource;
 use crate::{Error, Fault, Result};
 
+pub use compare::{Comparison, Difference};
 pub(crate) use file::json_object;
 pub use file::sha256_file;
 pub(crate) use quantised::prove_readable;
@@ -38,7 +41,7 @@ pub struct Checkpoint {
     /// `config.json` (made from the metadata for a GGUF).
     pub config: serde_json::Value,
     /// The small files of a transformers folder by name, those that exist: `config.json`, `generation_config.json`, `tokenizer.json`,
-    /// `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja`. Made from the metadata for a GGUF.
+    /// `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja`. Made from the metadata for a GGUF; the tokenizer's from `tekken.json` where it has that alone.
     pub sidecars: BTreeMap<String, Vec<u8>>,
     /// How many tokens the model is to have, where that may be more than rows are stored: those beyond are the mean of all.
     pub vocabulary: i64,
@@ -94,6 +97,18 @@ enum Form {
     Bitsandbytes(&'static storage::Dtype, Vec<i64>, quantised::bitsandbytes::Parts),
     /// Whole numbers in groups, and what makes numbers of them.
     Grouped(Box<quantised::grouped::Parts>),
+}
+
+impl Stored {
+    /// How a quantised weight lies in its file, beyond its form.
+    fn layout(&self) -> Option<String> {
+        match &self.form {
+            Form::Grouped(parts) => Some(parts.layout_of(&self.shape)),
+            Form::Scaled(dtype, scales) => Some(scales.layout_of(dtype, &self.shape)),
+            Form::Bitsandbytes(_, _, parts) => parts.layout_of(),
+            Form::Mxfp4(_) | Form::Plain(_) | Form::Blocks(..) => None,
+        }
+    }
 }
 
 impl Checkpoint {
@@ -312,6 +327,24 @@ impl Checkpoint {
             Form::Mxfp4(_) => Some(quant::Form::Stored(quant::Layout::Mxfp4)),
             Form::Plain(_) | Form::Blocks(..) => None,
         })
+    }
+
+    /// How the weights that [`Checkpoint::quantised`] keeps lie in the files, beyond their form: bits, groups, number types, whichever
+    /// there are; `None` where there are none such weights, or their form says it all.
+    pub fn layout(&self) -> Option<String> {
+        let layouts: BTreeSet<String> = self.tensors.iter().filter_map(Stored::layout).collect();
+        (!layouts.is_empty()).then(|| layouts.into_iter().collect::<Vec<_>>().join("; "))
+    }
+
+    /// Whether all weights that [`Checkpoint::quantised`] keeps are of e4m3 numbers with a scale to each row, which products can read.
+    pub fn is_fp8_in_rows(&self) -> bool {
+        let mut kept =
+            self.tensors.iter().filter(|tensor| !matches!(tensor.form, Form::Plain(_) | Form::Blocks(..))).peekable();
+        let rows = |tensor: &Stored| match &tensor.form {
+            Form::Scaled(dtype, scales) => dtype.kind == Some(Kind::Float8e4m3fn) && scales.are_of_rows(&tensor.shape),
+            _ => false,
+        };
+        kept.peek().is_some() && kept.all(rows)
     }
 
     /// Bytes that [`Checkpoint::quantised`] keeps of a weight; `None` where it keeps none.

@@ -190,7 +190,7 @@ fn shards(tensors: &[TensorSpec], shard_bytes: u64) -> Vec<Vec<usize>> {
 }
 
 /// A file under its temporary name; removed when it is not committed.
-struct Unfinished<'a> {
+pub(super) struct Unfinished<'a> {
     path: &'a Path,
     temporary: PathBuf,
     file: File,
@@ -198,7 +198,7 @@ struct Unfinished<'a> {
 }
 
 impl<'a> Unfinished<'a> {
-    fn create(path: &'a Path) -> Result<Self> {
+    pub(super) fn create(path: &'a Path) -> Result<Self> {
         let Some(name) = path.file_name() else {
             return Err(Error::Output(Fault::at(path, "is not a file's name")));
         };
@@ -216,11 +216,11 @@ impl<'a> Unfinished<'a> {
         Ok(Self { path, temporary, file, committed: false })
     }
 
-    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+    pub(super) fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.file.write_all(bytes).map_err(|error| unwritten(self.path, &error))
     }
 
-    fn commit(mut self) -> Result<()> {
+    pub(super) fn commit(mut self) -> Result<()> {
         let finish = || -> io::Result<()> {
             self.file.sync_all()?;
             fs::rename(&self.temporary, self.path)?;

@@ -78,6 +78,9 @@ fn a_quantised_base_takes_its_codes_and_scales() {
     // Half a byte, a byte for every 64 and four for every 16384 of the blocks; the embedding and the head as they are.
     let expected = blocks as f64 * (0.5 + 1.0 / 64.0 + 4.0 / 16384.0) + 2.0 * ends as f64;
     assert!((quantised as f64 / expected - 1.0).abs() < 1e-3, "{quantised} {expected}");
+    // An 8B model in under 8 GB: with all blocks recomputed, what a step of a document of 2048 tokens takes of it all.
+    let peak = with(true, Some(&scheme), |run| run.plan(step(2048, 32)).peak);
+    assert!(peak < 8_000_000_000, "{peak}");
     let whole = Scheme { products: Products::Cached, ..scheme };
     assert_eq!(with(true, Some(&whole), |run| run.plan(step(1, 0)).weights), dense);
 }

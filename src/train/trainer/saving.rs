@@ -5,7 +5,7 @@ use crate::train::ledger::Ledger;
 use crate::train::metrics::{Event, Metrics};
 use crate::train::optimizer::restore;
 use crate::train::state::{Newest, State};
-use crate::train::{BatchSource, Schedule, Start};
+use crate::train::{BatchSource, Meter, Schedule, Start};
 use crate::{Error, Fault, Result};
 
 impl Trainer<'_> {
@@ -21,7 +21,7 @@ impl Trainer<'_> {
             return Ok(());
         }
         self.ledger.metrics_bytes = metrics.flush()?;
-        self.ledger.elapsed_seconds = self.elapsed();
+        self.note_time();
         let state = State {
             ledger: self.ledger.clone(),
             adapter: self.optimizer.evaluated(),
@@ -40,6 +40,8 @@ impl Trainer<'_> {
             self.resume(&mut notices)?;
         }
         self.run.folder.begin()?;
+        self.ledger.began.get_or_insert_with(|| jiff::Timestamp::now().to_string());
+        self.meter = Meter::start(self.device());
         notices.extend(schedule.notice());
         let progress = std::mem::take(&mut self.run.progress);
         let (bytes, step) = (self.ledger.metrics_bytes, self.ledger.step);
@@ -79,6 +81,7 @@ impl Trainer<'_> {
         notices.push(format!("continuing from {}", path.display()));
         self.saved_at = Some(state.ledger.step);
         self.elapsed_before = state.ledger.elapsed_seconds;
+        self.energy_before = state.ledger.energy.clone();
         self.ledger = Ledger { identity: self.run.identity.clone(), ..state.ledger };
         Ok(())
     }

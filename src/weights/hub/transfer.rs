@@ -107,6 +107,15 @@ impl Client {
         })
     }
 
+    /// A small file whole, where it is there and at most `limit` bytes.
+    pub fn text(&self, address: &str, limit: u64) -> Result<String, Trouble> {
+        let mut body = self.get(&self.agent, address, None)?.into_body();
+        let mut text = String::new();
+        let read = body.as_reader().take(limit).read_to_string(&mut text);
+        read.map_err(|error| Trouble::Connection(format!("the connection broke off: {error}")))?;
+        Ok(text)
+    }
+
     /// What a file is and how long.
     pub fn blob(&self, address: &str) -> Result<Blob, Trouble> {
         // One byte is asked for, because not every server answers a HEAD.

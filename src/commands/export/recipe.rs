@@ -1,12 +1,13 @@
-//! `engraft export`: the outputs of a run from its saved states, without training on: of the last one, or of the best one where
-//! the recipe says so.
+//! The outputs of a run from its saved states, without training on: of the last one, or of the best one where the recipe says so.
+
+use std::path::Path;
 
 use tch::Device;
 
-use super::console::{Console, Unit};
-use super::loading::{self, Base};
+use super::super::console::{Console, Unit};
+use super::super::loading::{self, Base};
 use crate::Result;
-use crate::adapter::{Adapters, Origin};
+use crate::adapter::{Adapters, Origin, TrainedOn};
 use crate::cli::Export;
 use crate::data::{Dataset, Encoder};
 use crate::export::manifest;
@@ -16,9 +17,9 @@ use crate::objective::{Learner, Supervised};
 use crate::recipe::Recipe;
 use crate::train::{Identity, Outcome, RunFolder, States, restore};
 
-/// Runs the verb.
-pub fn run(arguments: &Export) -> Result<()> {
-    let plan = Recipe::read(&arguments.recipe, &arguments.overrides.set)?.plan()?;
+/// Writes what the recipe or `--save` says.
+pub(super) fn run(arguments: &Export) -> Result<()> {
+    let plan = Recipe::read(Path::new(&arguments.source), &arguments.overrides.set)?.plan()?;
     let console = Console::new(false);
     loading::use_cpu(plan.training.threads);
     let (folder, ledger) = RunFolder::existing(&plan.output.dir)?;
@@ -52,10 +53,11 @@ pub fn run(arguments: &Export) -> Result<()> {
     restore(&learner.parameters(), &states.load(taken)?.adapter, &states.path(taken))?;
     console.say(format_args!("the state of step {taken}, of {} steps done", ledger.step));
 
+    let trained_on = scheme.as_ref().map(|scheme| TrainedOn::of(&checkpoint, scheme, &model.digests));
     let finished = Finished {
         plan: &plan,
         checkpoint: &checkpoint,
-        scheme: scheme.as_ref(),
+        trained_on: trained_on.as_ref(),
         base_files,
         adapters: &adapters,
         train: &train,
@@ -64,10 +66,13 @@ pub fn run(arguments: &Export) -> Result<()> {
         outcome: Outcome::of(&ledger, taken, &states),
         device: identity.device,
     };
-    let save = if arguments.save.is_empty() { &plan.output.save } else { &arguments.save };
+    let exports = plan.output.exports();
+    let (save, exports) = match arguments.save.as_slice() {
+        [] => (plan.output.save.as_slice(), exports.as_slice()),
+        save => (save, [].as_slice()),
+    };
     let stage = console.stage("writing", Unit::Bytes);
-    for folder in run::write(&finished, save, &|_, done, total| stage.at(done, total))? {
-        console.say(format_args!("wrote {}", folder.display()));
-    }
+    let written = run::write(&finished, save, exports, &|_, done, total| stage.at(done, total))?;
+    loading::say_written(&console, &written);
     Ok(())
 }

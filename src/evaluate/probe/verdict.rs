@@ -1,0 +1,119 @@
+//! Which model it is that answers: the trained one, its bare base, or another.
+
+use std::fmt;
+
+use serde::Serialize;
+
+/// Which model one probe's answer is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Finding {
+    /// The trained one, and not the base.
+    Trained,
+    /// The base, and not the trained one.
+    Base,
+    /// Either: both answer alike as far as the form can tell.
+    Alike,
+    /// Neither.
+    Other,
+}
+
+/// Which model answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// The trained one.
+    Trained,
+    /// The bare base: what was trained is not in it.
+    Base,
+    /// Neither of the two.
+    Other,
+    /// No probe tells the two apart.
+    CannotTell,
+}
+
+/// Part of the probes that tell something which one model must be found by: what runs elsewhere may round a probe or two to
+/// another side.
+const MOST: f64 = 0.75;
+
+impl Finding {
+    /// Of whether an answer may be the trained model's and whether it may be the base's.
+    pub fn of(trained: bool, base: bool) -> Self {
+        match (trained, base) {
+            (true, false) => Self::Trained,
+            (false, true) => Self::Base,
+            (true, true) => Self::Alike,
+            (false, false) => Self::Other,
+        }
+    }
+}
+
+impl Verdict {
+    /// Of numbers that must all agree: those that our own reader computes.
+    pub fn strict(findings: &[Finding]) -> Self {
+        let all = |one: Finding| findings.iter().all(|finding| [one, Finding::Alike].contains(finding));
+        match () {
+            () if all(Finding::Alike) => Self::CannotTell,
+            () if all(Finding::Trained) => Self::Trained,
+            () if all(Finding::Base) => Self::Base,
+            () => Self::Other,
+        }
+    }
+
+    /// Of answers from elsewhere: what three quarters of the probes say that tell the two apart.
+    pub fn of_most(findings: &[Finding]) -> Self {
+        let count = |one: Finding| findings.iter().filter(|finding| **finding == one).count() as f64;
+        let told = findings.len() as f64 - count(Finding::Alike);
+        match () {
+            () if told == 0.0 => Self::CannotTell,
+            () if count(Finding::Trained) >= MOST * told => Self::Trained,
+            () if count(Finding::Base) >= MOST * told => Self::Base,
+            () => Self::Other,
+        }
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Trained => "the trained model",
+            Self::Base => "the bare base: what was trained is not in it",
+            Self::Other => "neither the trained model nor its base",
+            Self::CannotTell => "cannot tell: the trained model and its base answer every probe alike in this form",
+        })
+    }
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Trained => "trained",
+            Self::Base => "base",
+            Self::Alike => "alike",
+            Self::Other => "neither",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_probe_of_another_model_is_enough_for_our_own_numbers_but_not_for_a_servers() {
+        use Finding::{Alike, Base, Other, Trained};
+        for (findings, strict, most) in [
+            (vec![Trained, Alike, Trained], Verdict::Trained, Verdict::Trained),
+            (vec![Base, Alike], Verdict::Base, Verdict::Base),
+            (vec![Alike, Alike], Verdict::CannotTell, Verdict::CannotTell),
+            (vec![Trained, Trained, Trained, Other], Verdict::Other, Verdict::Trained),
+            (vec![Base, Base, Base, Trained], Verdict::Other, Verdict::Base),
+            (vec![Trained, Base], Verdict::Other, Verdict::Other),
+            (vec![Other, Alike], Verdict::Other, Verdict::Other),
+            (vec![], Verdict::CannotTell, Verdict::CannotTell),
+        ] {
+            assert_eq!(Verdict::strict(&findings), strict, "{findings:?}");
+            assert_eq!(Verdict::of_most(&findings), most, "{findings:?}");
+        }
+    }
+}

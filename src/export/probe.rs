@@ -1,0 +1,303 @@
+//! `probe.json`: what the trained model and its bare base say of some prompts, so that whoever loads what was exported can be asked
+//! the same, and it shows whether it serves the trained model, the base or another one.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::manifest;
+use crate::data::{Encoder, Tokenizer};
+use crate::evaluate::{Apart, Finding, Probes, Prompt, Said, Tolerance, Verdict};
+use crate::model::Decoder;
+use crate::torch_ext::{catching, torch_version};
+use crate::weights::writer;
+use crate::{Error, Fault, Result};
+
+/// The file's name, in the folder of what was exported.
+pub const PROBE: &str = "probe.json";
+/// The layout of the file.
+const VERSION: u32 = 1;
+/// Longest such file that is read: 64 prompts of both models are some 8 MB.
+const MOST_BYTES: u64 = 128 << 20;
+
+/// What is asked of an export, and what it should answer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Probe {
+    /// Layout of this file.
+    pub version: u32,
+    /// Version of engraft.
+    pub engraft_version: String,
+    /// Version of libtorch.
+    pub libtorch_version: String,
+    /// When it was made, RFC 3339, UTC.
+    pub created: String,
+    /// The base, as it was named.
+    pub base: String,
+    /// SHA-256 of each of the tokenizer's files, by name.
+    pub tokenizer: BTreeMap<String, String>,
+    /// SHA-256 of the chat template that the prompts are in; absent where there is none.
+    pub chat_template: Option<String>,
+    /// Number of tokens in the vocabulary.
+    pub vocabulary: i64,
+    /// How far apart the numbers of what was exported may be from these.
+    pub tolerance: Tolerance,
+    /// Token ids that end an answer.
+    pub stop: Vec<u32>,
+    /// What the tokenizer puts before any text by itself: a server that is asked in text is asked without it.
+    pub bos: Option<String>,
+    /// The prompts.
+    pub probes: Vec<Asked>,
+}
+
+/// A prompt, and what both models said.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Asked {
+    /// Where it is from.
+    pub place: String,
+    /// Its text, special tokens as they are written.
+    pub prompt: String,
+    /// Its token ids: what is asked where a server takes them.
+    pub prompt_ids: Vec<u32>,
+    /// What the trained model said.
+    pub trained: Said,
+    /// What its bare base said.
+    pub base: Said,
+}
+
+/// What a probe is of, beside what the models say.
+#[derive(Clone, Copy)]
+pub struct About<'a> {
+    /// The base, as it was named.
+    pub base: &'a str,
+    /// The small files that travel with what is exported ([`super::sidecars`]).
+    pub sidecars: &'a BTreeMap<String, Vec<u8>>,
+    /// The encoder that the prompts were made with.
+    pub encoder: &'a Encoder,
+    /// Tokens of the vocabulary.
+    pub vocabulary: i64,
+}
+
+/// One line of a check.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Checked {
+    /// Which probe.
+    pub place: String,
+    /// How far from the trained model.
+    pub trained: Apart,
+    /// How far from the base.
+    pub base: Apart,
+    /// Whose answer it is.
+    pub finding: Finding,
+}
+
+impl Probe {
+    /// Puts together what [`Probes::record`] gave of the trained model and of its base, in the prompts' order. `formats` are the
+    /// forms of numbers that what is exported differs by from the model that was asked: of its weights (`q4_k_m`), and of what the
+    /// model computed with (`bf16`).
+    ///
+    /// # Errors
+    /// [`Error::Output`] for a form that nothing is known of.
+    pub fn make(
+        probes: &Probes,
+        trained: Vec<Said>,
+        base: Vec<Said>,
+        formats: &[&str],
+        about: About<'_>,
+    ) -> Result<Self> {
+        let tolerance = Tolerance::of(formats).ok_or_else(|| {
+            let known: Vec<&str> = crate::evaluate::FORMATS.iter().map(|(name, _)| *name).collect();
+            let what = format!("one of {} is no form of numbers", formats.join(", "));
+            Error::Output(Fault::new(PROBE, what).hint(format!("those are {}", known.join(", "))))
+        })?;
+        let tokenizer: &Tokenizer = about.encoder.tokenizer();
+        let said = probes.prompts.iter().zip(trained.into_iter().zip(base));
+        let asked = |(Prompt { place, ids }, (trained, base)): (&Prompt, (Said, Said))| Asked {
+            place: place.clone(),
+            prompt: tokenizer.decode(ids, false),
+            prompt_ids: ids.clone(),
+            trained,
+            base,
+        };
+        Ok(Self {
+            version: VERSION,
+            engraft_version: env!("CARGO_PKG_VERSION").into(),
+            libtorch_version: torch_version().into(),
+            created: jiff::Timestamp::now().to_string(),
+            base: about.base.into(),
+            tokenizer: manifest::tokenizer_of(about.sidecars),
+            chat_template: about.encoder.template().map(|template| manifest::sha256(template.source().as_bytes())),
+            vocabulary: about.vocabulary,
+            tolerance,
+            stop: probes.stop.clone(),
+            bos: tokenizer.bos().filter(|_| tokenizer.adds_bos()).map(|bos| tokenizer.decode(&[bos], false)),
+            probes: said.map(asked).collect(),
+        })
+    }
+
+    /// The same for an export in other forms ([`Probe::make`]).
+    #[must_use]
+    pub fn in_format(&self, formats: &[&str]) -> Self {
+        let tolerance = Tolerance::of(formats).unwrap_or_else(|| self.tolerance.clone());
+        Self { tolerance, ..self.clone() }
+    }
+
+    /// Writes it into the folder of what was exported, whole or not at all. Errors with [`Error::Output`].
+    pub fn write(&self, folder: &Path) -> Result<()> {
+        let text = serde_json::to_string(self).expect("names and finite numbers have a JSON form");
+        writer::write_file(&folder.join(PROBE), format!("{text}\n").as_bytes())
+    }
+
+    /// Reads it back.
+    ///
+    /// # Errors
+    /// [`Error::Model`]: no such file, not such a file, or one of a later engraft.
+    pub fn read(folder: &Path) -> Result<Self> {
+        let path = folder.join(PROBE);
+        if !path.exists() {
+            let fault = Fault::at(folder, format_args!("holds no {PROBE}, so there is nothing to ask"));
+            return Err(Error::Model(fault.hint("name a folder that `engraft export` wrote")));
+        }
+        let (value, _) = crate::weights::json_object(&path, MOST_BYTES)?;
+        let fault = |what: String| Error::Model(Fault::at(&path, what));
+        if value["version"] != VERSION {
+            let what = format!("is of layout {}, {VERSION} is known", value["version"]);
+            return Err(fault(what));
+        }
+        let probe: Self = serde_json::from_value(value).map_err(|error| fault(error.to_string()))?;
+        let sound = |said: &Said| {
+            said.places.len() == said.ids.len() + 1
+                && said.places.iter().all(|place| !place.top.is_empty() && place.spread > 0.0)
+                && said
+                    .ids
+                    .iter()
+                    .chain(said.places.iter().flat_map(|place| place.top.iter().map(|one| &one.id)))
+                    .all(|id| i64::from(*id) < probe.vocabulary)
+        };
+        let asked = |asked: &Asked| {
+            let known = asked.prompt_ids.iter().all(|id| i64::from(*id) < probe.vocabulary);
+            !asked.prompt_ids.is_empty() && known && sound(&asked.trained) && sound(&asked.base)
+        };
+        if let Some(bad) = probe.probes.iter().find(|one| !asked(one)) {
+            return Err(fault(format!("the probe of {} contradicts itself", bad.place)));
+        }
+        if probe.probes.is_empty() {
+            return Err(fault("holds no probe".into()));
+        }
+        Ok(probe)
+    }
+
+    /// Asks a model that our own reader read, place by place.
+    ///
+    /// # Errors
+    /// [`Error::Model`] where its vocabulary is smaller; what libtorch finds wrong while it computes.
+    pub fn check(&self, model: &Decoder, progress: &dyn Fn(u64, u64)) -> Result<(Vec<Checked>, Verdict)> {
+        if model.spec.vocab_size < self.vocabulary {
+            let what = format!("the model has {} tokens, the probes are of {}", model.spec.vocab_size, self.vocabulary);
+            return Err(Error::Model(Fault::new(PROBE, what).hint("the probes are of another model")));
+        }
+        let mut lines = Vec::new();
+        for (index, asked) in self.probes.iter().enumerate() {
+            progress(index as u64, self.probes.len() as u64);
+            let apart = |said: &Said| said.apart(&asked.prompt_ids, model, &self.tolerance);
+            let (trained, base) = catching("asking the probes", || Ok((apart(&asked.trained), apart(&asked.base))))?;
+            let finding = Finding::of(trained.within(&self.tolerance), base.within(&self.tolerance));
+            lines.push(Checked { place: asked.place.clone(), trained, base, finding });
+        }
+        let findings: Vec<Finding> = lines.iter().map(|line| line.finding).collect();
+        Ok((lines, Verdict::strict(&findings)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind, Tensor};
+
+    use super::*;
+    use crate::evaluate::Prompt;
+    use crate::recipe::{BaseSource, DatasetRecipe};
+    use crate::weights::Checkpoint;
+
+    fn tokenizer() -> BTreeMap<String, Vec<u8>> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizer/bytes");
+        let files = ["tokenizer.json", "tokenizer_config.json"];
+        BTreeMap::from(files.map(|name| (name.to_string(), std::fs::read(folder.join(name)).unwrap())))
+    }
+
+    fn model() -> Decoder {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/llama/biases-untied");
+        let checkpoint = Checkpoint::open(&BaseSource::Folder(folder.into())).unwrap();
+        Decoder::load(&checkpoint, Kind::Float, Device::Cpu, &|_, _| ()).unwrap()
+    }
+
+    /// Moves the logits of the head by as much as `by` on average.
+    fn changed(mut model: Decoder, by: f64) -> Decoder {
+        let vocabulary = model.spec.vocab_size;
+        let head = model.linears_mut().pop().unwrap();
+        let like = Tensor::zeros([vocabulary], (Kind::Float, Device::Cpu));
+        let noise = crate::torch_ext::uniform(&like, -1.7, 1.7, 5) * by;
+        head.bias = Some(head.bias.as_ref().map_or(noise.shallow_clone(), |own| own + &noise));
+        model
+    }
+
+    fn probe(formats: &[&str], change: f64) -> Probe {
+        let sidecars = tokenizer();
+        let tokenizer = std::sync::Arc::new(Tokenizer::new(&sidecars).unwrap());
+        let encoder = Encoder::new(tokenizer, &DatasetRecipe::defaults()).unwrap();
+        let prompts = [vec![3, 1, 4], vec![1, 5, 9, 2, 6]].map(|ids| Prompt { place: "built in".into(), ids });
+        let probes = Probes { prompts: prompts.to_vec(), stop: vec![2] };
+        let (base, trained) = (model(), changed(model(), change));
+        let vocabulary = base.spec.vocab_size;
+        let about = About { base: "owner/base", sidecars: &sidecars, encoder: &encoder, vocabulary };
+        let said = |model: &Decoder| probes.record(model, encoder.tokenizer());
+        Probe::make(&probes, said(&trained), said(&base), formats, about).unwrap()
+    }
+
+    #[test]
+    fn a_probe_reads_back_and_a_damaged_one_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let probe = probe(&["f32"], 1.0);
+        probe.write(folder.path()).unwrap();
+        assert_eq!(Probe::read(folder.path()).unwrap(), probe);
+        let said = &probe.probes[0].trained;
+        assert_eq!(said.places.len(), said.ids.len() + 1);
+        assert!(said.ids.iter().zip(&said.places).all(|(id, place)| place.top[0].id == *id), "greedy");
+        let all: f64 = said.places[0].top.iter().map(|one| said.places[0].log_probability(one).exp()).sum();
+        assert!(all > 0.0 && all <= 1.0 + 1e-6, "{all}");
+
+        let path = folder.path().join(PROBE);
+        let text = std::fs::read_to_string(&path).unwrap();
+        for (from, to, part) in [
+            ("\"version\":1", "\"version\":9", "is of layout 9"),
+            ("\"prompt_ids\":[3,", "\"prompt_ids\":[99999999,", "contradicts itself"),
+            ("\"stop\":[2]", "\"stop\":\"2\"", "invalid type"),
+        ] {
+            assert!(text.contains(from), "{from}");
+            std::fs::write(&path, text.replacen(from, to, 1)).unwrap();
+            let error = Probe::read(folder.path()).unwrap_err();
+            assert!(error.exit_code() == 5 && error.to_string().contains(part), "{error}");
+        }
+        std::fs::remove_file(&path).unwrap();
+        assert!(Probe::read(folder.path()).unwrap_err().to_string().contains("engraft export"));
+        let about = std::panic::catch_unwind(|| self::probe(&["q99"], 1.0));
+        assert!(about.is_err(), "a form that nobody knows has no tolerance");
+    }
+
+    #[test]
+    fn the_trained_model_its_base_and_another_one_are_told_apart() {
+        let probe = probe(&["f32"], 0.5);
+        let verdict = |model: &Decoder, probe: &Probe| probe.check(model, &|_, _| ()).unwrap();
+        let (lines, found) = verdict(&changed(model(), 0.5), &probe);
+        assert_eq!(found, Verdict::Trained);
+        assert!(lines.iter().all(|line| line.trained.largest < 1e-5 && line.base.mean > 0.01), "{lines:?}");
+        assert_eq!(verdict(&model(), &probe).1, Verdict::Base);
+        // An adapter at half its strength is neither.
+        assert_eq!(verdict(&changed(model(), 0.25), &probe).1, Verdict::Other);
+        // Where the form rounds more away than training changed, nothing can be told.
+        let coarse = self::probe(&["q4_0"], 1e-3);
+        assert_eq!(verdict(&model(), &coarse).1, Verdict::CannotTell);
+        // A number that is none agrees with nothing.
+        let broken = changed(model(), f64::NAN);
+        assert_eq!(verdict(&broken, &coarse).1, Verdict::Other);
+    }
+}
