@@ -860,7 +860,6 @@ mod tests {
             Error::Diverged(fault()),
             Error::Gate(fault()),
             Error::Network(fault()),
-            Error::Differs(fault()),
             Error::Mismatch(fault()),
             Error::Interrupted(fault()),
         ] {

@@ -110,13 +110,10 @@ pub enum Error {
     /// A quality gate (`--fail-under`) was missed.
     #[error("{0}")]
     Gate(Fault),
-    /// Two things that were compared are not equal.
-    #[error("{0}")]
-    Differs(Fault),
     /// A hub or server could not be reached or refused.
     #[error("{0}")]
     Network(Fault),
-    /// What was exported, served or signed is not what it should be, or cannot be told to be.
+    /// What was compared, exported, served or signed is not what it should be, or cannot be told to be.
     #[error("{0}")]
     Mismatch(Fault),
     /// A signal asked the run to stop; its state is saved and `--resume` continues it.
@@ -136,7 +133,6 @@ impl Error {
             | Error::Device(fault)
             | Error::Diverged(fault)
             | Error::Gate(fault)
-            | Error::Differs(fault)
             | Error::Network(fault)
             | Error::Mismatch(fault)
             | Error::Interrupted(fault) => std::slice::from_ref(fault),
@@ -168,7 +164,7 @@ impl Error {
             Error::Diverged(_) => 9,
             Error::Gate(_) => 10,
             Error::Network(_) => 11,
-            Error::Differs(_) | Error::Mismatch(_) => 12,
+            Error::Mismatch(_) => 12,
             // EX_TEMPFAIL of sysexits.h: run it again (with --resume).
             Error::Interrupted(_) => 75,
         }

@@ -1114,6 +1114,8 @@ fn a_run_is_exported_as_each_server_loads_it() {
         exports,
     ]);
     let manifest = read_json(bench.path("run/manifest.json"));
+    let recipe = manifest["recipe"]["path"].as_str().unwrap();
+    assert!(Path::new(recipe).is_absolute(), "it is found from any folder: {recipe}");
     let written: Vec<&str> =
         manifest["outputs"].as_array().unwrap().iter().map(|file| file["path"].as_str().unwrap()).collect();
     for file in ["export/vllm/adapter_model.safetensors", "export/transformers-merged-fp16/model.safetensors"] {

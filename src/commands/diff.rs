@@ -56,7 +56,7 @@ pub fn run(arguments: &Diff, out: &mut dyn Write) -> Result<()> {
         found.in_both,
         configs.len()
     );
-    Err(Error::Differs(Fault::new(format!("{} and {}", arguments.first, arguments.second), what)))
+    Err(Error::Mismatch(Fault::new(format!("{} and {}", arguments.first, arguments.second), what)))
 }
 
 /// The tensors of what is named, and its config where it is an adapter.

@@ -10,7 +10,6 @@ use super::licence::Licence;
 use super::manifest::{self, Base, FileDigest, MANIFEST, Manifest};
 use super::served::Served;
 use super::{card, merged, peft, sidecars};
-use crate::Result;
 use crate::adapter::{AdapterConfig, Adapters, PlannedAdapters, TrainedOn};
 use crate::data::Dataset;
 use crate::model::families;
@@ -19,6 +18,7 @@ use crate::torch_ext::torch_version;
 use crate::train::speed::{Lengths, Work};
 use crate::train::{Cut, Outcome, curves};
 use crate::weights::Checkpoint;
+use crate::{Error, Fault, Result};
 
 /// A run that is done, and all that the manifest says of it.
 pub struct Finished<'a> {
@@ -162,6 +162,11 @@ fn config(finished: &Finished<'_>) -> AdapterConfig {
     config
 }
 
+/// The recipe's path from wherever the manifest is read, as those of data and base are.
+fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path).map_err(|error| Error::Recipe(vec![Fault::at(path, error)]))
+}
+
 /// All but what was written.
 fn manifest(finished: &Finished<'_>) -> Result<Manifest> {
     let plan = finished.plan;
@@ -197,7 +202,7 @@ fn manifest(finished: &Finished<'_>) -> Result<Manifest> {
         datasets: reports.collect(),
         tokenizer: manifest::tokenizer(finished.checkpoint),
         chat_template: finished.chat_template.map(|source| manifest::sha256(source.as_bytes())),
-        recipe: manifest::digests(std::slice::from_ref(&plan.path), &quiet)?.remove(0),
+        recipe: manifest::digests(&[absolute(&plan.path)?], &quiet)?.remove(0),
         resolved_recipe: serde_json::to_value(&plan.recipe)
             .expect("a recipe was read from YAML, so it has a JSON form"),
         seeds: BTreeMap::from([("training".to_string(), plan.training.seed)]),
