@@ -5,10 +5,13 @@ vocabulary and rows for all. engraft trains r=16 on all linears of each, in proc
 (A B B A), so that whatever else the machine does hurts both. Every step has the same rows, of the lengths in ROWS, whose second
 halves are trained, so that all steps cost the same and the fastest quarter of them is what the machine can do. Per family:
 
-    FLOP = 4 P N + 6 A N + 4 P_h S + 14 attention + delta
+    FLOP = 4 P N + 6 A N + 4 P_h S + 14 attention + delta + streams + index
     P    numbers in the matrices a token meets: of experts those that it is sent to; A likewise of the adapter
     P_h  numbers in the head; N tokens, of which S are trained
     attention = over layers: heads x (query head + value head) / 2 x pairs of tokens that see each other
+    streams   = 6 N D (2 L (M M + 2 M) + M) where a token has M copies of its stream, of width D: each half of each of L layers reads
+                one of them, writes to all and mixes all; the head reads one more
+    index     = over layers that choose what they attend to: 2 x heads x width x pairs that it is chosen of, forward alone
     delta     = over delta-net layers: N x (value heads x (22 p h + 14 C h + 2/3 C^2) + key heads x 14 C p)
 
 Backward through a frozen matrix costs one product, through an adapter two; attention has two products forward, five backward.
@@ -218,7 +221,7 @@ def flops(config, model, adapter, lengths):
         query, value = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
     types = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    attention = delta = 0
+    attention = delta = index = 0
     for layer in range(layers):
         kind = types[layer] if types else "sliding_attention" if window else "full_attention"
         if kind == "linear_attention":
@@ -233,12 +236,16 @@ def flops(config, model, adapter, lengths):
             seen, rate = window, config.compress_rates[kind]
             most = config.index_topk if kind == "compressed_sparse_attention" else None
             own = sum(entries(n, rate, most) for n in lengths)
+            if most:
+                index += 2 * config.index_n_heads * config.index_head_dim * sum(entries(n, rate, None) for n in lengths)
         attention += heads * (query + value) / 2 * (own + sum(pairs(n, seen, chunk) for n in lengths))
+    copies = getattr(config, "hc_mult", 0)
+    mixed = 2 * layers * (copies * copies + 2 * copies) + copies
     if getattr(config, "layer_sharing", False):  # blocks are gone through twice
         base, low_rank, attention = 2 * base, 2 * low_rank, 2 * attention
     return {
         "matrices": 4 * base * tokens, "adapter": 6 * low_rank * tokens, "head": 4 * config.vocab_size * hidden * trained,
-        "attention": 14 * attention, "delta": delta,
+        "attention": 14 * attention, "delta": delta, "streams": 6 * tokens * hidden * mixed, "index": index,
     }  # fmt: skip
 
 

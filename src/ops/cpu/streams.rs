@@ -7,9 +7,10 @@ use tch::Tensor;
 use super::{LANES, Stored, dot, multiply_add};
 use crate::torch_ext::{elements, filled, filled_pair, filled_pair_worth};
 
-/// Tokens handled together, forward and back: what all share is read once for all of them, and their sums stay in registers.
+/// Tokens handled together: what all share is read once for all of them, and their sums stay in registers, of which backward has
+/// enough for half as many where they are half as wide.
 const TOKENS: usize = 8;
-const TOKENS_BACK: usize = 4;
+const HALF: usize = TOKENS / 2;
 
 /// Columns of a tile.
 const COLUMNS: usize = 32;
@@ -124,18 +125,27 @@ fn spread_backward_of<S: Stored>(grad: &Tensor, h: &Tensor, y: &Tensor, post: &T
     let (grad, h, y) = (elements::<S>(grad), elements::<S>(h), elements::<S>(y));
     let (post, mix) = (elements::<f32>(post), elements::<f32>(mix));
     let [dh, dy] = filled_pair::<S, S>(&shape, &[tokens, d as i64], |range, dh, dy| {
-        let of = |width: usize| range.start * width..range.end * width;
-        let grad = &grad[of(copies * d)];
-        weighted_rows(grad, &post[of(copies)], (copies, d), dy);
-        mixed_back(grad, &mix[of(copies * copies)], (copies, d), dh);
+        // Both read the gradient while it is near.
+        let blocks = dh.chunks_mut(TOKENS * copies * d).zip(dy.chunks_mut(TOKENS * d));
+        for (first, (dh, dy)) in range.clone().step_by(TOKENS).zip(blocks) {
+            let end = range.end.min(first + TOKENS);
+            let of = |width: usize| first * width..end * width;
+            let grad = &grad[of(copies * d)];
+            weighted_rows(grad, &post[of(copies)], (copies, d), dy);
+            mixed_back(grad, &mix[of(copies * copies)], (copies, d), dh);
+        }
     });
     let m = copies as i64;
     let work = copies * (copies + 1) * d;
     let [dpost, dmix] = filled_pair_worth::<f32, f32>(&[tokens, m], &[tokens, m, m], work, |range, dpost, dmix| {
-        let of = |width: usize| range.start * width..range.end * width;
-        let grad = &grad[of(copies * d)];
-        dots(&y[of(d)], grad, (1, copies, d), dpost);
-        dots(&h[of(copies * d)], grad, (copies, copies, d), dmix);
+        let blocks = dpost.chunks_mut(TOKENS * copies).zip(dmix.chunks_mut(TOKENS * copies * copies));
+        for (first, (dpost, dmix)) in range.clone().step_by(TOKENS).zip(blocks) {
+            let end = range.end.min(first + TOKENS);
+            let of = |width: usize| first * width..end * width;
+            let grad = &grad[of(copies * d)];
+            dots(&y[of(d)], grad, (1, copies, d), dpost);
+            dots(&h[of(copies * d)], grad, (copies, copies, d), dmix);
+        }
     });
     [dh, dy, dpost, dmix]
 }
@@ -253,8 +263,8 @@ fn read_gradient_of<S: Stored>(of: &ReadGradient<'_>, h: &Tensor, dx: &Tensor, m
     let [weights, factor, pre] = [of.weights, of.factor, of.pre].map(elements::<f32>);
     let (h, dx, more) = (elements::<S>(h), elements::<S>(dx), more.map(elements::<S>));
     filled::<S>(&shape, |range, out| {
-        for (first, out) in range.clone().step_by(TOKENS_BACK).zip(out.chunks_mut(TOKENS_BACK * copies * d)) {
-            let tokens = TOKENS_BACK.min(range.end - first);
+        for (first, out) in range.clone().step_by(TOKENS).zip(out.chunks_mut(TOKENS * copies * d)) {
+            let tokens = TOKENS.min(range.end - first);
             let of = |width: usize| first * width..(first + tokens) * width;
             let taken = Taken {
                 weights: &weights[of(function.1)],
@@ -279,16 +289,26 @@ struct Taken<'a, S> {
     more: Option<&'a [S]>,
 }
 
-/// Of at most [`TOKENS_BACK`] tokens.
+/// Of at most [`TOKENS`] tokens.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 fn read_rows_back<S: Stored>(taken: &Taken<'_, S>, function: &[f32], size: (usize, usize), out: &mut [S]) {
     let fused = target_cfg_f!(target_feature = "fma");
-    if taken.factor.len() == TOKENS_BACK {
-        read_tiles_back::<S, TOKENS_BACK>(taken, 0, function, size, out, fused);
-    } else {
-        let width = size.0 * size.1;
-        for (token, out) in out.chunks_exact_mut(width).enumerate() {
-            read_tiles_back::<S, 1>(taken, token, function, size, out, fused);
+    let wide = target_cfg_f!(target_feature = "avx512f");
+    let (tokens, mut first) = (taken.factor.len(), 0);
+    while first < tokens {
+        match tokens - first {
+            TOKENS if wide => {
+                read_tiles_back::<S, TOKENS>(taken, first, function, size, out, fused);
+                first += TOKENS;
+            }
+            HALF.. => {
+                read_tiles_back::<S, HALF>(taken, first, function, size, out, fused);
+                first += HALF;
+            }
+            _ => {
+                read_tiles_back::<S, 1>(taken, first, function, size, out, fused);
+                first += 1;
+            }
         }
     }
 }
@@ -349,7 +369,7 @@ fn read_tile_back<S: Stored, const R: usize, const N: usize>(
         }
     }
     for (row, sums) in sums.iter().enumerate() {
-        let out: &mut [S; N] = (&mut out[place(row)..][..N]).try_into().expect("N columns");
+        let out: &mut [S; N] = (&mut out[place(first + row)..][..N]).try_into().expect("N columns");
         (0..N).for_each(|i| out[i] = S::rounded(sums[i]));
     }
 }
