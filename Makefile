@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test build lint fmt parity bench device-check datasets fixtures env clean
+.PHONY: help demo test build lint fmt parity serving bench device-check datasets fixtures env clean
 
 ENGRAFT := target/release/engraft
 # Where cargo is told to build elsewhere, the binary is there.
@@ -22,6 +22,9 @@ OPTIMIZERS := bitsandbytes==0.50.2 schedulefree==1.4.1
 # The last builds AutoAWQ's metadata; the two whose own files are run (AutoGPTQ, AutoAWQ) are fetched by the program that runs them.
 QUANTISERS := bitsandbytes==0.50.2 accelerate==1.15.0 compressed-tensors==0.20.1 wheel==0.48.0
 PYARROW := pyarrow==26.0.1
+# llama.cpp is built from its source: some minutes, once, and a C++ compiler is needed.
+SERVERS := llama-cpp-python[server]==0.3.36
+MLX := mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2
 
 help: ## What there is to make
 	@echo "make demo        set up, build, train the quickstart's adapter, show what the model answered before and after"
@@ -91,6 +94,17 @@ parity: ## Live comparison with PEFT, transformers and bitsandbytes
 	"$$PYTHON" -B tests/python/quantised_live.py --engraft "$(ENGRAFT)" $(if $(SEEDS),--seeds $(SEEDS))
 	"$$PYTHON" -B tests/python/parity.py --engraft "$(ENGRAFT)" --model "$$(cache_folder)/models/$$MODEL"
 
+serving: ## What is exported, in the programs that serve it
+	@source .ci/setup
+	toolchain; libtorch; demo_model
+	cargo build --release --locked
+	python_with torch==$$TORCH $(PEERS) $(SERVERS)
+	apart mlx $(MLX)
+	PYTHONPATH=$$APART "$$PYTHON" -B tests/python/serving_adapters.py --engraft "$(ENGRAFT)"
+	"$$PYTHON" -B tests/python/serving_gguf.py --engraft "$(ENGRAFT)" --families
+	[ -e runs/quickstart/manifest.json ] || "$(ENGRAFT)" train $(QUICKSTART) $(TRAIN)
+	"$$PYTHON" -B tests/python/serving_server.py --engraft "$(ENGRAFT)" --run runs/quickstart
+
 bench: ## Speed and memory beside PEFT, transformers and bitsandbytes; speed per FLOP of the families
 	@source .ci/setup
 	toolchain; libtorch
@@ -104,7 +118,11 @@ bench: ## Speed and memory beside PEFT, transformers and bitsandbytes; speed per
 		exec "$$PYTHON" -B bench/grid.py run --folder "$$(cache_folder)/grid" --engraft "$(ENGRAFT)" --grid "$(GRID)" $(BENCH)
 	fi
 	demo_model
+	if [ -n "$(EXPORTS)" ]; then
+		exec "$$PYTHON" -B bench/exports.py --engraft "$(ENGRAFT)" $(BENCH)
+	fi
 	"$$PYTHON" -B bench/run.py --engraft "$(ENGRAFT)" --model "$$(cache_folder)/models/$$MODEL" $(BENCH)
+	"$$PYTHON" -B bench/exports.py --engraft "$(ENGRAFT)"
 
 device-check: ## CUDA kernels beside their twins, and their speed, on a real GPU
 	@source .ci/setup

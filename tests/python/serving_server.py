@@ -1,17 +1,16 @@
-"""A running server, asked by `engraft verify --server`: does it tell the adapter, the bare base and another adapter apart?
+"""Running servers, asked by `engraft verify --server`: does it tell the trained model, the bare base and another model apart?
 
-    python tests/python/serving_server.py --engraft target/release/engraft --probe EXPORT --base base.gguf --trained trained.gguf
-        [--other other.gguf] [--lora adapter.gguf] [--other-lora other-adapter.gguf]
+    python tests/python/serving_server.py --engraft target/release/engraft --run runs/quickstart
 
-EXPORT is the folder of an export with probe.json. llama-cpp-python's server (`pip install 'llama-cpp-python[server]'`) is started
-on each file in turn, with probabilities (`--logits_all true`) and without, and what `verify --server` says must be: of the trained
-model (or of the base with the adapter) that it is served, code 0; of the base that it is the bare base, code 12; of the other one
-that it is neither, code 12. A server that is gone must be said to be gone, code 11. Ends with 77 where llama-cpp-python is missing.
+The run is exported for llama.cpp: its adapter, and the whole model in each of TYPES; and so is its adapter at half its strength, which
+is neither the trained model nor its base. llama-cpp-python's server (`pip install 'llama-cpp-python[server]'`) is started on each
+file in turn, with probabilities (`--logits_all true`) and without, and what `verify --server` says must be: of the trained model (or
+of the base with the adapter) that it is served, code 0; of the base that it is the bare base, code 12; of the other one that it is
+neither, code 12. A server that is gone must be said to be gone, code 11. `engraft verify` must say the same of the files.
 """
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import pathlib
 import socket
@@ -77,38 +76,59 @@ def verify(engraft, export, address):
     return run.returncode, json.loads(lines[-1]) if lines else {}, run.stdout + run.stderr
 
 
+TYPES = ["q8_0", "q4_k_m"]
+
+
+def exported(engraft, source, out, *options):
+    """An export for llama.cpp: its folder, and its one .gguf file. What is exported must be what was trained."""
+    subprocess.run([engraft, "export", source, "--target", "llama.cpp", "--out", out, *options], check=True)
+    found = subprocess.run([engraft, "verify", out], capture_output=True, text=True)
+    check(f"the files of {out.name} are the trained model", found.returncode == 0, found.stdout + found.stderr)
+    (file,) = out.glob("*.gguf")
+    return out, file
+
+
+def cases(engraft, run, folder):
+    """What is served (a model, and an adapter on it), which export is asked of it, and what is to be said, with which code."""
+    base = pathlib.Path(json.loads((run / "manifest.json").read_text())["base"]["files"][0]["path"])
+    if base.suffix != ".gguf":
+        subprocess.run([engraft, "export", base.parent, "--target", "llama.cpp", "--no-probe", "--out", folder / "base"], check=True)
+        (base,) = (folder / "base").glob("*.gguf")
+    half = folder / "half"
+    adapter = run / "adapter"
+    subprocess.run([engraft, "combine", adapter, adapter, "--weights", "0.25,0.25", "--by", "cat", "--out", half], check=True)
+    named = ["--model", base]
+    lora, lora_file = exported(engraft, run, folder / "lora")
+    _, half_file = exported(engraft, half, folder / "half-lora", *named)
+    for kind in TYPES:
+        export, file = exported(engraft, run, folder / kind, "--merge", "--type", kind)
+        yield f"the trained model in {kind}", file, None, export, "trained", 0
+        yield f"the bare base, asked for {kind}", base, None, export, "base", 12
+    yield "the base with the adapter", base, lora_file, lora, "trained", 0
+    yield "the bare base", base, None, lora, "base", 12
+    yield "the base with half the adapter", base, half_file, lora, "other", 12
+
+
 def main():
-    parser = argparse.ArgumentParser()
+    """Serves and asks."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--engraft", required=True)
-    parser.add_argument("--probe", required=True, type=pathlib.Path, metavar="EXPORT")
-    for name in ("base", "trained", "other", "lora", "other-lora"):
-        parser.add_argument(f"--{name}", type=pathlib.Path, metavar="GGUF", required=name in ("base",))
+    parser.add_argument("--run", required=True, type=pathlib.Path, help="the folder of a run that is over")
     arguments = parser.parse_args()
-    if importlib.util.find_spec("llama_cpp") is None:
-        print("llama-cpp-python is not installed: nothing is checked")
-        sys.exit(77)
-    cases = [("the bare base", arguments.base, None, "base", 12)]
-    if arguments.trained:
-        cases.append(("the trained model", arguments.trained, None, "trained", 0))
-    if arguments.other:
-        cases.append(("another model", arguments.other, None, "other", 12))
-    if arguments.lora:
-        cases.append(("the base with the adapter", arguments.base, arguments.lora, "trained", 0))
-    if arguments.other_lora:
-        cases.append(("the base with another adapter", arguments.base, arguments.other_lora, "other", 12))
-    address = None
-    for what, model, lora, verdict, code in cases:
-        for probabilities in (True, False):
-            with serving(model, lora, probabilities) as address:
-                found, result, said = verify(arguments.engraft, arguments.probe, address)
-            server = result.get("server", {})
-            how = "with probabilities" if probabilities else "without"
-            check(f"{what}, {how}: {server.get('verdict')}", (found, server.get("verdict")) == (code, verdict), said)
-            if probabilities:
-                check(f"{what}: probabilities were told", server.get("probabilities") is True, said)
-                print(f"      strength {server.get('strength')}", flush=True)
-    found, _, said = verify(arguments.engraft, arguments.probe, address)
-    check("a server that is gone is said to be gone", found == 11 and "nobody answers" in said, said)
+    address = export = None
+    with tempfile.TemporaryDirectory() as place:
+        for what, model, lora, export, verdict, code in cases(arguments.engraft, arguments.run, pathlib.Path(place)):
+            for probabilities in (True, False):
+                with serving(model, lora, probabilities) as address:
+                    found, result, said = verify(arguments.engraft, export, address)
+                server = result.get("server", {})
+                how = "with probabilities" if probabilities else "without"
+                good = (found, server.get("verdict")) == (code, verdict)
+                check(f"{what}, {how}: {server.get('verdict')}, strength {server.get('strength')}", good, said)
+                if probabilities:
+                    check(f"{what}: probabilities were told", server.get("probabilities") is True, said)
+        found, _, said = verify(arguments.engraft, export, address)
+        check("a server that is gone is said to be gone", found == 11 and "nobody answers" in said, said)
     if failures:
         sys.exit(f"{len(failures)} failed: " + "; ".join(failures))
 
