@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::adapter::combine::{MajoritySign, Method};
-use crate::recipe::{DeviceChoice, Dtype, QuantizationType, Save, Target};
+use crate::recipe::{DeviceChoice, Dtype, FileType, QuantizationType, Save, Target};
 use crate::train::Card;
 
 /// Graft low-rank adapters onto open language models: one recipe, one executable, exact results.
@@ -256,6 +256,9 @@ pub struct Merge {
     /// Do not ask: the only part of merging that needs the whole model in memory
     #[arg(long)]
     pub no_probe: bool,
+    /// Take a base with other numbers than the adapter was trained on
+    #[arg(long)]
+    pub other_base: bool,
     /// Print the model's manifest.json
     #[arg(long)]
     pub json: bool,
@@ -304,10 +307,13 @@ impl Default for Quantizing {
 #[command(after_help = "Examples:
   engraft export runs/a --target vllm --out served                 the adapter, as vLLM loads it
   engraft export runs/a --target transformers --merge --out whole  the whole model
+  engraft export runs/a --target llama.cpp --merge --type q4_k_m --out gguf
   engraft export someones/adapter --model base --target mlx --out served
+  engraft export runs/a --target peft --out served --sign key.pem --push me/tickets
   engraft export recipe.yaml --save adapter --save merged          what a stopped run has learned so far
 
-What a target cannot load is refused, with the way out, before anything is written.")]
+What a target cannot load is refused, with the way out, before anything is written. Beside what is loaded lie a model card, a
+manifest.json, and probe.json: what the trained model and its base answer to some prompts, which `engraft verify` asks again.")]
 pub struct Export {
     /// A run's folder, an adapter's folder or a model, with --target; else the recipe of a run
     #[arg(value_name = "SOURCE")]
@@ -321,9 +327,12 @@ pub struct Export {
     /// Fold the adapter into its base and write the whole model
     #[arg(long, requires = "target")]
     pub merge: bool,
-    /// Number type of a whole model [default: the base's own]
+    /// How the numbers of a whole model are stored [default: as the base's own]
     #[arg(long = "type", value_name = "TYPE", requires = "target")]
-    pub dtype: Option<Dtype>,
+    pub numbers: Option<FileType>,
+    /// Of an adapter for Ollama: what Ollama calls its base [default: the base's own files]
+    #[arg(long, value_name = "NAME", requires = "target")]
+    pub from: Option<String>,
     /// Base model: hub id, folder of safetensors or .gguf file [default: the one that the run or adapter names]
     #[arg(long, short, value_name = "MODEL", requires = "target")]
     pub model: Option<String>,
@@ -336,6 +345,21 @@ pub struct Export {
     /// For an adapter that was trained on a quantised base: the numbers to fold it into
     #[arg(long, value_name = "NUMBERS", default_value = "dequantized", requires = "merge")]
     pub onto: Onto,
+    /// Text file of the prompts to ask, one to a line [default: some built in]
+    #[arg(long, value_name = "FILE", requires = "target")]
+    pub probe: Option<PathBuf>,
+    /// Ask nothing: no probe.json, and no more memory than a tensor takes
+    #[arg(long, requires = "target", conflicts_with = "probe")]
+    pub no_probe: bool,
+    /// Private key (Ed25519, PEM) to sign manifest.json with
+    #[arg(long, value_name = "FILE")]
+    pub sign: Option<PathBuf>,
+    /// Push the folder to this repository of the hub, which is made where it is not there: private, and with a token that may write
+    #[arg(long, value_name = "USER/NAME", requires = "target")]
+    pub push: Option<String>,
+    /// Make that repository a public one
+    #[arg(long, requires = "push")]
+    pub public: bool,
     /// Replace what the folder holds; files that are no part of an export are still never deleted
     #[arg(long, requires = "target")]
     pub overwrite: bool,
@@ -800,6 +824,8 @@ mod tests {
             "export r.yaml --save adapter --save merged",
             "export runs/a --target vllm --out o --model b --revision r --overwrite --json",
             "export runs/a --target transformers --merge --type fp16 --onto original --out o",
+            "export runs/a --target llama.cpp --merge --type q4_k_m --no-probe --out o --sign key.pem",
+            "export runs/a --target ollama --from llama3 --out o --push me/it --public",
             "combine a b --by dare_ties_svd --weights 0.7,-0.3 --density 0.5 --majority-sign frequency --rank 8 --out o",
             "extract --tuned t --model m --rank 8 --save-others --out o --json",
             "diff a b --tolerance 1e-5 --json",
@@ -834,6 +860,8 @@ mod tests {
             ("export runs/a --out o", "required"),
             ("export runs/a --target vllm --out o --save merged", "cannot be used with"),
             ("export runs/a --target tensorrt --out o", "possible values"),
+            ("export runs/a --target peft --out o --public", "required"),
+            ("export runs/a --target peft --out o --probe f --no-probe", "cannot be used with"),
             ("combine a b --weights 1,x --out o", "is not a number"),
             ("diff a b --tolerance=-1", "at least 0"),
             ("verify e --served-model a", "--server"),

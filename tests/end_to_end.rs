@@ -1101,7 +1101,7 @@ fn read_json(path: PathBuf) -> Value {
 #[test]
 fn a_run_is_exported_as_each_server_loads_it() {
     let bench = Bench::new("max_steps: 3");
-    let exports = "output.export=[vllm, {target: transformers, merge: true, type: fp16}]";
+    let exports = "output.export=[vllm, {target: transformers, merge: true, type: f16}]";
     let patterns = "adapter.rank_pattern={q_proj: 2}";
     bench.succeed(&[
         "train",
@@ -1118,7 +1118,7 @@ fn a_run_is_exported_as_each_server_loads_it() {
     assert!(Path::new(recipe).is_absolute(), "it is found from any folder: {recipe}");
     let written: Vec<&str> =
         manifest["outputs"].as_array().unwrap().iter().map(|file| file["path"].as_str().unwrap()).collect();
-    for file in ["export/vllm/adapter_model.safetensors", "export/transformers-merged-fp16/model.safetensors"] {
+    for file in ["export/vllm/adapter_model.safetensors", "export/transformers-merged-f16/model.safetensors"] {
         assert!(written.contains(&file), "{file} is not in {written:?}");
     }
     let adapted = logits(&bench, &["--model", "base", "--adapter", "run/adapter"]);
@@ -1131,6 +1131,8 @@ fn a_run_is_exported_as_each_server_loads_it() {
         let said = bench.succeed(&["export", "run", "--target", target, "--out", target, "--json"]);
         let facts: Value = serde_json::from_str(&said).unwrap();
         assert_eq!((&facts["target"], &facts["merged"]), (&json!(target), &json!(false)), "{facts}");
+        assert_eq!(facts["probe"], "probe.json", "{facts}");
+        bench.succeed(&["verify", target]);
         assert!(same(&["--model", "base", "--adapter", target]), "{target}");
         let config = read_json(bench.path(target).join("adapter_config.json"));
         let found = json!([config["r"], config["lora_alpha"], config["use_rslora"], config["rank_pattern"]]);
@@ -1148,7 +1150,11 @@ fn a_run_is_exported_as_each_server_loads_it() {
             assert!(bench.path(target).join(file).exists(), "{target}: {file}");
         }
     }
+    eprintln!("{}", String::from_utf8_lossy(&bench.engraft(&["verify", "run/export/transformers-merged-f16"]).stdout));
+    bench.succeed(&["verify", "run/export/transformers-merged-f16"]);
+    bench.succeed(&["verify", "run"]);
     bench.succeed(&["export", "run", "--target", "mlx", "--out", "mlx"]);
+    assert!(bench.path("mlx/README.md").exists() && bench.path("mlx/probe.json").exists());
     let config = read_json(bench.path("mlx/adapter_config.json"));
     assert_eq!(json!([config["fine_tune_type"], config["num_layers"]]), json!(["lora", 2]));
     assert_eq!(json!([config["lora_parameters"]["rank"], config["lora_parameters"]["scale"]]), json!([4, 1.0]));
@@ -1169,10 +1175,27 @@ fn a_run_is_exported_as_each_server_loads_it() {
         let model = if source == "run/adapter" { &["--model", "base"][..] } else { &[] };
         bench.succeed(&[&["export", source, "--target", target, "--merge", "--out", &out], model].concat());
         assert!(same(&["--model", &out]), "{target}");
+        bench.succeed(&["verify", &out]);
     }
     bench.fail(&["export", "run", "--target", "vllm", "--out", "vllm"], 6, &["vllm", "not empty", "--overwrite"]);
     bench.succeed(&["export", "run", "--target", "vllm", "--out", "vllm", "--overwrite"]);
-    bench.fail(&["export", "run", "--target", "vllm", "--out", "new", "--type", "fp16"], 3, &["--type", "--merge"]);
+    bench.fail(&["export", "run", "--target", "vllm", "--out", "new", "--type", "fp16"], 3, &["is f16", "merge"]);
+    bench.fail(
+        &["export", "run", "--target", "vllm", "--merge", "--type", "q4_k_m", "--out", "new"],
+        3,
+        &["is q4_k_m", "llama.cpp"],
+    );
+    bench.fail(&["export", "run"], 3, &["--target", "ollama"]);
+    // One kind of export may stand in another's place, but not in that of the adapter it is made of.
+    for (target, merge) in [("mlx", &[][..]), ("llama.cpp", &[]), ("tgi", &["--merge"]), ("vllm", &[])] {
+        bench.succeed(&[&["export", "run", "--target", target, "--out", "vllm", "--overwrite"], merge].concat());
+    }
+    let own = ["export", "run/adapter", "--model", "base", "--target", "tgi", "--out", "run/adapter", "--overwrite"];
+    bench.fail(&own, 6, &["where the adapter itself lies"]);
+    let output = bench.command(&["export", "run", "--target", "peft", "--out", "new", "--push", "me/it"]);
+    let output = { output }.env("HF_HOME", bench.path("hub")).env_remove("HF_TOKEN").output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.code() == Some(11) && errors.contains("there is no token"), "{errors}");
     bench.fail(
         &["export", "run", "--target", "peft", "--merge", "--out", "new"],
         5,
@@ -1181,6 +1204,117 @@ fn a_run_is_exported_as_each_server_loads_it() {
     bench.fail(&["export", "recipe.yaml", "--target", "vllm", "--out", "new"], 5, &["is a recipe", "output.dir"]);
     bench.fail(&["export", "cache", "--target", "vllm", "--out", "new"], 5, &["cache"]);
     assert!(!bench.path("new").exists());
+}
+
+#[test]
+fn llama_cpp_and_ollama_get_files_that_answer_as_the_trained_model_does() {
+    let bench = Bench::new("max_steps: 12");
+    let exports = "output.export=[llama.cpp, {target: ollama, merge: true, type: q8_0}]";
+    bench.succeed(&["train", "recipe.yaml", "--quiet", "--set", exports]);
+    let listed = read_json(bench.path("run/manifest.json"))["outputs"].to_string();
+    for file in ["llama.cpp/adapter.gguf", "ollama-merged-q8_0/model-q8_0.gguf", "ollama-merged-q8_0/Modelfile"] {
+        assert!(listed.contains(&format!("export/{file}")), "{file} is not in {listed}");
+    }
+    let adapted = logits(&bench, &["--model", "base", "--adapter", "run/adapter"]);
+    let same = |model: &[&str], by: f64| adapted.allclose(&logits(&bench, model), by, by, false);
+    assert!(same(&["--model", "base", "--adapter", "run/export/llama.cpp/adapter.gguf"], 1e-5));
+    bench.succeed(&["verify", "run/export/llama.cpp", "--model", "base"]);
+    bench.succeed(&["verify", "run/export/ollama-merged-q8_0"]);
+
+    bench.succeed(&["export", "run", "--target", "llama.cpp", "--out", "adapter"]);
+    let page = bench.succeed(&["verify", "adapter"]);
+    assert!(page.contains("this is the trained model"), "{page}");
+    for (numbers, by) in [("f32", 1e-5), ("bf16", 0.1), ("q8_0", 0.1), ("q4_k_m", 1.0)] {
+        let export = ["export", "run", "--target", "llama.cpp", "--merge", "--type", numbers, "--out", numbers];
+        let facts: Value = serde_json::from_str(&bench.succeed(&[&export[..], &["--json"]].concat())).unwrap();
+        assert_eq!(facts["type"], numbers, "{facts}");
+        let file = format!("{numbers}/model-{numbers}.gguf");
+        assert!(same(&["--model", &file], by), "{numbers}");
+        let probe = read_json(bench.path(numbers).join("probe.json"));
+        assert!(probe["tolerance"]["formats"].to_string().contains(numbers), "{}", probe["tolerance"]);
+    }
+    bench.succeed(&["verify", "q8_0"]);
+    // The base in the trained model's place.
+    std::fs::copy(bench.path("run/export/llama.cpp/probe.json"), bench.path("f32/probe.json")).unwrap();
+    std::fs::remove_file(bench.path("f32/manifest.json")).unwrap();
+    bench.succeed(&["verify", "f32"]);
+    bench.succeed(&["export", "base", "--target", "llama.cpp", "--out", "bare", "--no-probe"]);
+    assert!(!bench.path("bare/probe.json").exists());
+    let file = std::fs::read_dir(bench.path("bare")).unwrap().map(|entry| entry.unwrap().path());
+    let file = file.into_iter().find(|path| path.extension().is_some_and(|end| end == "gguf")).unwrap();
+    std::fs::copy(file, bench.path("f32/model-f32.gguf")).unwrap();
+    bench.fail(&["verify", "f32"], 12, &["the bare base"]);
+
+    // What is merged already keeps the probes of whoever merged it, and is proved by them in its new form.
+    bench.succeed(&["export", "run", "--target", "transformers", "--merge", "--out", "whole"]);
+    bench.succeed(&["export", "whole", "--target", "ollama", "--type", "q8_0", "--out", "ollama"]);
+    let modelfile = std::fs::read_to_string(bench.path("ollama/Modelfile")).unwrap();
+    assert!(modelfile.starts_with("FROM ./model-q8_0.gguf\n"), "{modelfile}");
+    bench.succeed(&["verify", "ollama"]);
+    bench.succeed(&["export", "run", "--target", "ollama", "--out", "light"]);
+    let modelfile = std::fs::read_to_string(bench.path("light/Modelfile")).unwrap();
+    let base = bench.path("base");
+    assert!(modelfile.starts_with(&format!("FROM {}\nADAPTER ./adapter.gguf\n", base.display())), "{modelfile}");
+    bench.succeed(&["export", "run", "--target", "ollama", "--from", "tiny", "--out", "named"]);
+    assert!(std::fs::read_to_string(bench.path("named/Modelfile")).unwrap().starts_with("FROM tiny\n"));
+    bench.fail(&["export", "run", "--target", "ollama", "--from", "a b", "--out", "new"], 3, &["ollama list"]);
+    bench.fail(
+        &["export", "run", "--target", "vllm", "--from", "a", "--out", "new"],
+        3,
+        &["only an adapter for Ollama"],
+    );
+    bench.fail(
+        &["validate", "recipe.yaml", "--set", "output.export=[{target: tgi, type: f16}]"],
+        3,
+        &["output.export"],
+    );
+    assert!(!bench.path("new").exists());
+}
+
+#[test]
+fn an_output_that_cannot_be_written_takes_no_other_with_it() {
+    let bench = Bench::new("max_steps: 1, save_steps: 1");
+    bench.succeed(&["train", "recipe.yaml", "--quiet", "--set", "output.save=[adapter]"]);
+    std::fs::remove_file(bench.path("run/manifest.json")).unwrap();
+    std::fs::write(bench.path("run/export"), "in the way").unwrap();
+    let export = ["export", "recipe.yaml", "--set", "output.export=[vllm]"];
+    bench.fail(&export, 6, &["run/export", "what was trained is saved", "engraft export"]);
+    // What is whole is the run's, and is exported.
+    let listed = read_json(bench.path("run/manifest.json"))["outputs"].to_string();
+    assert!(listed.contains("merged/model.safetensors") && !listed.contains("export/"), "{listed}");
+    bench.succeed(&["export", "run", "--target", "peft", "--out", "served", "--no-probe"]);
+    std::fs::remove_file(bench.path("run/export")).unwrap();
+    bench.succeed(&export);
+    bench.succeed(&["verify", "run/export/vllm"]);
+}
+
+#[test]
+fn another_base_of_the_same_shapes_takes_no_adapter_in_silence() {
+    let bench = Bench::new("max_steps: 2");
+    bench.succeed(&["train", "recipe.yaml", "--quiet"]);
+    let other = bench.path("other");
+    std::fs::create_dir(&other).unwrap();
+    for entry in std::fs::read_dir(bench.path("base")).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, other.join(path.file_name().unwrap())).unwrap();
+    }
+    let mut tensors = Tensor::read_safetensors(other.join("model.safetensors")).unwrap();
+    tensors[0].1 = &tensors[0].1 + 0.5;
+    Tensor::write_safetensors(&tensors, other.join("model.safetensors")).unwrap();
+    bench.succeed(&["export", "run", "--target", "vllm", "--out", "served"]);
+    for adapter in ["run/adapter", "served"] {
+        let merge = ["merge", "--model", "other", "--adapter", adapter, "--out", "merged"];
+        bench.fail(&merge, 5, &["has other numbers than the base of the adapter", "--other-base"]);
+        let export = ["export", adapter, "--model", "other", "--target", "tgi", "--out", "merged"];
+        bench.fail(&export, 5, &["has other numbers than the base of the adapter", "--other-base"]);
+    }
+    assert!(!bench.path("merged").exists());
+    bench.succeed(&["merge", "--model", "other", "--adapter", "run/adapter", "--out", "merged", "--other-base"]);
+    // Its manifest holds from any folder.
+    let mut elsewhere = bench.command(&["verify", bench.path("merged").to_str().unwrap()]);
+    let output = elsewhere.current_dir(bench.path("base")).output().unwrap();
+    let page = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(!page.contains("MISSING") && page.contains("as the manifest lists them"), "{page}");
 }
 
 #[test]
@@ -1347,30 +1481,6 @@ fn adapters_are_combined_taken_out_of_models_and_compared() {
     assert!(!bench.path("nothing").exists());
 }
 
-/// What the adapter in `adapter`, on the base in `base`, and the base itself say of the built-in prompts.
-fn probe_of(base: &Path, adapter: &Path, formats: &[&str]) -> engraft::export::probe::Probe {
-    use engraft::adapter::{Adapters, LoadedAdapter, Origin};
-    use engraft::data::{Encoder, Tokenizer};
-    use engraft::evaluate::Probes;
-    use engraft::export::probe::{About, Probe};
-    use engraft::model::Decoder;
-    use engraft::recipe::{BaseSource, DatasetRecipe};
-    use engraft::weights::Checkpoint;
-
-    let checkpoint = Checkpoint::open(&BaseSource::Folder(base.to_path_buf())).unwrap();
-    let tokenizer = Arc::new(Tokenizer::new(&checkpoint.sidecars).unwrap());
-    let encoder = Encoder::new(tokenizer.clone(), &DatasetRecipe::defaults()).unwrap();
-    let mut model = Decoder::load(&checkpoint, Kind::Float, Device::Cpu, &|_, _| ()).unwrap();
-    let probes = Probes::new(None, &encoder, model.spec.max_position_embeddings as usize).unwrap();
-    let of_base = probes.record(&model, &tokenizer);
-    let loaded = LoadedAdapter::read(adapter).unwrap();
-    let origin = Origin { checkpoint: &checkpoint, scheme: None, start: None, progress: &|_, _| () };
-    Adapters::attach_loaded(&mut model, &loaded, 0.0, Some(&origin)).unwrap();
-    let trained = probes.record(&model, &tokenizer);
-    let about = About { base: "base", sidecars: &checkpoint.sidecars, encoder: &encoder, vocabulary: VOCABULARY };
-    Probe::make(&probes, trained, of_base, formats, about).unwrap()
-}
-
 #[test]
 fn verify_tells_what_changed_and_whether_an_export_is_what_was_trained() {
     let bench = Bench::new("max_steps: 12");
@@ -1414,25 +1524,23 @@ fn verify_tells_what_changed_and_whether_an_export_is_what_was_trained() {
     bench.fail(&["verify", "nowhere"], 5, &["no such folder"]);
     bench.fail(&["verify", "base"], 5, &["probe.json", "engraft export"]);
 
+    // Written anew, the manifest is no longer what was signed.
+    bench.succeed(&["export", "recipe.yaml", "--save", "adapter"]);
+    bench.fail(&["verify", "run", "--key", "public.pem"], 5, &["it is not signed"]);
+    bench.succeed(&["export", "recipe.yaml", "--sign", "key.pem"]);
+    bench.succeed(&["verify", "run", "--key", "public.pem"]);
+
     // Exports: the adapter on its base and the merged model give the trained answers.
-    let export = |name: &str, from: &str| {
-        let folder = bench.path(name);
-        std::fs::create_dir(&folder).unwrap();
-        for entry in std::fs::read_dir(bench.path(from)).unwrap() {
-            let path = entry.unwrap().path();
-            std::fs::copy(&path, folder.join(path.file_name().unwrap())).unwrap();
-        }
-        folder
-    };
-    let probe = probe_of(&bench.path("base"), &bench.path("run/adapter"), &["f32"]);
-    let (adapter, merged) = (export("exported", "run/adapter"), export("whole", "run/merged"));
-    probe.write(&adapter).unwrap();
-    probe.write(&merged).unwrap();
+    bench.succeed(&["export", "run", "--target", "peft", "--out", "exported", "--sign", "key.pem"]);
+    bench.succeed(&["verify", "exported", "--key", "public.pem"]);
+    bench.succeed(&["export", "run", "--target", "transformers", "--merge", "--out", "whole"]);
+    let (adapter, merged) = (bench.path("exported"), bench.path("whole"));
     let page = bench.succeed(&["verify", "exported", "--model", "base"]);
     assert!(page.contains("this is the trained model"), "{page}");
     bench.succeed(&["verify", "whole"]);
     bench.fail(&["verify", "whole", "--model", "base"], 5, &["is a whole model"]);
     // The name that the adapter has for its base is not here.
+    std::fs::remove_file(adapter.join("manifest.json")).unwrap();
     let mut alone = bench.command(&["verify", "exported"]);
     let output = alone.env("HF_HUB_OFFLINE", "1").env("HF_HOME", bench.path("hub")).output().unwrap();
     let errors = String::from_utf8_lossy(&output.stderr).into_owned();

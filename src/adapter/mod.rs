@@ -276,6 +276,22 @@ impl Adapters {
         Ok(Self { config, notices, updates, saved, start: Vec::new() })
     }
 
+    /// Puts updates on the linears that they are for, to be computed with: they are not trained, and not kept.
+    pub fn put(model: &mut Decoder, updates: &[Update]) -> Result<()> {
+        let device = model.device;
+        let mut linears = by_name(model);
+        for update in updates {
+            catching(&update.module, || {
+                let (a, b) = (update.a.to_device(device), update.b.to_device(device));
+                let update = Update { a, b, ..update.shallow_clone() };
+                let linear = linears.get_mut(&update.module).expect("every update has a linear");
+                linear.adapter = Some(low_rank(linear, &update, 0.0));
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
     /// Takes the adapters off again: the model is its base.
     pub fn detach(self, model: &mut Decoder) {
         for linear in model.linears_mut() {

@@ -1,19 +1,20 @@
 //! What several verbs begin with: the base opened and read, its tokenizer, a recipe's datasets, an adapter put on.
 
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use tch::{Device, Kind};
 
-use super::console::{Console, Unit};
+use super::console::{Console, Stage, Unit};
 use crate::adapter::numbers::{Here, skips_something};
 use crate::adapter::{Adapters, LoadedAdapter, Origin, TrainedOn};
 use crate::cli::{ModelChoice, Quantizing};
 use crate::data::{Dataset, Encoder, Tokenizer, add_tokens, grow};
 use crate::export::manifest::{self, FileDigest};
 use crate::export::run::Written;
-use crate::export::sidecars;
+use crate::export::{gguf, sidecars};
 use crate::model::{Decoder, ModelSpec, families};
 use crate::ops::cuda;
 use crate::quant::{Form, Products, Scheme, fp8};
@@ -275,7 +276,12 @@ pub(super) fn chosen(choice: &ModelChoice, console: &Console) -> Result<Loaded> 
     let source = BaseSource::find(&choice.model, choice.revision.as_deref(), Path::new("")).map_err(base)?;
     let device = choice.device.find().map_err(|fault| Error::Device(Fault { place: "--device".into(), ..fault }))?;
     let mut checkpoint = checkpoint(&source, console)?;
-    let loaded = choice.adapter.as_deref().map(LoadedAdapter::read).transpose()?;
+    let is_gguf = |path: &&Path| path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf"));
+    let (of_llama_cpp, of_peft) = match choice.adapter.as_deref() {
+        Some(path) if is_gguf(&path) => (Some(gguf::read_adapter(path, &checkpoint)?), None),
+        other => (None, other),
+    };
+    let loaded = of_peft.map(LoadedAdapter::read).transpose()?;
     // Asked on other numbers than it learned on, it would answer differently.
     let trained_on = loaded.as_ref().map(LoadedAdapter::trained_on).transpose()?.flatten();
     let scheme = trained_on.as_ref().map(|trained_on| trained_on.scheme.clone());
@@ -291,6 +297,9 @@ pub(super) fn chosen(choice: &ModelChoice, console: &Console) -> Result<Loaded> 
         trained_on.prove_had(&loaded.folder, here)?;
     }
     let mut model = decoder(&checkpoint, spec, kind, device, scheme.as_ref(), console)?;
+    if let Some(updates) = &of_llama_cpp {
+        Adapters::put(&mut model, updates)?;
+    }
     if let Some(loaded) = &loaded {
         put_on(&mut model, loaded, &checkpoint, scheme.as_ref(), console)?;
         // Asked in another form than it learned, and stopped at other tokens, it would answer as if untrained.
@@ -323,6 +332,30 @@ fn put_on(
     let origin = Origin { checkpoint, scheme, start: None, progress: &|_, _| () };
     Adapters::attach_loaded(model, loaded, 0.0, Some(&origin))?;
     say_what_differs(&loaded.folder, model, console)
+}
+
+/// Tells how far each of a run's outputs is, by its name.
+pub(super) struct Writing<'a> {
+    console: &'a Console,
+    now: RefCell<Option<(String, Stage)>>,
+}
+
+impl<'a> Writing<'a> {
+    pub(super) fn new(console: &'a Console) -> Self {
+        Self { console, now: RefCell::new(None) }
+    }
+
+    pub(super) fn at(&self, name: &str, done: u64, total: u64) {
+        let mut now = self.now.borrow_mut();
+        if now.as_ref().is_none_or(|(other, _)| other != name) {
+            // The one before is over.
+            *now = None;
+            *now = Some((name.to_string(), self.console.stage(&format!("writing {name}"), Unit::Bytes)));
+        }
+        if let Some((_, stage)) = &*now {
+            stage.at(done, total);
+        }
+    }
 }
 
 /// Says what a run has written, and what the one who serves it must know.

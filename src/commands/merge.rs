@@ -3,22 +3,21 @@
 use std::io::Write;
 use std::path::Path;
 
-use tch::{Device, Kind};
+use tch::Device;
 
 use super::console::{Console, Unit};
 use super::loading;
+use super::probing::Asking;
 use crate::adapter::numbers::{Here, skips_something};
 use crate::adapter::{Adapters, Learned, LoadedAdapter, Origin, TrainedOn, Update};
 use crate::cli::{Merge, Onto, Quantizing};
-use crate::data::{Encoder, Tokenizer};
-use crate::evaluate::{Drift, Measured, Probes};
-use crate::export::manifest::{self, Base, Manifest, MergeManifest};
+use crate::evaluate::{Drift, Measured};
+use crate::export::manifest::{self, Base, ExportManifest, Manifest};
 use crate::export::{merged, quantised, sidecars};
-use crate::model::{ModelSpec, families};
-use crate::quant::{Products, Scheme, name_of};
-use crate::recipe::{BaseSource, DatasetRecipe, QuantizationRecipe};
+use crate::model::families;
+use crate::quant::Scheme;
+use crate::recipe::{BaseSource, QuantizationRecipe};
 use crate::torch_ext::{catching, torch_version};
-use crate::train::free_bytes;
 use crate::weights::Checkpoint;
 use crate::{Error, Fault, Result};
 
@@ -49,6 +48,18 @@ pub fn run(arguments: &Merge, out: &mut dyn Write) -> Result<()> {
     let scheme = arguments.quantize.map(asked).transpose()?;
     let updates: Vec<_> = adapter.fit(&spec.sites(), &spec.names)?.into_values().collect();
     let saved = adapter.saved(&spec)?;
+    // Of other numbers in the same shapes nothing else would tell.
+    let base_files = match Base::of_adapter(&adapter.folder).filter(|_| !arguments.other_base) {
+        Some(base) => {
+            let files = {
+                let _stage = console.stage("reading the base", Unit::Bytes);
+                loading::joined(base_files)?
+            };
+            base.prove_same(&files)?;
+            Ok(files)
+        }
+        None => Err(base_files),
+    };
     // The template it was trained with travels with an adapter.
     let template = adapter.chat_template()?;
     let sidecars = sidecars(&checkpoint, template.as_deref());
@@ -72,7 +83,12 @@ pub fn run(arguments: &Merge, out: &mut dyn Write) -> Result<()> {
     let elsewhere = trained_on.as_ref().and_then(|trained_on| trained_on.missing(&checkpoint));
     let probes = match arguments.no_probe {
         true => Err("--no-probe".to_string()),
-        false => probes(arguments, &sidecars, &spec, (elsewhere, scheme_of.map_or(kind, |scheme| scheme.kind)))?,
+        false => Asking::prepare(
+            arguments.probe.as_deref(),
+            &sidecars,
+            &spec,
+            (elsewhere, scheme_of.map_or(kind, |scheme| scheme.kind)),
+        )?,
     };
     if let (Err(why), false) = (&probes, arguments.no_probe) {
         console.say(format_args!("note: no prompts are asked, so that no drift is measured: {why}"));
@@ -102,13 +118,32 @@ pub fn run(arguments: &Merge, out: &mut dyn Write) -> Result<()> {
         console.say(format_args!("note: {differing}"));
     }
 
-    let drift = probes.map(|(probes, kind)| {
-        let products = if kind == Kind::Float { Products::Cached } else { Products::Dequantised };
-        let scheme = scheme_of.map(|scheme| Scheme { products, ..scheme.clone() });
-        let mut trained = loading::decoder(&checkpoint, spec.clone(), kind, Device::Cpu, scheme.as_ref(), &console)?;
+    let mut manifest = ExportManifest {
+        engraft_version: env!("CARGO_PKG_VERSION").into(),
+        libtorch_version: torch_version().into(),
+        created: jiff::Timestamp::now().to_string(),
+        target: None,
+        base: Base::of(&checkpoint, &arguments.model, base_files.or_else(loading::joined)?),
+        adapter: manifest::inputs(&adapter.folder)?,
+        trained_on: scheme_of.map(Scheme::to_value),
+        onto: trained_on.as_ref().map(|_| asked_onto.to_string()),
+        dtype: dtype.to_string(),
+        quantization: scheme.as_ref().map(Scheme::to_value),
+        quantization_loss: written.map(|written| written.loss),
+        drift: Some(Measured::Not("not measured: what was merged was not asked to the end".into())),
+        differing,
+        program: manifest::program(),
+        // Whole from here on, whatever becomes of what is asked.
+        outputs: manifest::outputs(&arguments.out, std::slice::from_ref(&arguments.out), &|_, _| ())?,
+    };
+    manifest.write(&arguments.out)?;
+
+    let drift = probes.map(|asking| {
+        let kind = asking.kind;
+        let (mut trained, scheme) = asking.model(&checkpoint, &spec, scheme_of, &console)?;
         let origin = Origin { checkpoint: &checkpoint, scheme: scheme.as_ref(), start: None, progress: &|_, _| () };
         Adapters::attach_loaded(&mut trained, &adapter, 0.0, Some(&origin))?;
-        let replies = catching("asking the adapter on its base", || Ok(probes.ask(&trained)))?;
+        let replies = catching("asking the adapter on its base", || Ok(asking.probes.ask(&trained)))?;
         drop(trained);
         let merged = Checkpoint::open(&BaseSource::Folder(arguments.out.clone()))?;
         let spec = families::spec(&merged)?;
@@ -122,21 +157,7 @@ pub fn run(arguments: &Merge, out: &mut dyn Write) -> Result<()> {
         Err(why) => Measured::Not(format!("not measured: {why}")),
     };
 
-    let manifest = MergeManifest {
-        engraft_version: env!("CARGO_PKG_VERSION").into(),
-        libtorch_version: torch_version().into(),
-        created: jiff::Timestamp::now().to_string(),
-        base: Base::of(&checkpoint, &arguments.model, loading::joined(base_files)?),
-        adapter: manifest::outputs(Path::new(""), std::slice::from_ref(&adapter.folder), &|_, _| ())?,
-        trained_on: scheme_of.map(Scheme::to_value),
-        onto: trained_on.as_ref().map(|_| asked_onto.to_string()),
-        dtype: dtype.to_string(),
-        quantization: scheme.as_ref().map(Scheme::to_value),
-        quantization_loss: written.map(|written| written.loss),
-        drift,
-        differing,
-        outputs: manifest::outputs(&arguments.out, std::slice::from_ref(&arguments.out), &|_, _| ())?,
-    };
+    manifest.drift = Some(drift);
     manifest.write(&arguments.out)?;
     if arguments.json {
         let text = serde_json::to_string(&manifest).expect("names, numbers and flags have a JSON form");
@@ -194,70 +215,4 @@ fn trained_on(
 /// Whether an adapter lies in the folder of a run of engraft, which would have said that its base was quantised.
 fn is_of_a_plain_run(adapter: &Path) -> bool {
     adapter.parent().is_some_and(|run| Manifest::read(run).is_ok())
-}
-
-/// What to ask, and what to compute in; or why nothing is asked: without a tokenizer to ask with, the numbers of training (`elsewhere`
-/// says why), or memory for the models, which take less in the number type of `training`.
-///
-/// Errors: where prompts were named.
-fn probes(
-    arguments: &Merge,
-    sidecars: &std::collections::BTreeMap<String, Vec<u8>>,
-    spec: &ModelSpec,
-    (elsewhere, training): (Option<String>, Kind),
-) -> Result<std::result::Result<(Probes, Kind), String>> {
-    let named = arguments.probe.as_deref();
-    let numbers: i64 = spec.tensors().values().map(|shape| shape.iter().product::<i64>()).sum();
-    let encoder = Tokenizer::new(sidecars).map(std::sync::Arc::new);
-    let encoder = encoder.and_then(|tokenizer| Encoder::new(tokenizer, &DatasetRecipe::defaults()));
-    let lacks_numbers = elsewhere.is_some();
-    let kind = match (elsewhere, &encoder) {
-        (Some(why), _) => Err(format!("the adapter {why}")),
-        (None, Err(error)) => Err(format!("without a tokenizer: {error}")),
-        (None, Ok(_)) => computed_in(numbers as u64, free_bytes(Device::Cpu), training),
-    };
-    match (kind, encoder) {
-        (Ok(kind), Ok(encoder)) => {
-            Probes::new(named, &encoder, spec.max_position_embeddings as usize).map(|probes| Ok((probes, kind)))
-        }
-        (Err(why), _) if named.is_none() => Ok(Err(why)),
-        (_, Err(error)) => Err(error),
-        (Err(why), Ok(_)) => {
-            let fault = Fault::new("--probe", why).hint("leave it out, or say --no-probe");
-            Err(if lacks_numbers { Error::Model(fault) } else { Error::Device(fault) })
-        }
-    }
-}
-
-/// What two models of so many `numbers`, one after the other, are computed in within `free` bytes: fp32, or the number type of training.
-///
-/// Errors: what is missing, in a sentence.
-fn computed_in(numbers: u64, free: Option<u64>, training: Kind) -> std::result::Result<Kind, String> {
-    let bytes = |kind: Kind| kind.elt_size_in_bytes() as u64 * numbers;
-    let Some(free) = free else { return Ok(Kind::Float) };
-    [Kind::Float, training].into_iter().find(|kind| bytes(*kind) <= free).ok_or_else(|| {
-        let (needed, free, kind) = (gigabytes(bytes(training)), gigabytes(free), name_of(training));
-        format!("the models take {needed:.1} GB each in {kind}, and {free:.1} GB are free")
-    })
-}
-
-fn gigabytes(bytes: u64) -> f64 {
-    bytes as f64 / 1e9
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn models_are_asked_in_fp32_or_where_that_does_not_fit_in_what_was_trained_in() {
-        let of = |free| computed_in(1_000, free, Kind::BFloat16);
-        assert_eq!(
-            (of(None), of(Some(4_000)), of(Some(3_999))),
-            (Ok(Kind::Float), Ok(Kind::Float), Ok(Kind::BFloat16))
-        );
-        assert_eq!(of(Some(2_000)), Ok(Kind::BFloat16));
-        let why = of(Some(1_999)).unwrap_err();
-        assert!(why.contains("in bf16"), "{why}");
-    }
 }

@@ -22,6 +22,7 @@ pub mod verify;
 
 mod console;
 mod loading;
+mod probing;
 mod speech;
 
 use std::io::Write;

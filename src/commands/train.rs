@@ -3,14 +3,15 @@
 use tch::{Device, Kind};
 
 use super::console::{Console, Unit};
-use super::loading::{self, Base};
+use super::loading::{self, Base, Writing};
+use super::probing::Begun;
 use crate::adapter::numbers::Here;
 use crate::adapter::{Adapters, Origin, PlannedAdapters, TrainedOn};
 use crate::cli::Train;
 use crate::data::{Dataset, Encoder};
+use crate::export::manifest;
 use crate::export::run::{self, Finished};
 use crate::export::signature::{self, Key};
-use crate::export::{manifest, target};
 use crate::objective::Supervised;
 use crate::recipe::{DataSource, MicroBatch, Offload, Recipe, TileFeedForward, Tiling, TrainingRecipe};
 use crate::torch_ext::{cpu_memory, set_deterministic};
@@ -155,6 +156,11 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
             Fault::new("training.router_aux_loss_coef", format!("is {coefficient}, but the base has no experts"));
         return Err(Error::Recipe(vec![fault.hint("remove this key")]));
     }
+    let exports = plan.output.exports();
+    let begun = match exports.is_empty() {
+        true => None,
+        false => Some(Begun::ask(&model, eval.as_ref().unwrap_or(&train), &encoder, &plan, &console)?),
+    };
     let adapters = {
         let stage = console.stage("starting the adapters", Unit::Things("modules"));
         let start = folder.adapter_start()?;
@@ -171,9 +177,7 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
     }
     folder.keep_adapter_start(adapters.start())?;
     // What a server cannot load is better known now than after the training.
-    for choice in plan.output.exports() {
-        target::prove(choice.target, choice.merge, &spec, &adapters.config, adapters.learned())?;
-    }
+    run::prove(&checkpoint, &adapters, &exports)?;
     for notice in &adapters.notices {
         console.say(format_args!("note: {notice}"));
     }
@@ -237,13 +241,15 @@ fn train(arguments: &Train, events: Events) -> Result<()> {
         adapters: &adapters,
         train: &train,
         eval: eval.as_ref(),
-        chat_template: encoder.template().map(|template| template.source()),
+        encoder: &encoder,
+        answers: begun.map(|begun| begun.ended(&model, &encoder, &console)).transpose()?,
         outcome,
         device: device_name,
     };
-    let stage = console.stage("writing", Unit::Bytes);
+    let writing = Writing::new(&console);
     let written =
-        run::write(&finished, &plan.output.save, &plan.output.exports(), &|_, done, total| stage.at(done, total))?;
+        run::write(&finished, &plan.output.save, &exports, &|name, done, total| writing.at(name, done, total))?;
+    drop(writing);
     loading::say_written(&console, &written);
     for path in &written.folders {
         events.tell(&Event::Wrote { path });

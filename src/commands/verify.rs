@@ -11,12 +11,13 @@ use super::loading;
 use crate::adapter::config::{AdapterConfig, CONFIG};
 use crate::cli::{ModelChoice, Verify};
 use crate::evaluate::Verdict;
-use crate::export::manifest::{self, MANIFEST};
+use crate::export::manifest::{self, Base, ExportManifest, MANIFEST, Manifest};
 use crate::export::probe::{Checked, PROBE, Probe};
+use crate::export::served::ADAPTER;
 use crate::export::server::{self, Served, Server};
 use crate::export::signature;
 use crate::export::unchanged::{self, Change};
-use crate::recipe::{DeviceChoice, Dtype};
+use crate::recipe::{BaseSource, DeviceChoice, Dtype};
 use crate::{Error, Fault, Result};
 
 /// Characters shown of a server's answer.
@@ -153,10 +154,17 @@ fn choice(arguments: &Verify, folder: &Path, gguf: Option<&Path>) -> Result<Mode
     if let Some(file) = gguf {
         return alone(text(file));
     }
-    if folder.join(CONFIG).exists() {
-        let (model, revision) = match &arguments.model {
-            Some(model) => (model.clone(), arguments.revision.clone()),
-            None => {
+    let of_llama_cpp = Some(folder.join(ADAPTER)).filter(|path| path.is_file());
+    let of_peft = Some(folder.to_path_buf()).filter(|folder| folder.join(CONFIG).exists());
+    if let Some(adapter) = of_peft.or(of_llama_cpp) {
+        let (model, revision) = match (&arguments.model, exported_from(folder)) {
+            (Some(model), _) => (model.clone(), arguments.revision.clone()),
+            (None, Some(base)) => base,
+            (None, None) if !folder.join(CONFIG).exists() => {
+                let fault = Fault::at(&adapter, "does not say which base it is for");
+                return Err(Error::Model(fault.hint("name it: --model MODEL")));
+            }
+            (None, None) => {
                 let (config, _) = AdapterConfig::read(folder)?;
                 let Some(base) = config.base_model_name_or_path else {
                     let fault = Fault::at(&folder.join(CONFIG), "does not say which base it is for");
@@ -167,7 +175,7 @@ fn choice(arguments: &Verify, folder: &Path, gguf: Option<&Path>) -> Result<Mode
                 (base, revision)
             }
         };
-        return Ok(of(model, revision, Some(folder.to_path_buf())));
+        return Ok(of(model, revision, Some(adapter)));
     }
     if folder.join("config.json").exists() {
         return alone(text(folder));
@@ -187,6 +195,28 @@ fn choice(arguments: &Verify, folder: &Path, gguf: Option<&Path>) -> Result<Mode
             let fault = Fault::at(folder, format!("holds {} .gguf files", many.len()));
             Err(Error::Model(fault.hint(format!("name one: {}", names.join(", ")))))
         }
+    }
+}
+
+/// The base that an export, or the run whose folder it lies in, says it was made of, where that can be had here.
+fn exported_from(folder: &Path) -> Option<(String, Option<String>)> {
+    let Base { name, revision, .. } = match ExportManifest::read(folder) {
+        Some(manifest) => manifest.base,
+        None => {
+            let folder = std::path::absolute(folder).ok()?;
+            let (run, manifest) =
+                folder.ancestors().skip(1).take(2).find_map(|run| Some((run, Manifest::read(run).ok()?)))?;
+            manifest.outputs.iter().find(|file| run.join(&file.path).starts_with(&folder))?;
+            // Paths in a recipe start at its own folder.
+            let base = BaseSource::find(&manifest.base.name, None, manifest.recipe.path.parent()?).ok()?;
+            Base { name: base.name(), ..manifest.base }
+        }
+    };
+    match (Path::new(&name).exists(), revision) {
+        (true, _) => Some((name, None)),
+        // Of a hub's repository.
+        (false, Some(commit)) => Some((name, Some(commit))),
+        (false, None) => None,
     }
 }
 
@@ -211,7 +241,8 @@ fn checked_page(lines: &[Checked], verdict: Verdict) -> String {
         format!("{:<28}{:>12}{:>12}{:>12}{:>10}  answers as\n", "probe", "mean", "largest", "from base", "same");
     for Checked { place, trained, base, finding } in lines {
         let same = format!("{}/{}", trained.same, trained.places);
-        let numbers = format!("{:>12.2e}{:>12.2e}{:>12.2e}{same:>10}", trained.mean, trained.largest, base.mean);
+        let from_base = base.map_or("-".to_string(), |base| format!("{:.2e}", base.mean));
+        let numbers = format!("{:>12.2e}{:>12.2e}{from_base:>12}{same:>10}", trained.mean, trained.largest);
         page += &format!("{:<28}{numbers}  {finding}\n", short(place, 27));
     }
     page + &format!("(differences of logits in standard deviations of all logits)\nthis is {verdict}\n")

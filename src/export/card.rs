@@ -5,6 +5,7 @@
 //! `pipeline_tag`, `license`, `license_name`, `license_link`, `datasets`, `tags`, `co2_eq_emissions`). What is not known is left
 //! out, the language among it.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
 
@@ -13,10 +14,8 @@ use serde_json::Value;
 use super::documentation::Documentation;
 use super::licence::Licence;
 use super::manifest::FileDigest;
-use crate::Result;
 use crate::evaluate::Drift;
 use crate::recipe::BaseSource;
-use crate::weights::writer;
 
 /// The card's file.
 pub const CARD: &str = "README.md";
@@ -30,8 +29,12 @@ pub enum Kind {
     Adapter,
     /// A whole model in transformers' layout, of a base and an adapter.
     Merged,
-    /// One or more files for llama.cpp.
+    /// A whole model for llama.cpp.
     Gguf,
+    /// An adapter for llama.cpp.
+    GgufAdapter,
+    /// An adapter in mlx-lm's layout.
+    MlxAdapter,
 }
 
 /// All that a card may say; what is not known is left out, or said to be.
@@ -59,15 +62,11 @@ pub struct Facts<'a> {
     pub curve: Option<&'a str>,
 }
 
-/// Writes the card, and the curve beside it, into the folder of what it is about.
-///
-/// # Errors
-/// [`crate::Error::Output`] where the folder cannot be written.
-pub fn write(folder: &Path, facts: &Facts<'_>) -> Result<()> {
-    if let Some(curve) = facts.curve {
-        writer::write_file(&folder.join(CURVE), curve.as_bytes())?;
-    }
-    writer::write_file(&folder.join(CARD), text(facts).as_bytes())
+/// The card, and the curve beside it, by name.
+pub fn files(facts: &Facts<'_>) -> BTreeMap<String, Vec<u8>> {
+    let curve = facts.curve.map(|curve| (CURVE.to_string(), curve.as_bytes().to_vec()));
+    let card = (CARD.to_string(), text(facts).into_bytes());
+    std::iter::once(card).chain(curve).collect()
 }
 
 /// The card's text.
@@ -80,7 +79,8 @@ pub fn text(facts: &Facts<'_>) -> String {
     let base = plain(facts.base);
     line(&format!("\n# {}\n", plain(facts.name)));
     line(&match facts.kind {
-        Kind::Adapter => format!("An adapter for {base}, trained with engraft."),
+        Kind::Adapter | Kind::MlxAdapter => format!("An adapter for {base}, trained with engraft."),
+        Kind::GgufAdapter => format!("An adapter for {base}, trained with engraft, as GGUF for llama.cpp."),
         Kind::Merged => format!("{base} with an adapter folded into it by engraft."),
         Kind::Gguf => format!("{base} with what engraft trained, as GGUF for llama.cpp and what is built on it."),
     });
@@ -110,7 +110,7 @@ fn metadata(facts: &Facts<'_>) -> String {
     if is_hub_id(facts.base) {
         lines.push(format!("base_model: {}", quoted(facts.base)));
         let relation = match facts.kind {
-            Kind::Adapter => "adapter",
+            Kind::Adapter | Kind::GgufAdapter | Kind::MlxAdapter => "adapter",
             Kind::Merged => "merge",
             Kind::Gguf => "quantized",
         };
@@ -119,7 +119,8 @@ fn metadata(facts: &Facts<'_>) -> String {
     lines.push(match facts.kind {
         Kind::Adapter => "library_name: peft".into(),
         Kind::Merged => "library_name: transformers".into(),
-        Kind::Gguf => "library_name: gguf".into(),
+        Kind::Gguf | Kind::GgufAdapter => "library_name: gguf".into(),
+        Kind::MlxAdapter => "library_name: mlx".into(),
     });
     lines.push("pipeline_tag: text-generation".into());
     let Licence { id, name, link, .. } = facts.licence;
@@ -160,6 +161,8 @@ fn usage(facts: &Facts<'_>) -> String {
              pipe = pipeline(\"text-generation\", \"path/to/this\")\n```\n"
             .into(),
         Kind::Gguf => "\n```\nllama-server -m FILE.gguf\n```\n".into(),
+        Kind::GgufAdapter => "\n```\nllama-server -m BASE.gguf --lora adapter.gguf\n```\n".into(),
+        Kind::MlxAdapter => format!("\n```\nmlx_lm.generate --model {base} --adapter-path path/to/this\n```\n"),
     }
 }
 
@@ -395,10 +398,9 @@ mod tests {
             drift: None,
             curve: Some("<svg/>"),
         };
-        let folder = tempfile::tempdir().unwrap();
-        write(folder.path(), &facts).unwrap();
-        let card = std::fs::read_to_string(folder.path().join(CARD)).unwrap();
-        assert_eq!(std::fs::read_to_string(folder.path().join(CURVE)).unwrap(), "<svg/>");
+        let files = files(&facts);
+        let card = String::from_utf8(files[CARD].clone()).unwrap();
+        assert_eq!(files[CURVE], b"<svg/>");
         let end = card[4..].find("\n---\n").unwrap() + 4;
         let metadata: Value = serde_yaml::from_str(&card[4..=end]).unwrap();
         assert_eq!(

@@ -1,11 +1,53 @@
 //! A folder that appears whole or not at all: filled under a temporary name beside its place, synced, then renamed.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::card::{CARD, CURVE};
+use super::manifest::MANIFEST;
+use super::mlx;
+use super::probe::PROBE;
+use super::served::{ADAPTER, MODELFILE};
+use super::signature::SIGNATURE;
+use crate::adapter::config::CONFIG;
+use crate::adapter::load::{SCHEME, WEIGHTS};
 use crate::{Error, Fault, Result};
+
+/// Small files of whatever is written, beside the base's own.
+const OURS: [&str; 13] = [
+    CONFIG,
+    WEIGHTS,
+    SCHEME,
+    mlx::WEIGHTS,
+    ADAPTER,
+    MODELFILE,
+    "config.json",
+    "generation_config.json",
+    CARD,
+    CURVE,
+    PROBE,
+    MANIFEST,
+    SIGNATURE,
+];
+/// Files that a tokenizer may consist of, now or in an earlier model at the same place.
+const TOKENIZER: [&str; 4] =
+    ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"];
+
+/// Whether a file of this name is a tokenizer's.
+pub(super) fn tokenizer_file(name: &str) -> bool {
+    TOKENIZER.contains(&name)
+}
+
+/// Whether a file of this name is of an adapter, a model or an export, so that one of them may be replaced by another; `files` are the
+/// small ones that are written now.
+pub(super) fn is_ours(name: &str, files: &BTreeMap<String, Vec<u8>>) -> bool {
+    let model =
+        name.starts_with("model") && [".safetensors", ".index.json", ".gguf"].iter().any(|end| name.ends_with(end));
+    model || OURS.contains(&name) || tokenizer_file(name) || files.contains_key(name)
+}
 
 /// A folder under its temporary name; removed when it is not committed.
 #[derive(Debug)]

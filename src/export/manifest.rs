@@ -11,14 +11,19 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::documentation::Documentation;
+use super::folder::tokenizer_file;
 use super::quantised::Loss;
+use super::signature::SIGNATURE;
 use crate::data::DatasetReport;
 use crate::evaluate::Measured;
+use crate::recipe::Target;
 use crate::weights::{Checkpoint, sha256_file, writer};
 use crate::{Error, Fault, Result};
 
 /// The file's name, in the run's folder.
 pub const MANIFEST: &str = "manifest.json";
+/// Longest such file that is read.
+const MOST_BYTES: u64 = 64 << 20;
 
 /// What went into a run and what came out.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -100,39 +105,92 @@ impl Base {
     }
 }
 
-/// What went into a merged model, and what merging changed beside the update.
+impl Base {
+    /// Refuses a base whose files hold other numbers than this one's; `found` are their digests.
+    ///
+    /// # Errors
+    /// [`Error::Model`], with the file that differs and the base's name.
+    pub fn prove_same(&self, found: &[FileDigest]) -> Result<()> {
+        let differs = found.iter().zip(&self.files).find(|(found, said)| found.sha256 != said.sha256);
+        if found.len() == self.files.len() && differs.is_none() {
+            return Ok(());
+        }
+        let what = match differs {
+            Some((found, _)) => format!("{} has other numbers than the base of the adapter", found.path.display()),
+            None => format!("has {} weight files, the base of the adapter {}", found.len(), self.files.len()),
+        };
+        let hint = format!(
+            "it was trained on {}: name that with --model, or say --other-base to take this one all the same",
+            self.name
+        );
+        Err(Error::Model(Fault::new("the base", what).hint(hint)))
+    }
+
+    /// The base that the adapter in a folder was trained on, where the manifest of its run or its export says so of the adapter as it
+    /// is now.
+    pub fn of_adapter(folder: &Path) -> Option<Self> {
+        let weights = folder.join(crate::adapter::load::WEIGHTS);
+        let exported = ExportManifest::read(folder).filter(|manifest| manifest.target.is_some());
+        let of_run = || {
+            let run = std::path::absolute(folder).ok()?.parent()?.to_path_buf();
+            let Manifest { base, outputs, .. } = Manifest::read(&run).ok()?;
+            Some((base, outputs, run))
+        };
+        let exported = exported.map(|manifest| (manifest.base, manifest.outputs, folder.to_path_buf()));
+        let (base, outputs, root) = exported.or_else(of_run)?;
+        let place = std::path::absolute(&weights).ok()?;
+        let said =
+            outputs.iter().find(|file| std::path::absolute(root.join(&file.path)).ok() == Some(place.clone()))?;
+        (sha256_file(&weights).ok()? == said.sha256).then_some(base)
+    }
+}
+
+/// What went into a merged model or an export, and what was changed beside the update.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct MergeManifest {
+pub struct ExportManifest {
     /// Version of engraft.
     pub engraft_version: String,
     /// Version of libtorch.
     pub libtorch_version: String,
     /// When it was written, RFC 3339, UTC.
     pub created: String,
-    /// The base model.
+    /// What it was written for; absent of what `engraft merge` wrote.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<Target>,
+    /// The base model, or the whole model that was exported.
     pub base: Base,
-    /// The adapter's files.
+    /// The adapter's files; none of a whole model.
     pub adapter: Vec<FileDigest>,
     /// How the base was quantised when the adapter was trained; absent where it was not, or nothing says so.
     pub trained_on: Option<serde_json::Value>,
     /// What the update was folded into, where there was a choice: `dequantized` or `original`.
     pub onto: Option<String>,
-    /// Number type of what is not quantised.
+    /// Number type: of a whole model of what is not quantised, or the file's own (`q4_k_m`); fp32 of an adapter.
     pub dtype: String,
     /// How the merged model is quantised; absent where it is not.
     pub quantization: Option<serde_json::Value>,
     /// What quantising took away.
     pub quantization_loss: Option<Loss>,
-    /// How far it is from the adapter on its base, or why that was not measured.
-    pub drift: Measured,
+    /// How far it is from the adapter on its base, or why that was not measured; absent of an export, which holds probes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drift: Option<Measured>,
     /// Where the numbers that the update was folded into are not those the adapter was trained on; absent where they are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub differing: Option<String>,
+    /// SHA-256 of the program that wrote it. Absent where it cannot be read.
+    #[serde(default)]
+    pub program: Option<String>,
     /// What was written, with paths relative to the model's folder.
     pub outputs: Vec<FileDigest>,
 }
 
-impl MergeManifest {
+impl ExportManifest {
+    /// Reads it back; `None` where there is none, or it is of something else.
+    pub fn read(folder: &Path) -> Option<Self> {
+        let (value, _) = crate::weights::json_object(&folder.join(MANIFEST), MOST_BYTES).ok()?;
+        serde_json::from_value(value).ok()
+    }
+
     /// Writes it into the model's folder, whole or not at all. Errors with [`Error::Output`].
     pub fn write(&self, folder: &Path) -> Result<()> {
         write(folder, self)
@@ -144,6 +202,13 @@ fn write(folder: &Path, manifest: &impl Serialize) -> Result<()> {
     let path = folder.join(MANIFEST);
     let text = serde_json::to_string_pretty(manifest)
         .map_err(|error| Error::Output(Fault::at(&path, format_args!("cannot be put into JSON: {error}"))))?;
+    // A signature of what it said before would accuse whoever wrote it anew.
+    match fs::remove_file(folder.join(SIGNATURE)) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(Error::Output(Fault::at(&folder.join(SIGNATURE), error)));
+        }
+        Err(_) | Ok(()) => {}
+    }
     writer::write_file(&path, format!("{text}\n").as_bytes())
 }
 
@@ -156,7 +221,7 @@ impl Manifest {
     /// Reads it back.
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(MANIFEST);
-        let (value, _) = crate::weights::json_object(&path, 64 << 20)?;
+        let (value, _) = crate::weights::json_object(&path, MOST_BYTES)?;
         serde_json::from_value(value).map_err(|error| Error::State(Fault::at(&path, error)))
     }
 }
@@ -201,6 +266,12 @@ pub fn outputs(root: &Path, folders: &[PathBuf], progress: &(dyn Fn(u64, u64) + 
     Ok(digests)
 }
 
+/// Digests of the files of a folder that something was made of, by paths that hold from anywhere.
+pub fn inputs(folder: &Path) -> Result<Vec<FileDigest>> {
+    let folder = std::path::absolute(folder).map_err(|error| Error::Output(Fault::at(folder, error)))?;
+    outputs(Path::new(""), std::slice::from_ref(&folder), &|_, _| ())
+}
+
 /// SHA-256 of bytes, in 64 hexadecimal digits.
 pub fn sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
@@ -225,7 +296,7 @@ pub fn tokenizer(checkpoint: &Checkpoint) -> BTreeMap<String, String> {
 
 /// SHA-256 of the tokenizer's files among some, by name.
 pub fn tokenizer_of(sidecars: &BTreeMap<String, Vec<u8>>) -> BTreeMap<String, String> {
-    let files = sidecars.iter().filter(|(name, _)| super::peft::tokenizer_file(name));
+    let files = sidecars.iter().filter(|(name, _)| tokenizer_file(name));
     files.map(|(name, bytes)| (name.clone(), sha256(bytes))).collect()
 }
 

@@ -10,12 +10,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
-use super::card::{CARD, CURVE};
-use super::folder::Staging;
-use super::manifest::MANIFEST;
-use super::peft::tokenizer_file;
-use super::probe::PROBE;
-use super::signature::SIGNATURE;
+use super::folder::{Staging, is_ours};
 use crate::adapter::merge::{merged, merged_experts};
 use crate::adapter::{Learned, Saved, Update};
 use crate::data::grow;
@@ -181,14 +176,6 @@ impl<'a> Merging<'a> {
         self.plan.unties
     }
 }
-
-/// Whether a model that is written may replace a file of this name.
-pub(super) fn is_ours(name: &str, sidecars: &BTreeMap<String, Vec<u8>>) -> bool {
-    let weights = name.starts_with("model") && (name.ends_with(".safetensors") || name.ends_with(".index.json"));
-    weights || sidecars.contains_key(name) || tokenizer_file(name) || OURS.contains(&name)
-}
-
-const OURS: [&str; 7] = ["config.json", "generation_config.json", MANIFEST, SIGNATURE, CARD, CURVE, PROBE];
 
 /// What is stored.
 struct Plan<'a> {
@@ -459,7 +446,7 @@ fn change(fields: &mut Map<String, Value>, dtype: &Value, unties: bool) {
 }
 
 /// Merging must not replace the files it reads.
-fn refuse_base(folder: &Path, checkpoint: &Checkpoint) -> Result<()> {
+pub(super) fn refuse_base(folder: &Path, checkpoint: &Checkpoint) -> Result<()> {
     // A folder that does not exist yet holds no base.
     let Ok(folder) = fs::canonicalize(folder) else { return Ok(()) };
     // The hub's cache holds links: neither they nor what they point at may be lost.

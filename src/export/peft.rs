@@ -3,11 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::card::{CARD, CURVE};
-use super::folder::Staging;
-use super::manifest::MANIFEST;
-use super::probe::PROBE;
-use super::signature::SIGNATURE;
+use super::folder::{Staging, is_ours};
 use crate::Result;
 use crate::adapter::config::CONFIG;
 use crate::adapter::load::{SCHEME, WEIGHTS};
@@ -32,12 +28,7 @@ pub fn write(
     trained_on: Option<&TrainedOn>,
     sidecars: &BTreeMap<String, Vec<u8>>,
 ) -> Result<()> {
-    let ours = |name: &str| {
-        [CONFIG, WEIGHTS, SCHEME, CARD, CURVE, PROBE, MANIFEST, SIGNATURE].contains(&name)
-            || sidecars.contains_key(name)
-            || tokenizer_file(name)
-    };
-    let staging = Staging::create(folder, ours)?;
+    let staging = Staging::create(folder, |name| is_ours(name, sidecars))?;
     let Learned { updates, saved } = learned;
     let mut tensors = layout::tensors(updates);
     tensors.extend(saved.iter().flat_map(Saved::tensors).map(|(key, tensor)| (key, tensor.detach())));
@@ -52,9 +43,4 @@ pub fn write(
         writer::write_file(&staging.path().join(name), bytes)?;
     }
     staging.commit()
-}
-
-/// Files that a tokenizer may consist of, now or in an earlier model at the same place.
-pub(super) fn tokenizer_file(name: &str) -> bool {
-    ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"].contains(&name)
 }

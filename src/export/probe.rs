@@ -11,7 +11,6 @@ use crate::data::{Encoder, Tokenizer};
 use crate::evaluate::{Apart, Finding, Probes, Prompt, Said, Tolerance, Verdict};
 use crate::model::Decoder;
 use crate::torch_ext::{catching, torch_version};
-use crate::weights::writer;
 use crate::{Error, Fault, Result};
 
 /// The file's name, in the folder of what was exported.
@@ -61,8 +60,22 @@ pub struct Asked {
     pub prompt_ids: Vec<u32>,
     /// What the trained model said.
     pub trained: Said,
-    /// What its bare base said.
-    pub base: Said,
+    /// What its bare base said; absent of a whole model whose base is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<Said>,
+}
+
+/// What a trained model and its bare base said of some prompts.
+#[derive(Debug, Clone)]
+pub struct Answers {
+    /// What both were asked.
+    pub probes: Probes,
+    /// What the trained model said, in the prompts' order ([`Probes::record`]).
+    pub trained: Vec<Said>,
+    /// What its base said; `None` of a whole model whose base is not known.
+    pub base: Option<Vec<Said>>,
+    /// The form of numbers that was computed with: `fp32`, `bf16`.
+    pub dtype: &'static str,
 }
 
 /// What a probe is of, beside what the models say.
@@ -85,39 +98,33 @@ pub struct Checked {
     pub place: String,
     /// How far from the trained model.
     pub trained: Apart,
-    /// How far from the base.
-    pub base: Apart,
+    /// How far from the base, where that is known.
+    pub base: Option<Apart>,
     /// Whose answer it is.
     pub finding: Finding,
 }
 
 impl Probe {
-    /// Puts together what [`Probes::record`] gave of the trained model and of its base, in the prompts' order. `formats` are the
-    /// forms of numbers that what is exported differs by from the model that was asked: of its weights (`q4_k_m`), and of what the
-    /// model computed with (`bf16`).
+    /// Of what was said. `formats` are the forms of numbers that what is exported differs by from the model that was asked: of its
+    /// weights (`q4_k_m`), beside what was computed with.
     ///
     /// # Errors
     /// [`Error::Output`] for a form that nothing is known of.
-    pub fn make(
-        probes: &Probes,
-        trained: Vec<Said>,
-        base: Vec<Said>,
-        formats: &[&str],
-        about: About<'_>,
-    ) -> Result<Self> {
-        let tolerance = Tolerance::of(formats).ok_or_else(|| {
+    pub fn make(answers: &Answers, formats: &[&str], about: About<'_>) -> Result<Self> {
+        let formats = [formats, &[answers.dtype]].concat();
+        let tolerance = Tolerance::of(&formats).ok_or_else(|| {
             let known: Vec<&str> = crate::evaluate::FORMATS.iter().map(|(name, _)| *name).collect();
             let what = format!("one of {} is no form of numbers", formats.join(", "));
             Error::Output(Fault::new(PROBE, what).hint(format!("those are {}", known.join(", "))))
         })?;
         let tokenizer: &Tokenizer = about.encoder.tokenizer();
-        let said = probes.prompts.iter().zip(trained.into_iter().zip(base));
-        let asked = |(Prompt { place, ids }, (trained, base)): (&Prompt, (Said, Said))| Asked {
+        let Answers { probes, trained, base, .. } = answers;
+        let asked = |(index, Prompt { place, ids }): (usize, &Prompt)| Asked {
             place: place.clone(),
             prompt: tokenizer.decode(ids, false),
             prompt_ids: ids.clone(),
-            trained,
-            base,
+            trained: trained[index].clone(),
+            base: base.as_ref().map(|base| base[index].clone()),
         };
         Ok(Self {
             version: VERSION,
@@ -131,21 +138,20 @@ impl Probe {
             tolerance,
             stop: probes.stop.clone(),
             bos: tokenizer.bos().filter(|_| tokenizer.adds_bos()).map(|bos| tokenizer.decode(&[bos], false)),
-            probes: said.map(asked).collect(),
+            probes: probes.prompts.iter().enumerate().map(asked).collect(),
         })
     }
 
-    /// The same for an export in other forms ([`Probe::make`]).
+    /// The same for an export whose numbers were rounded to one more form.
     #[must_use]
-    pub fn in_format(&self, formats: &[&str]) -> Self {
-        let tolerance = Tolerance::of(formats).unwrap_or_else(|| self.tolerance.clone());
-        Self { tolerance, ..self.clone() }
+    pub fn in_format(&self, format: &str) -> Self {
+        Self { tolerance: self.tolerance.and(format), ..self.clone() }
     }
 
-    /// Writes it into the folder of what was exported, whole or not at all. Errors with [`Error::Output`].
-    pub fn write(&self, folder: &Path) -> Result<()> {
+    /// The file's text.
+    pub fn text(&self) -> String {
         let text = serde_json::to_string(self).expect("names and finite numbers have a JSON form");
-        writer::write_file(&folder.join(PROBE), format!("{text}\n").as_bytes())
+        format!("{text}\n")
     }
 
     /// Reads it back.
@@ -176,7 +182,7 @@ impl Probe {
         };
         let asked = |asked: &Asked| {
             let known = asked.prompt_ids.iter().all(|id| i64::from(*id) < probe.vocabulary);
-            !asked.prompt_ids.is_empty() && known && sound(&asked.trained) && sound(&asked.base)
+            !asked.prompt_ids.is_empty() && known && sound(&asked.trained) && asked.base.as_ref().is_none_or(sound)
         };
         if let Some(bad) = probe.probes.iter().find(|one| !asked(one)) {
             return Err(fault(format!("the probe of {} contradicts itself", bad.place)));
@@ -200,8 +206,10 @@ impl Probe {
         for (index, asked) in self.probes.iter().enumerate() {
             progress(index as u64, self.probes.len() as u64);
             let apart = |said: &Said| said.apart(&asked.prompt_ids, model, &self.tolerance);
-            let (trained, base) = catching("asking the probes", || Ok((apart(&asked.trained), apart(&asked.base))))?;
-            let finding = Finding::of(trained.within(&self.tolerance), base.within(&self.tolerance));
+            let both = || Ok((apart(&asked.trained), asked.base.as_ref().map(apart)));
+            let (trained, base) = catching("asking the probes", both)?;
+            let is_base = base.is_some_and(|base| base.within(&self.tolerance));
+            let finding = Finding::of(trained.within(&self.tolerance), is_base);
             lines.push(Checked { place: asked.place.clone(), trained, base, finding });
         }
         let findings: Vec<Finding> = lines.iter().map(|line| line.finding).collect();
@@ -250,14 +258,15 @@ mod tests {
         let vocabulary = base.spec.vocab_size;
         let about = About { base: "owner/base", sidecars: &sidecars, encoder: &encoder, vocabulary };
         let said = |model: &Decoder| probes.record(model, encoder.tokenizer());
-        Probe::make(&probes, said(&trained), said(&base), formats, about).unwrap()
+        let (trained, base) = (said(&trained), Some(said(&base)));
+        Probe::make(&Answers { probes, trained, base, dtype: "f32" }, formats, about).unwrap()
     }
 
     #[test]
     fn a_probe_reads_back_and_a_damaged_one_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let probe = probe(&["f32"], 1.0);
-        probe.write(folder.path()).unwrap();
+        std::fs::write(folder.path().join(PROBE), probe.text()).unwrap();
         assert_eq!(Probe::read(folder.path()).unwrap(), probe);
         let said = &probe.probes[0].trained;
         assert_eq!(said.places.len(), said.ids.len() + 1);
@@ -289,13 +298,18 @@ mod tests {
         let verdict = |model: &Decoder, probe: &Probe| probe.check(model, &|_, _| ()).unwrap();
         let (lines, found) = verdict(&changed(model(), 0.5), &probe);
         assert_eq!(found, Verdict::Trained);
-        assert!(lines.iter().all(|line| line.trained.largest < 1e-5 && line.base.mean > 0.01), "{lines:?}");
+        assert!(lines.iter().all(|line| line.trained.largest < 1e-5 && line.base.unwrap().mean > 0.01), "{lines:?}");
         assert_eq!(verdict(&model(), &probe).1, Verdict::Base);
         // An adapter at half its strength is neither.
         assert_eq!(verdict(&changed(model(), 0.25), &probe).1, Verdict::Other);
         // Where the form rounds more away than training changed, nothing can be told.
         let coarse = self::probe(&["q4_0"], 1e-3);
         assert_eq!(verdict(&model(), &coarse).1, Verdict::CannotTell);
+        // Of a whole model there may be no base to ask.
+        let mut alone = probe.clone();
+        alone.probes.iter_mut().for_each(|asked| asked.base = None);
+        assert_eq!(verdict(&changed(model(), 0.5), &alone).1, Verdict::Trained);
+        assert_eq!(verdict(&model(), &alone).1, Verdict::Other);
         // A number that is none agrees with nothing.
         let broken = changed(model(), f64::NAN);
         assert_eq!(verdict(&broken, &coarse).1, Verdict::Other);

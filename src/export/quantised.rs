@@ -10,7 +10,8 @@ use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 use super::folder::Staging;
-use super::merged::{Merging, dtype_name, finish, is_ours};
+use super::folder::is_ours;
+use super::merged::{Merging, dtype_name, finish};
 use crate::Result;
 use crate::adapter::Learned;
 use crate::model::families;

@@ -8,12 +8,13 @@ use tch::Kind;
 use super::documentation::{self, Documentation};
 use super::licence::Licence;
 use super::manifest::{self, Base, FileDigest, MANIFEST, Manifest};
+use super::probe::Answers;
 use super::served::Served;
 use super::{card, merged, peft, sidecars};
 use crate::adapter::{AdapterConfig, Adapters, PlannedAdapters, TrainedOn};
-use crate::data::Dataset;
+use crate::data::{Dataset, Encoder};
 use crate::model::families;
-use crate::recipe::{Dtype, ExportChoice, Plan, Save};
+use crate::recipe::{ExportChoice, Plan, Save};
 use crate::torch_ext::torch_version;
 use crate::train::speed::{Lengths, Work};
 use crate::train::{Cut, Outcome, curves};
@@ -36,8 +37,10 @@ pub struct Finished<'a> {
     pub train: &'a Dataset,
     /// What it was evaluated on.
     pub eval: Option<&'a Dataset>,
-    /// Source of the chat template its rows were rendered with.
-    pub chat_template: Option<&'a str>,
+    /// What its rows became tokens by.
+    pub encoder: &'a Encoder,
+    /// What the base and the trained model said of the probes; `None` where nothing is exported.
+    pub answers: Option<Answers>,
     /// How it went.
     pub outcome: Outcome,
     /// What it ran on.
@@ -53,6 +56,27 @@ pub struct Written {
     pub notices: Vec<String>,
 }
 
+/// Refuses exports that could not be written of what is trained: better known before the training than after it.
+///
+/// Errors: those of [`Served::prove`].
+pub fn prove(checkpoint: &Checkpoint, adapters: &Adapters, exports: &[ExportChoice]) -> Result<()> {
+    let mut spec = families::spec(checkpoint)?;
+    spec.grow(checkpoint.vocabulary)?;
+    let served = Served {
+        checkpoint,
+        spec: &spec,
+        config: &adapters.config,
+        learned: adapters.learned(),
+        trained_on: None,
+        onto: None,
+        template: None,
+    };
+    for choice in exports {
+        served.prove(choice)?;
+    }
+    Ok(())
+}
+
 /// Writes into the run's folder what `save` names, `export/<target>` for each of `exports`, then `manifest.json`.
 ///
 /// `progress` is told which of them is being written, and bytes done and in all.
@@ -64,66 +88,111 @@ pub fn write(
 ) -> Result<Written> {
     let plan = finished.plan;
     let dir = &plan.output.dir;
-    let own_template = plan.dataset.chat_template.as_ref().and(finished.chat_template);
+    let own_template = plan.dataset.chat_template.as_ref().and(chat_template(finished));
     let sidecars = sidecars(finished.checkpoint, own_template);
     let config = config(finished);
-    let mut written = Written::default();
-    for what in save {
-        let (name, folder) = match what {
-            Save::Adapter => ("adapter", dir.join("adapter")),
-            Save::Merged => ("merged", dir.join("merged")),
-        };
-        match what {
-            Save::Adapter => {
-                peft::write(&folder, &config, finished.adapters.learned(), finished.trained_on, &sidecars)?;
-            }
-            Save::Merged => {
-                let at = |done, total| progress(name, done, total);
-                let (learned, onto) = (finished.adapters.learned(), finished.trained_on.map(|on| &on.scheme));
-                let made = merged::write(&folder, finished.checkpoint, learned, onto, plan.kind, &sidecars, &at)?;
-                written.notices.extend(finished.trained_on.and_then(|on| on.differing(&made)));
-            }
-        }
-        written.folders.push(folder);
-    }
-    if !exports.is_empty() {
-        let mut spec = families::spec(finished.checkpoint)?;
-        spec.grow(finished.checkpoint.vocabulary)?;
-        let served = Served {
-            checkpoint: finished.checkpoint,
-            spec: &spec,
-            config: &config,
-            learned: finished.adapters.learned(),
-            trained_on: finished.trained_on,
-            onto: finished.trained_on.map(|on| &on.scheme),
-            template: own_template,
-        };
-        for choice in exports {
-            let name = choice.folder();
-            let folder = dir.join("export").join(&name);
-            let kind = choice.numbers.map_or(plan.kind, Dtype::kind);
-            let at = |done, total| progress(&name, done, total);
-            let notices = served.write(&folder, choice.target, choice.merge, kind, &at)?;
-            written.notices.extend(notices.into_iter().map(|notice| format!("export/{name}: {notice}")));
-            written.folders.push(folder);
-        }
-    }
     let mut manifest = manifest(finished)?;
     // Metrics that somebody has removed are no reason to write nothing.
     let curve = curves(dir).unwrap_or_default();
-    for (what, folder) in save.iter().zip(&written.folders) {
-        let kind = match what {
-            Save::Adapter => card::Kind::Adapter,
-            Save::Merged => card::Kind::Merged,
-        };
-        card::write(folder, &facts(finished, &manifest, kind, curve.as_deref()))?;
-    }
-    let quiet = |_, _| ();
-    manifest.outputs = manifest::outputs(dir, &written.folders, &quiet)?;
+    let mut written = Written::default();
+    let texts = Texts { sidecars, config, template: own_template, curve };
+    let done = write_each(finished, &manifest, &texts, save, exports, &mut written, progress);
+    // What is whole is the run's, whatever became of the rest.
+    manifest.outputs = manifest::outputs(dir, &written.folders, &|_, _| ())?;
     manifest.outputs.extend(kept(finished, &manifest.outputs, &manifest.metrics));
     manifest.outputs.sort_by(|one, other| one.path.cmp(&other.path));
     manifest.write(dir)?;
-    Ok(written)
+    done.map(|()| written).map_err(|error| also(error, finished))
+}
+
+/// What goes beside the numbers of whatever a run writes.
+struct Texts<'a> {
+    sidecars: BTreeMap<String, Vec<u8>>,
+    config: AdapterConfig,
+    /// Source of the chat template that is not the base's own.
+    template: Option<&'a str>,
+    /// The loss, drawn.
+    curve: Option<String>,
+}
+
+/// Writes one after the other, up to the first that cannot be written.
+fn write_each(
+    finished: &Finished<'_>,
+    manifest: &Manifest,
+    texts: &Texts<'_>,
+    save: &[Save],
+    exports: &[ExportChoice],
+    written: &mut Written,
+    progress: &dyn Fn(&str, u64, u64),
+) -> Result<()> {
+    let (plan, dir) = (finished.plan, &finished.plan.output.dir);
+    let (learned, onto) = (finished.adapters.learned(), finished.trained_on.map(|on| &on.scheme));
+    let with_card = |kind| {
+        let mut files = texts.sidecars.clone();
+        let facts = facts(finished, manifest, kind, texts.curve.as_deref());
+        files.extend(card::files(&facts));
+        files
+    };
+    for what in save {
+        let folder = match what {
+            Save::Adapter => {
+                let (folder, files) = (dir.join("adapter"), with_card(card::Kind::Adapter));
+                peft::write(&folder, &texts.config, learned, finished.trained_on, &files)?;
+                folder
+            }
+            Save::Merged => {
+                let (folder, files) = (dir.join("merged"), with_card(card::Kind::Merged));
+                let at = |done, total| progress("merged", done, total);
+                let made = merged::write(&folder, finished.checkpoint, learned, onto, plan.kind, &files, &at)?;
+                written.notices.extend(finished.trained_on.and_then(|on| on.differing(&made)));
+                folder
+            }
+        };
+        written.folders.push(folder);
+    }
+    if exports.is_empty() {
+        return Ok(());
+    }
+    let mut spec = families::spec(finished.checkpoint)?;
+    spec.grow(finished.checkpoint.vocabulary)?;
+    let served = Served {
+        checkpoint: finished.checkpoint,
+        spec: &spec,
+        config: &texts.config,
+        learned,
+        trained_on: finished.trained_on,
+        onto,
+        template: texts.template,
+    };
+    for choice in exports {
+        let name = choice.folder();
+        let folder = dir.join("export").join(&name);
+        let at = |done, total| progress(&name, done, total);
+        let facts = facts(finished, manifest, card::Kind::Adapter, texts.curve.as_deref());
+        let answers = finished.answers.as_ref().map(|answers| (answers, finished.encoder));
+        let beside = served.beside(choice, plan.recipe.dtype, answers, &facts)?;
+        let notices = served.write(&folder, choice, plan.recipe.dtype, &beside, &at)?;
+        written.notices.extend(notices.into_iter().map(|notice| format!("export/{name}: {notice}")));
+        written.folders.push(folder);
+    }
+    Ok(())
+}
+
+/// The error of an output, with the way to what was trained: nothing of that is lost.
+fn also(error: Error, finished: &Finished<'_>) -> Error {
+    let way_out = format!(
+        "what was trained is saved: once that is mended, write the rest with `engraft export {}`",
+        finished.plan.path.display()
+    );
+    let also = |fault: Fault| {
+        let hint = [fault.hint.as_str(), &way_out].into_iter().filter(|hint| !hint.is_empty()).collect::<Vec<_>>();
+        Fault { hint: hint.join("; "), ..fault }
+    };
+    match error {
+        Error::Output(fault) => Error::Output(also(fault)),
+        Error::Model(fault) => Error::Model(also(fault)),
+        other => other,
+    }
 }
 
 /// What the card of something that the run wrote says.
@@ -148,6 +217,11 @@ fn facts<'a>(
         drift: None,
         curve,
     }
+}
+
+/// Source of the chat template its rows were rendered with.
+fn chat_template<'a>(finished: &Finished<'a>) -> Option<&'a str> {
+    finished.encoder.template().map(|template| template.source())
 }
 
 /// The adapter's config, with the name of its base.
@@ -201,7 +275,7 @@ fn manifest(finished: &Finished<'_>) -> Result<Manifest> {
         eval: finished.eval.map(dataset_files).unwrap_or_default(),
         datasets: reports.collect(),
         tokenizer: manifest::tokenizer(finished.checkpoint),
-        chat_template: finished.chat_template.map(|source| manifest::sha256(source.as_bytes())),
+        chat_template: chat_template(finished).map(|source| manifest::sha256(source.as_bytes())),
         recipe: manifest::digests(&[absolute(&plan.path)?], &quiet)?.remove(0),
         resolved_recipe: serde_json::to_value(&plan.recipe)
             .expect("a recipe was read from YAML, so it has a JSON form"),

@@ -1,13 +1,13 @@
 //! What each server loads, as data: which features of an adapter it takes, which it passes over (they are folded into B), which it
 //! refuses, and what it needs beside. Sources: the servers' own loaders (vLLM `lora/peft_helper.py` and `lora/lora_model.py`, SGLang
-//! `srt/lora`, TGI `adapters/lora.py` and `utils/adapter.py`, mlx-lm `tuner/utils.py`).
+//! `srt/lora`, TGI `adapters/lora.py` and `utils/adapter.py`, mlx-lm `tuner/utils.py`, llama.cpp `src/llama-adapter.cpp`).
 
 use super::mlx;
 use crate::adapter::plain::{Fill, Reader};
 use crate::adapter::{AdapterConfig, Learned, Update, overview};
 use crate::model::ModelSpec;
 use crate::model::sites::Role;
-pub use crate::recipe::Target;
+pub use crate::recipe::{ExportChoice, Target};
 use crate::{Error, Fault, Result};
 
 /// What a server loads.
@@ -48,6 +48,8 @@ pub enum Layout {
     Peft,
     /// As mlx-lm's: `adapters.safetensors`, matrices transposed.
     Mlx,
+    /// As llama.cpp's: one GGUF file.
+    Gguf,
 }
 
 const TGI_LINEARS: &[&str] = &["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"];
@@ -109,6 +111,18 @@ pub fn rules(target: Target) -> Rules {
             },
             models: true,
         },
+        Target::LlamaCpp | Target::Ollama => Rules {
+            name: if target == Target::Ollama { "Ollama" } else { "llama.cpp" },
+            adapters: AdapterRules::Plain {
+                layout: Layout::Gguf,
+                // The file has one alpha, and ranks of each tensor: other scales are folded into B as it is written.
+                reader: Reader { rank_stabilised: false, fill: Fill::Nothing },
+                linears: None,
+                experts: true,
+                ranks: None,
+            },
+            models: true,
+        },
         Target::Mlx => Rules {
             name: "mlx-lm",
             adapters: AdapterRules::Plain {
@@ -123,16 +137,17 @@ pub fn rules(target: Target) -> Rules {
     }
 }
 
-/// Refuses what `target` cannot load, all of it at once and with the way out; gives what its user must do or know.
+/// Refuses what a target cannot load, all of it at once and with the way out; gives what its user must do or know.
 ///
 /// `config` and `learned` are the adapter on a base of this `spec`; none with `merge`, where only the target is asked.
 pub fn prove(
-    target: Target,
-    merge: bool,
+    choice: &ExportChoice,
     spec: &ModelSpec,
     config: &AdapterConfig,
     learned: Learned<'_>,
 ) -> Result<Vec<String>> {
+    choice.prove().map_err(|fault| Error::Recipe(vec![fault]))?;
+    let (target, merge) = (choice.target, choice.merge);
     let rules = rules(target);
     let place = format!("--target {target}");
     if merge {
@@ -229,13 +244,21 @@ mod tests {
         (adapter.config, updates, spec)
     }
 
+    fn of_adapter(target: Target) -> ExportChoice {
+        ExportChoice { target, merge: false, numbers: None, from: None }
+    }
+
+    fn merged(target: Target) -> ExportChoice {
+        ExportChoice { merge: true, ..of_adapter(target) }
+    }
+
     fn servers() -> impl Iterator<Item = Target> {
         Target::value_variants().iter().copied().filter(|target| rules(*target).adapters != AdapterRules::All)
     }
 
     #[track_caller]
     fn refused(target: Target, spec: &ModelSpec, config: &AdapterConfig, learned: Learned<'_>, parts: &[&str]) {
-        let error = prove(target, false, spec, config, learned).unwrap_err();
+        let error = prove(&of_adapter(target), spec, config, learned).unwrap_err();
         assert_eq!(error.exit_code(), 5);
         for part in parts.iter().chain(&[target.name(), "--merge"]) {
             assert!(error.to_string().contains(part), "{part:?} is not in: {error}");
@@ -246,7 +269,10 @@ mod tests {
     fn every_server_takes_a_plain_adapter_and_says_what_ranks_need() {
         let (config, updates, spec) = of("all-linear", "tied");
         for target in servers() {
-            assert!(prove(target, false, &spec, &config, updates.as_slice().into()).unwrap().is_empty(), "{target}");
+            assert!(
+                prove(&of_adapter(target), &spec, &config, updates.as_slice().into()).unwrap().is_empty(),
+                "{target}"
+            );
         }
         let ranked = |r: i64| -> Vec<Update> {
             let grown = |update: &Update| Update {
@@ -256,11 +282,11 @@ mod tests {
             };
             updates.iter().map(grown).collect()
         };
-        let notices = prove(Target::Vllm, false, &spec, &config, ranked(17).as_slice().into()).unwrap();
+        let notices = prove(&of_adapter(Target::Vllm), &spec, &config, ranked(17).as_slice().into()).unwrap();
         assert!(notices[0].contains("--max-lora-rank 32"), "{notices:?}");
-        assert!(prove(Target::Vllm, false, &spec, &config, ranked(16).as_slice().into()).unwrap().is_empty());
+        assert!(prove(&of_adapter(Target::Vllm), &spec, &config, ranked(16).as_slice().into()).unwrap().is_empty());
         refused(Target::Vllm, &spec, &config, ranked(513).as_slice().into(), &["its rank is 513", "512"]);
-        assert!(prove(Target::Sglang, false, &spec, &config, ranked(513).as_slice().into()).is_ok());
+        assert!(prove(&of_adapter(Target::Sglang), &spec, &config, ranked(513).as_slice().into()).is_ok());
     }
 
     #[test]
@@ -279,16 +305,16 @@ mod tests {
         for target in servers() {
             let parts = ["DoRA", "model.norm", "no plain linear", "lm_head, which is the embedding"];
             refused(target, &spec, &config, learned, &parts);
-            assert!(prove(target, true, &spec, &config, learned).is_ok(), "{target}: merged");
+            assert!(prove(&merged(target), &spec, &config, learned).is_ok(), "{target}: merged");
             refused(target, &spec, &config, Learned::default(), &["no low-rank updates"]);
         }
         for target in [Target::Peft, Target::Transformers] {
-            assert!(prove(target, false, &spec, &config, learned).is_ok(), "{target}");
+            assert!(prove(&of_adapter(target), &spec, &config, learned).is_ok(), "{target}");
         }
         // A head of its own is another thing.
         let (config, updates, spec) = of("head", "untied");
         for target in servers() {
-            assert!(prove(target, false, &spec, &config, updates.as_slice().into()).is_ok(), "{target}");
+            assert!(prove(&of_adapter(target), &spec, &config, updates.as_slice().into()).is_ok(), "{target}");
         }
         let mut updates: Vec<Update> = updates.iter().map(Update::shallow_clone).collect();
         updates[0].module = "model.layers.0.self_attn.query_key_value".into();
@@ -316,7 +342,7 @@ mod tests {
         let (plain, ..) = of("names", "tied");
         let updates = [update];
         for target in [Target::Vllm, Target::Mlx] {
-            assert!(prove(target, false, &spec, &plain, updates.as_slice().into()).is_ok(), "{target}");
+            assert!(prove(&of_adapter(target), &spec, &plain, updates.as_slice().into()).is_ok(), "{target}");
         }
         for target in [Target::Sglang, Target::Tgi] {
             refused(target, &spec, &plain, updates.as_slice().into(), &["it adapts experts"]);
@@ -326,7 +352,7 @@ mod tests {
     #[test]
     fn peft_is_given_adapters_only() {
         let (config, updates, spec) = of("names", "tied");
-        let error = prove(Target::Peft, true, &spec, &config, updates.as_slice().into()).unwrap_err();
+        let error = prove(&merged(Target::Peft), &spec, &config, updates.as_slice().into()).unwrap_err();
         assert!(error.to_string().contains("--target transformers"), "{error}");
     }
 }

@@ -68,6 +68,9 @@ struct Listed {
     adapter: Vec<FileDigest>,
     #[serde(default)]
     outputs: Vec<FileDigest>,
+    /// Of an export.
+    #[serde(default)]
+    target: Option<serde_json::Value>,
 }
 
 /// Looks at every file that the manifest in `folder` lists, and at what else lies beside its outputs; `progress` is told files done
@@ -95,13 +98,19 @@ pub fn changes(folder: &Path, progress: &(dyn Fn(u64, u64) + Sync)) -> Result<Ve
     let done = std::sync::atomic::AtomicU64::new(0);
     let look = |(what, file): &(&'static str, &FileDigest)| {
         let path = found_at(folder, what, &file.path);
-        let state = compared(&path, file);
+        let state = match compared(&path, file) {
+            // It is served elsewhere than it was made.
+            State::Missing if listed.target.is_some() && *what != "output" => {
+                State::Unknown { why: "is not on this machine".into() }
+            }
+            state => state,
+        };
         let done = 1 + done.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         progress(done, files.len() as u64);
         Change { what, path, state }
     };
     let mut all: Vec<Change> = files.par_iter().map(look).collect();
-    all.extend(base.and_then(config_of));
+    all.extend(base.filter(|_| listed.target.is_none()).and_then(config_of));
     all.extend(texts(folder, &listed));
     all.extend(extra(folder, &listed.outputs));
     Ok(all)

@@ -26,6 +26,16 @@ pub enum BaseSource {
 const PICKLES: &[&str] = &["bin", "pt", "pth", "ckpt", "pkl", "pickle"];
 
 impl BaseSource {
+    /// What it is found by from any folder: a hub id, or a path.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Hub { id, .. } => id.clone(),
+            Self::Folder(path) | Self::Gguf(path) => {
+                std::path::absolute(path).unwrap_or_else(|_| path.clone()).display().to_string()
+            }
+        }
+    }
+
     /// Finds what `typed` names, in this order: a folder or `.gguf` file at that path (from `folder`), a bare
     /// `NAME.gguf` in `<cache>/models`, a hub id `owner/name` at `revision` (`main` when not given).
     ///

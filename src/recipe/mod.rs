@@ -25,7 +25,7 @@ mod tree;
 
 pub use base::BaseSource;
 pub use cache::cache_dir;
-pub use exports::{ExportChoice, ExportRecipe, Target};
+pub use exports::{ExportChoice, ExportRecipe, FileType, Target};
 pub use plan::Plan;
 pub use read::RecipeFile;
 pub use reference::{json_schema, markdown};

@@ -68,10 +68,19 @@ impl RecipeFile {
         let Some(base) = base.filter(|_| resolver.problems.is_empty()) else {
             return Err(Error::Recipe(in_order(resolver.problems, &self.path.display().to_string())));
         };
-        let device = self.recipe.device.find().map_err(|fault| {
-            let place = self.tree.place_of("device").show(&self.path.display().to_string());
-            Fault { place, ..fault }
+        let placed = |key: &str, fault: Fault| Fault {
+            place: self.tree.place_of(key).show(&self.path.display().to_string()),
+            ..fault
+        };
+        let contradictions = output.exports().into_iter().filter_map(|choice| choice.prove().err()).map(|fault| {
+            let what = format!("{} {}", fault.place, fault.what);
+            placed("output.export", Fault { what, ..fault })
         });
+        let contradictions: Vec<Fault> = contradictions.collect();
+        if !contradictions.is_empty() {
+            return Err(Error::Recipe(contradictions));
+        }
+        let device = self.recipe.device.find().map_err(|fault| placed("device", fault));
         let (recipe, path) = (self.recipe, self.path);
         let (kind, mut training) = (recipe.dtype.kind(), recipe.training.clone());
         if let (Some(global), Some(rows)) = (training.global_batch_size, training.micro_batch_size.rows()) {

@@ -782,7 +782,8 @@ pub struct OutputRecipe {
     #[serde(default = "save_adapter")]
     pub save: Vec<Save>,
     /// What to write for servers at the end, into `<dir>/export/<target>`, as `engraft export` does: names (`peft`, `vllm`, `sglang`,
-    /// `tgi`, `transformers`, `mlx`), or `{target, merge, type}`. What a target cannot load is refused before training.
+    /// `tgi`, `transformers`, `mlx`, `llama.cpp`, `ollama`), or `{target, merge, type, from}`. What a target cannot load is refused
+    /// before training.
     #[schemars(length(min = 1), extend("uniqueItems" = true))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub export: Option<Vec<ExportRecipe>>,

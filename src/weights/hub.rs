@@ -140,10 +140,11 @@ impl Hub {
     /// depends on it.
     pub fn card(&self, id: &str, commit: &str) -> Option<String> {
         const MOST_BYTES: u64 = 1 << 20;
+        const SHORT: Duration = Duration::from_secs(5);
         if self.offline || check_name(id, commit).is_err() {
             return None;
         }
-        let client = Client::new(self.token.as_deref(), self.patience);
+        let client = Client::new(self.token.as_deref(), self.patience.min(SHORT));
         client.text(&format!("{}/{id}/resolve/{commit}/README.md", self.endpoint), MOST_BYTES).ok()
     }
 

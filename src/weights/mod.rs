@@ -28,6 +28,7 @@ use crate::{Error, Fault, Result};
 pub use compare::{Comparison, Difference};
 pub(crate) use file::json_object;
 pub use file::sha256_file;
+pub use hub::{Hub, Push};
 pub(crate) use quantised::prove_readable;
 
 /// A base model opened: nothing but headers read yet.

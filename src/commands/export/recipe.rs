@@ -4,21 +4,23 @@ use std::path::Path;
 
 use tch::Device;
 
-use super::super::console::{Console, Unit};
-use super::super::loading::{self, Base};
+use super::super::console::Console;
+use super::super::loading::{self, Base, Writing};
+use super::super::probing::Begun;
 use crate::Result;
 use crate::adapter::{Adapters, Origin, TrainedOn};
 use crate::cli::Export;
 use crate::data::{Dataset, Encoder};
 use crate::export::manifest;
 use crate::export::run::{self, Finished};
+use crate::export::signature::{self, Key};
 use crate::model::Thrift;
 use crate::objective::{Learner, Supervised};
 use crate::recipe::Recipe;
 use crate::train::{Identity, Outcome, RunFolder, States, restore};
 
 /// Writes what the recipe or `--save` says.
-pub(super) fn run(arguments: &Export) -> Result<()> {
+pub(super) fn run(arguments: &Export, key: Option<&Key>) -> Result<()> {
     let plan = Recipe::read(Path::new(&arguments.source), &arguments.overrides.set)?.plan()?;
     let console = Console::new(false);
     loading::use_cpu(plan.training.threads);
@@ -45,9 +47,15 @@ pub(super) fn run(arguments: &Export) -> Result<()> {
 
     let scheme = loading::scheme(&plan, &checkpoint, &spec, Device::Cpu, &console)?;
     let mut model = loading::decoder(&checkpoint, spec, plan.kind, Device::Cpu, scheme.as_ref(), &console)?;
+    let exports = if arguments.save.is_empty() { plan.output.exports() } else { Vec::new() };
+    let begun = match exports.is_empty() {
+        true => None,
+        false => Some(Begun::ask(&model, eval.as_ref().unwrap_or(&train), &encoder, &plan, &console)?),
+    };
     let start = folder.adapter_start()?;
     let origin = Origin { checkpoint: &checkpoint, scheme: scheme.as_ref(), start, progress: &|_, _| () };
     let adapters = Adapters::attach(&mut model, &adapter, plan.training.seed, Some(&origin))?;
+    run::prove(&checkpoint, &adapters, &exports)?;
     let learner = Supervised { model: &model, noise_alpha: 0.0, thrift: Thrift::default() };
     let taken = ledger.taken(plan.training.load_best_model_at_end);
     restore(&learner.parameters(), &states.load(taken)?.adapter, &states.path(taken))?;
@@ -62,17 +70,19 @@ pub(super) fn run(arguments: &Export) -> Result<()> {
         adapters: &adapters,
         train: &train,
         eval: eval.as_ref(),
-        chat_template: encoder.template().map(|template| template.source()),
+        encoder: &encoder,
+        answers: begun.map(|begun| begun.ended(&model, &encoder, &console)).transpose()?,
         outcome: Outcome::of(&ledger, taken, &states),
         device: identity.device,
     };
-    let exports = plan.output.exports();
-    let (save, exports) = match arguments.save.as_slice() {
-        [] => (plan.output.save.as_slice(), exports.as_slice()),
-        save => (save, [].as_slice()),
-    };
-    let stage = console.stage("writing", Unit::Bytes);
-    let written = run::write(&finished, save, exports, &|_, done, total| stage.at(done, total))?;
+    let save = if arguments.save.is_empty() { &plan.output.save } else { &arguments.save };
+    let writing = Writing::new(&console);
+    let written = run::write(&finished, save, &exports, &|name, done, total| writing.at(name, done, total))?;
+    drop(writing);
     loading::say_written(&console, &written);
+    if let Some(key) = key {
+        let path = signature::sign(&plan.output.dir, key)?;
+        console.say(format_args!("wrote {}", path.display()));
+    }
     Ok(())
 }

@@ -1,13 +1,14 @@
 //! What is exported: a run, an adapter or a whole model, found by its name and proved to belong to its base.
 
 use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
 
 use super::super::console::Console;
 use super::super::loading;
 use crate::adapter::config::CONFIG;
 use crate::adapter::{AdapterConfig, LoadedAdapter, Update};
 use crate::cli::Export;
-use crate::export::manifest::{self, FileDigest, MANIFEST, Manifest};
+use crate::export::manifest::{self, Base, FileDigest, MANIFEST, Manifest};
 use crate::model::{ModelSpec, families};
 use crate::recipe::{AdapterRecipe, BaseSource};
 use crate::weights::Checkpoint;
@@ -17,8 +18,8 @@ use crate::{Error, Fault, Result};
 pub(super) enum Source {
     /// A folder of `adapter_config.json`.
     Adapter(PathBuf),
-    /// The adapter of a run that is over, and what its manifest says.
-    Run(PathBuf, Box<Manifest>),
+    /// The adapter of a run that is over, the run's folder, and what its manifest says.
+    Run(PathBuf, PathBuf, Box<Manifest>),
     /// A whole model.
     Model(BaseSource),
 }
@@ -26,10 +27,16 @@ pub(super) enum Source {
 /// What is exported, opened.
 pub(super) struct Exported {
     pub(super) checkpoint: Checkpoint,
+    /// Digests of its files, which are being made.
+    pub(super) base_files: JoinHandle<Result<Vec<FileDigest>>>,
+    /// The base that the adapter was trained on, where a manifest says so.
+    pub(super) trained_on: Option<Base>,
     pub(super) spec: ModelSpec,
     pub(super) config: AdapterConfig,
     /// As read, and fitted to the base.
     pub(super) adapter: Option<(LoadedAdapter, Vec<Update>)>,
+    /// Of a run: its folder, and what its manifest says.
+    pub(super) run: Option<(PathBuf, Manifest)>,
 }
 
 impl Source {
@@ -60,7 +67,7 @@ impl Source {
 
     /// Opens it with its base: `--model`, or what its manifest or its config names.
     pub(super) fn open(self, arguments: &Export, console: &Console) -> Result<Exported> {
-        let (folder, manifest) = match self {
+        let (folder, run) = match self {
             Self::Model(source) => {
                 if let Some(model) = &arguments.model {
                     let fault =
@@ -69,59 +76,78 @@ impl Source {
                 }
                 let checkpoint = loading::checkpoint(&source, console)?;
                 let spec = families::spec(&checkpoint)?;
-                return Ok(Exported { checkpoint, spec, config: nothing(), adapter: None });
+                let base_files = loading::hash_in_background(checkpoint.files.clone());
+                return Ok(Exported {
+                    checkpoint,
+                    base_files,
+                    trained_on: None,
+                    spec,
+                    config: nothing(),
+                    adapter: None,
+                    run: None,
+                });
             }
             Self::Adapter(folder) => (folder, None),
-            Self::Run(folder, manifest) => (folder, Some(manifest)),
+            Self::Run(folder, run, manifest) => (folder, Some((run, *manifest))),
         };
         let adapter = LoadedAdapter::read(&folder)?;
-        let source = base(arguments, manifest.as_deref(), &adapter)?;
+        let source = base(arguments, run.as_ref().map(|(_, manifest)| manifest), &adapter)?;
         let mut checkpoint = loading::checkpoint(&source, console)?;
-        if let Some(manifest) = manifest.filter(|_| !arguments.other_base) {
-            same_base(&manifest, &checkpoint)?;
-        }
+        let base_files = loading::hash_in_background(checkpoint.files.clone());
+        let trained_on = match &run {
+            Some((_, manifest)) => Some(manifest.base.clone()),
+            None => Base::of_adapter(&folder),
+        };
         loading::with_tokens_of(&adapter, &mut checkpoint)?;
         let mut spec = families::spec(&checkpoint)?;
         spec.grow(checkpoint.vocabulary)?;
         let sites = spec.sites();
         let fitted = adapter.fit(&sites, &spec.names)?;
         let config = adapter.config_on(&fitted, &sites, &spec.names, adapter.config.lora_dropout)?;
-        Ok(Exported { checkpoint, spec, config, adapter: Some((adapter, fitted.into_values().collect())) })
+        let adapter = Some((adapter, fitted.into_values().collect()));
+        Ok(Exported { checkpoint, base_files, trained_on, spec, config, adapter, run })
     }
 }
 
-/// A run's adapter, where its manifest says that the run wrote all of it, as it is there now; else its merged model.
+/// A run's adapter, where its manifest says that the run wrote all of it, as it is there now; else its merged model, by the same rule.
 fn run(path: &Path) -> Result<Source> {
     let cut_short = |what: &str| {
         let hint = "end it: engraft train RECIPE --resume; or write what it has learned so far: engraft export RECIPE";
         Err(Error::State(Fault::at(path, what).hint(hint)))
     };
-    let folder = path.join("adapter");
-    if !folder.join(CONFIG).exists() {
-        let merged = path.join("merged");
-        if merged.join("config.json").exists() && path.join(MANIFEST).exists() {
-            return Ok(Source::Model(BaseSource::Folder(merged)));
-        }
+    let [adapter, merged] = ["adapter", "merged"].map(|name| path.join(name));
+    let is_merged = !adapter.join(CONFIG).exists();
+    if is_merged && !merged.join("config.json").exists() {
         return cut_short("is a run that has written no adapter: it is not over, or was stopped");
     }
     if !path.join(MANIFEST).exists() {
         return cut_short("is a run without manifest.json, which it writes last: its writing was cut short");
     }
     let manifest = Manifest::read(path)?;
-    let known = |file: &&FileDigest| file.path.starts_with("adapter");
+    let folder = if is_merged { merged } else { adapter };
+    let known = |file: &&FileDigest| path.join(&file.path).starts_with(&folder);
+    let listed: Vec<&FileDigest> = manifest.outputs.iter().filter(known).collect();
+    if listed.is_empty() {
+        let what = format!("has {}, which its manifest.json does not list", folder.display());
+        let hint = format!("name that folder itself to export what lies there: {}", folder.display());
+        return Err(Error::State(Fault::at(path, what).hint(hint)));
+    }
     for found in manifest::outputs(path, std::slice::from_ref(&folder), &|_, _| ())? {
-        let said = manifest.outputs.iter().filter(known).find(|file| file.path == found.path);
+        let said = listed.iter().find(|file| file.path == found.path);
         if said.is_some_and(|said| said.sha256 != found.sha256) {
             let what = "is not what the run wrote: its SHA-256 is another than in manifest.json";
-            let hint = format!("name the adapter's own folder to export it as it is now: {}", folder.display());
+            let hint = format!("name its own folder to export it as it is now: {}", folder.display());
             return Err(Error::State(Fault::at(&path.join(&found.path), what).hint(hint)));
         }
     }
-    let missing = manifest.outputs.iter().filter(known).find(|file| !path.join(&file.path).exists());
+    let missing = listed.iter().find(|file| !path.join(&file.path).exists());
     if let Some(file) = missing {
         return cut_short(&format!("lacks {}, which its manifest.json lists", file.path.display()));
     }
-    Ok(Source::Run(folder, Box::new(manifest)))
+    Ok(match is_merged {
+        true => Source::Model(BaseSource::Folder(folder)),
+        false => Source::Run(folder, path.to_path_buf(), Box::new(manifest)),
+    })
 }
 
 /// Where the adapter's base is.
@@ -154,25 +180,6 @@ fn base(arguments: &Export, manifest: Option<&Manifest>, adapter: &LoadedAdapter
         BaseSource::Hub { id, revision: main } => BaseSource::Hub { id, revision: revision.clone().unwrap_or(main) },
         local => local,
     })
-}
-
-/// Refuses a base with other numbers than a run was trained on.
-fn same_base(manifest: &Manifest, checkpoint: &Checkpoint) -> Result<()> {
-    let found = manifest::digests(&checkpoint.files, &|_, _| ())?;
-    let said = &manifest.base.files;
-    let differs = found.iter().zip(said).find(|(found, said)| found.sha256 != said.sha256);
-    if found.len() == said.len() && differs.is_none() {
-        return Ok(());
-    }
-    let what = match differs {
-        Some((found, _)) => format!("{} has other numbers than the base of the run", found.path.display()),
-        None => format!("has {} weight files, the base of the run {}", found.len(), said.len()),
-    };
-    let hint = format!(
-        "the run was trained on {}: name that with --model, or say --other-base to export for this one all the same",
-        manifest.base.name
-    );
-    Err(Error::Model(Fault::new("the base", what).hint(hint)))
 }
 
 /// The config of no adapter.

@@ -142,6 +142,8 @@ impl Place {
 impl Apart {
     /// Whether the two are one and the same model as far as the tolerance goes.
     pub fn within(&self, tolerance: &Tolerance) -> bool {
-        self.mean <= tolerance.mean && self.largest <= tolerance.largest && self.same == self.places
+        // Where two tokens are as likely, one place in ten may fall the other way for all that rounding explains.
+        let same = 10 * self.same >= 9 * self.places;
+        self.mean <= tolerance.mean && self.largest <= tolerance.largest && same
     }
 }

@@ -13,8 +13,6 @@ mod vocabulary;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 use tch::Kind;
 
@@ -24,73 +22,13 @@ use super::merged::Merging;
 use crate::adapter::Learned;
 use crate::model::{ModelSpec, families};
 use crate::quant::Scheme;
+pub use crate::recipe::FileType;
 use crate::weights::Checkpoint;
 use crate::weights::gguf::{self, Architecture, Conversion, Described, Heads, Quantisation};
 use crate::{Error, Fault, Result};
 use tensors::{MadeOf, Target};
 
-/// How the numbers of a GGUF file are stored. Norms, biases and routers are always fp32.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-pub enum FileType {
-    /// IEEE single.
-    F32,
-    /// IEEE half.
-    F16,
-    /// bfloat16.
-    Bf16,
-    /// 8 bits, blocks of 32.
-    #[serde(rename = "q8_0")]
-    #[value(name = "q8_0")]
-    Q8_0,
-    /// 4 bits, blocks of 32.
-    #[serde(rename = "q4_0")]
-    #[value(name = "q4_0")]
-    Q4_0,
-    /// 4 bits, blocks of 32 with a minimum.
-    #[serde(rename = "q4_1")]
-    #[value(name = "q4_1")]
-    Q4_1,
-    /// 5 bits, blocks of 32.
-    #[serde(rename = "q5_0")]
-    #[value(name = "q5_0")]
-    Q5_0,
-    /// 5 bits, blocks of 32 with a minimum.
-    #[serde(rename = "q5_1")]
-    #[value(name = "q5_1")]
-    Q5_1,
-    /// 4 bits, with 6 where it matters most: llama.cpp's usual choice.
-    #[serde(rename = "q4_k_m")]
-    #[value(name = "q4_k_m")]
-    Q4KM,
-    /// 5 bits, with 6 where it matters most.
-    #[serde(rename = "q5_k_m")]
-    #[value(name = "q5_k_m")]
-    Q5KM,
-    /// 6 bits.
-    #[serde(rename = "q6_k")]
-    #[value(name = "q6_k")]
-    Q6K,
-}
-
 impl FileType {
-    /// As it is typed, and as file names have it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::F16 => "f16",
-            Self::Bf16 => "bf16",
-            Self::Q8_0 => "q8_0",
-            Self::Q4_0 => "q4_0",
-            Self::Q4_1 => "q4_1",
-            Self::Q5_0 => "q5_0",
-            Self::Q5_1 => "q5_1",
-            Self::Q4KM => "q4_k_m",
-            Self::Q5KM => "q5_k_m",
-            Self::Q6K => "q6_k",
-        }
-    }
-
     /// `general.file_type`: `llama_ftype` of llama.cpp.
     fn number(self) -> u32 {
         match self {
@@ -123,12 +61,6 @@ impl FileType {
             Self::Q5KM => "Q5_K",
             Self::Q6K => "Q6_K",
         })
-    }
-}
-
-impl std::fmt::Display for FileType {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.name())
     }
 }
 
@@ -210,6 +142,13 @@ pub fn write_model(
         Ok(())
     })?;
     Ok(notices)
+}
+
+/// Refuses a base that no file is written of, whatever is exported of it: see [`write_model`] and [`write_adapter`]. Only headers are
+/// read.
+pub fn prove(checkpoint: &Checkpoint) -> Result<()> {
+    let Written { spec, architecture, .. } = Written::of(checkpoint)?;
+    metadata::settings(&spec, architecture, text_config(&checkpoint.config)).map(|_| ())
 }
 
 /// What a model is written as.

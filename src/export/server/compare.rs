@@ -33,12 +33,14 @@ impl Strength {
 
 /// Compares.
 pub(super) fn compare(asked: &Asked, answer: &Answer, tolerance: &Tolerance, strength: &mut Strength) -> Compared {
-    let [trained, base] = [&asked.trained, &asked.base].map(|said| {
+    let beside = |said: &Said| {
         let (follows, same_until) = follows(said, answer, tolerance);
         (follows, distance(said, answer, same_until))
-    });
+    };
+    let (trained, base) = (beside(&asked.trained), asked.base.as_ref().map_or((false, None), beside));
+    let base_places = asked.base.as_ref().map_or(&[][..], |said| &said.places);
     if let (Some(first), Some(of_trained), Some(of_base)) =
-        (answer.tokens.first(), asked.trained.places.first(), asked.base.places.first())
+        (answer.tokens.first(), asked.trained.places.first(), base_places.first())
     {
         for likely in first.top.iter().filter(|likely| likely.log_probability > LEAST) {
             let of = |place: &Place| named(place, likely).map(|candidate| place.log_probability(candidate));

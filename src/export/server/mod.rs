@@ -135,7 +135,7 @@ pub fn ask(server: Server<'_>, probe: &Probe, progress: &dyn Fn(u64, u64)) -> Re
 
 /// As many tokens as the longer of the two answers has.
 fn longest(asked: &Asked) -> usize {
-    asked.trained.ids.len().max(asked.base.ids.len()).max(1)
+    asked.trained.ids.len().max(asked.base.as_ref().map_or(0, |base| base.ids.len())).max(1)
 }
 
 /// A model that a server lists.

@@ -38,7 +38,7 @@ fn probe() -> Probe {
         prompt: format!("<s>ask{}", WORDS[number + 1]),
         prompt_ids: vec![0, 1, number as u32 + 1],
         trained: said(trained),
-        base: said(base),
+        base: Some(said(base)),
     };
     Probe {
         version: 1,
@@ -206,7 +206,7 @@ fn answer(mut stream: TcpStream, stand: &Mutex<Stand>) -> std::io::Result<()> {
             let Some(asked) = asked else { return reply(400, json, &refuse("another prompt than was probed")) };
             let said = match serves {
                 Serves::Trained | Serves::Endless => asked.trained.clone(),
-                Serves::Base => asked.base.clone(),
+                Serves::Base => asked.base.clone().unwrap(),
                 Serves::Strange => said(&[9, 9, 1]),
             };
             reply(200, json, &completion(dialect, &said, wants, serves == Serves::Endless).to_string())
@@ -363,11 +363,15 @@ fn an_adapter_at_part_of_its_strength_is_neither_and_how_much_of_it_is_there_is_
     let probe = probe();
     let asked = &probe.probes[0];
     let other = Asked {
-        base: Said { places: vec![place(2, 0.5), place(5, 0.5), place(4, 0.5), place(0, 0.5)], ..asked.base.clone() },
+        base: Said {
+            places: vec![place(2, 0.5), place(5, 0.5), place(4, 0.5), place(0, 0.5)],
+            ..asked.base.clone().unwrap()
+        }
+        .into(),
         ..asked.clone()
     };
     let mix = |part: f64| {
-        let (trained, base) = (&other.trained.places[0], &other.base.places[0]);
+        let (trained, base) = (&other.trained.places[0], &other.base.as_ref().unwrap().places[0]);
         let top = trained.top.iter().take(5).map(|one| {
             let other = base.top.iter().find(|other| other.id == one.id).unwrap();
             let log_probability = part * trained.log_probability(one) + (1.0 - part) * base.log_probability(other);

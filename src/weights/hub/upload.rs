@@ -66,26 +66,35 @@ struct Item {
 }
 
 impl Hub {
-    /// Pushes the files of `folder` (those that lie in it, and none of its folders). `progress` is told bytes done and in all.
+    /// Whose repository `id` is, what it is called, and the token to push with; nothing is sent.
     ///
     /// # Errors
-    /// [`Error::Network`]: no token, a name that is none, a hub that cannot be reached or refuses: each says the way out.
-    pub fn push(&self, folder: &Path, push: Push<'_>, progress: &mut dyn FnMut(u64, u64)) -> Result<Pushed> {
-        check_name(push.id, "main")?;
-        let Some((owner, name)) = push.id.split_once('/') else {
-            let fault = Fault::new(format_args!("{:?}", push.id), "does not say whose repository it is");
+    /// [`Error::Network`]: no token, a name that is none, a hub that is not to be asked.
+    pub fn may_push<'a>(&'a self, id: &'a str) -> Result<(&'a str, &'a str, &'a str)> {
+        check_name(id, "main")?;
+        let Some((owner, name)) = id.split_once('/') else {
+            let fault = Fault::new(format_args!("{:?}", id), "does not say whose repository it is");
             return Err(Error::Network(fault.hint("write user/name")));
         };
         let Some(token) = &self.token else {
-            let fault = Fault::new(push.id, "a hub takes files only from those it knows, and there is no token");
+            let fault = Fault::new(id, "a hub takes files only from those it knows, and there is no token");
             return Err(Error::Network(
                 fault.hint("log in with `hf auth login`, or set HF_TOKEN to a token that may write"),
             ));
         };
         if self.offline {
-            let fault = Fault::new("HF_HUB_OFFLINE is set", format_args!("so {} cannot be pushed to", push.id));
+            let fault = Fault::new("HF_HUB_OFFLINE is set", format_args!("so {} cannot be pushed to", id));
             return Err(Error::Network(fault.hint("unset it")));
         }
+        Ok((owner, name, token))
+    }
+
+    /// Pushes the files of `folder` (those that lie in it, and none of its folders). `progress` is told bytes done and in all.
+    ///
+    /// # Errors
+    /// [`Error::Network`]: no token, a name that is none, a hub that cannot be reached or refuses: each says the way out.
+    pub fn push(&self, folder: &Path, push: Push<'_>, progress: &mut dyn FnMut(u64, u64)) -> Result<Pushed> {
+        let (owner, name, token) = self.may_push(push.id)?;
         let remote = Remote::new(self, push.id, token);
         let mut items = items(folder)?;
         remote.create(owner, name, push.public)?;
