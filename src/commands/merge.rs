@@ -48,18 +48,6 @@ pub fn run(arguments: &Merge, out: &mut dyn Write) -> Result<()> {
     let scheme = arguments.quantize.map(asked).transpose()?;
     let updates: Vec<_> = adapter.fit(&spec.sites(), &spec.names)?.into_values().collect();
     let saved = adapter.saved(&spec)?;
-    // Of other numbers in the same shapes nothing else would tell.
-    let base_files = match Base::of_adapter(&adapter.folder).filter(|_| !arguments.other_base) {
-        Some(base) => {
-            let files = {
-                let _stage = console.stage("reading the base", Unit::Bytes);
-                loading::joined(base_files)?
-            };
-            base.prove_same(&files)?;
-            Ok(files)
-        }
-        None => Err(base_files),
-    };
     // The template it was trained with travels with an adapter.
     let template = adapter.chat_template()?;
     let sidecars = sidecars(&checkpoint, template.as_deref());
@@ -71,6 +59,19 @@ pub fn run(arguments: &Merge, out: &mut dyn Write) -> Result<()> {
         let hint = "name the base the adapter was trained on, or say --onto original";
         return Err(Error::Model(Fault::at(&adapter.folder, what).hint(hint)));
     }
+    // Of other numbers in the same shapes nothing else would tell, but where weights have fingerprints.
+    let said = Base::of_adapter(&adapter.folder).filter(|_| !arguments.other_base && trained_on.is_none());
+    let base_files = match said {
+        Some(base) => {
+            let files = {
+                let _stage = console.stage("reading the base", Unit::Bytes);
+                loading::joined(base_files)?
+            };
+            base.prove_same(&files)?;
+            Ok(files)
+        }
+        None => Err(base_files),
+    };
     let onto = onto.map(|trained_on| &trained_on.scheme);
     let updates = match onto {
         Some(_) => updates,

@@ -96,7 +96,8 @@ impl Source {
         let base_files = loading::hash_in_background(checkpoint.files.clone());
         let trained_on = match &run {
             Some((_, manifest)) => Some(manifest.base.clone()),
-            None => Base::of_adapter(&folder),
+            // Weights that were quantised have fingerprints, whatever files they lie in.
+            None => Base::of_adapter(&folder).filter(|_| adapter.trained_on().is_ok_and(|on| on.is_none())),
         };
         loading::with_tokens_of(&adapter, &mut checkpoint)?;
         let mut spec = families::spec(&checkpoint)?;

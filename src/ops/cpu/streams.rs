@@ -183,31 +183,46 @@ fn dots<S: Stored>(a: &[S], b: &[S], (left, right, d): (usize, usize, usize), ou
 fn mapped_of<S: Stored>(h: &Tensor, function: &Tensor) -> (Tensor, Tensor) {
     let (tokens, copies, d) = sizes(h);
     let (width, numbers) = (copies * d, function.size()[0]);
-    let columns = side_by_side(elements::<f32>(function), width);
+    let function = Function::of(elements::<f32>(function), width);
     let (h, n, work) = (elements::<S>(h), numbers as usize, width * (numbers as usize + 2));
     let [products, squares] =
         filled_pair_worth::<f32, f32>(&[tokens, numbers], &[tokens, 1], work, |range, products, squares| {
-            mapped_rows(&h[range.start * width..range.end * width], &columns, (width, n), products, squares);
+            mapped_rows(&h[range.start * width..range.end * width], &function, (width, n), products, squares);
         });
     (products, squares)
 }
 
-/// The transpose of a function (n, width), its rows sixteen at a time: (n / 16, width, 16), zeros where there are no more.
-fn side_by_side(function: &[f32], width: usize) -> Vec<[f32; LANES]> {
+/// The transpose of a function (n, width) in tiles of columns, zeros where there are no more.
+struct Function {
+    /// Sixteen rows at a time: (n / 16, width, 16).
+    whole: Vec<[f32; LANES]>,
+    /// Those left, eight at a time, as half a register holds them: (0 to 2, width, 8).
+    rest: Vec<[f32; LANES / 2]>,
+}
+
+impl Function {
+    fn of(function: &[f32], width: usize) -> Self {
+        let n = function.len() / width;
+        let whole = n - n % LANES;
+        let (first, rest) = function.split_at(whole * width);
+        Self { whole: side_by_side(first, width), rest: side_by_side(rest, width) }
+    }
+}
+
+fn side_by_side<const W: usize>(function: &[f32], width: usize) -> Vec<[f32; W]> {
     let n = function.len() / width;
-    let mut columns = vec![[0f32; LANES]; n.div_ceil(LANES) * width];
+    let mut columns = vec![[0f32; W]; n.div_ceil(W) * width];
     for (row, function) in function.chunks_exact(width).enumerate() {
-        let columns = &mut columns[row / LANES * width..][..width];
-        columns.iter_mut().zip(function).for_each(|(column, value)| column[row % LANES] = *value);
+        let columns = &mut columns[row / W * width..][..width];
+        columns.iter_mut().zip(function).for_each(|(column, value)| column[row % W] = *value);
     }
     columns
 }
 
-/// `columns` is what [`side_by_side`] made of a function (n, width).
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 fn mapped_rows<S: Stored>(
     h: &[S],
-    columns: &[[f32; LANES]],
+    function: &Function,
     (width, n): (usize, usize),
     products: &mut [f32],
     squares: &mut [f32],
@@ -217,25 +232,39 @@ fn mapped_rows<S: Stored>(
     let tokens = h.chunks(TOKENS * width).zip(products.chunks_mut(TOKENS * n)).zip(squares.chunks_mut(TOKENS));
     for ((h, products), squares) in tokens {
         rows.iter_mut().zip(h).for_each(|(wide, h)| *wide = h.wide());
-        for (i, columns) in columns.chunks_exact(width).enumerate() {
-            let sums = products_of_tile(&rows, columns, fused);
-            let count = LANES.min(n - i * LANES);
-            for (products, sums) in products.chunks_exact_mut(n).zip(&sums) {
-                products[i * LANES..][..count].copy_from_slice(&sums[..count]);
-            }
-        }
+        tiles(&rows, &function.whole, (width, n, 0), products, fused);
+        tiles(&rows, &function.rest, (width, n, n - n % LANES), products, fused);
         for (row, square) in rows.chunks_exact(width).zip(squares) {
             *square = dot(row, row, fused);
         }
     }
 }
 
-/// The products of [`TOKENS`] rows with sixteen columns: all sums stay in registers.
+/// The products of [`TOKENS`] rows with tiles of columns, the first of which is the function's column `from`.
 #[inline(always)]
-fn products_of_tile(rows: &[f32], columns: &[[f32; LANES]], fused: bool) -> [[f32; LANES]; TOKENS] {
+fn tiles<const W: usize>(
+    rows: &[f32],
+    columns: &[[f32; W]],
+    (width, n, from): (usize, usize, usize),
+    products: &mut [f32],
+    fused: bool,
+) {
+    for (i, columns) in columns.chunks_exact(width).enumerate() {
+        let sums = products_of_tile(rows, columns, fused);
+        let at = from + i * W;
+        let count = W.min(n - at);
+        for (products, sums) in products.chunks_exact_mut(n).zip(&sums) {
+            products[at..][..count].copy_from_slice(&sums[..count]);
+        }
+    }
+}
+
+/// The products of [`TOKENS`] rows with a tile of columns: all sums stay in registers.
+#[inline(always)]
+fn products_of_tile<const W: usize>(rows: &[f32], columns: &[[f32; W]], fused: bool) -> [[f32; W]; TOKENS] {
     let width = columns.len();
     let rows: [&[f32]; TOKENS] = std::array::from_fn(|row| &rows[row * width..][..width]);
-    let mut sums = [[0f32; LANES]; TOKENS];
+    let mut sums = [[0f32; W]; TOKENS];
     for (at, column) in columns.iter().enumerate() {
         for (row, sums) in rows.iter().zip(&mut sums) {
             let value = row[at];
