@@ -2,18 +2,19 @@
 
 use tch::{Kind, Tensor, no_grad};
 
+use super::Update;
+use crate::weights::non_finite_numbers;
 use crate::{Error, Fault, Result};
 
-use super::Update;
+/// Numbers computed at a time: few enough for what is computed with them to stay in the caches, and for the copies of a chunk to be
+/// nothing beside a large weight.
+const CHUNK: i64 = 1 << 20;
 
-/// Numbers computed at a time, so that the fp32 copies of a large head stay small beside the head itself.
-const CHUNK: i64 = 1 << 24;
-
-/// `W + scale * B A`, its rows brought to their trained lengths with DoRA, computed in fp32 and rounded once to `kind`, on the device
-/// of `weight` (out, in).
+/// `W + scale * B A`, its rows brought to their trained lengths with DoRA, computed in fp32 and rounded once to `kind`. `weight` (out, in)
+/// is on the CPU and contiguous; its own memory is used where it is of that kind, so that there are never two of it.
 ///
 /// Errors with [`Error::Model`] when the shapes differ, or when a sum is not finite in that number type.
-pub fn merged(weight: &Tensor, update: &Update, kind: Kind) -> Result<Tensor> {
+pub fn merged(weight: Tensor, update: &Update, kind: Kind) -> Result<Tensor> {
     let fault = |what: String| Error::Model(Fault::new(&update.module, what));
     let (rows, columns) = update.shape();
     if weight.size() != [rows, columns] {
@@ -22,21 +23,22 @@ pub fn merged(weight: &Tensor, update: &Update, kind: Kind) -> Result<Tensor> {
     let chunk = (CHUNK / columns).max(1);
     no_grad(|| {
         let [a, b] = [&update.a, &update.b].map(|t| t.to_device(weight.device()).to_kind(Kind::Float));
-        let result = Tensor::empty(weight.size(), (kind, weight.device()));
+        let result = match weight.kind() == kind {
+            true => weight.shallow_clone(),
+            false => Tensor::empty(weight.size(), (kind, weight.device())),
+        };
+        let mut odd = 0;
         for start in (0..rows).step_by(chunk as usize) {
             let length = chunk.min(rows - start);
-            let mut sum = weight.narrow(0, start, length).to_kind(Kind::Float); // (chunk, in)
-            if weight.kind() == Kind::Float {
-                sum = sum.copy();
-            }
-            let mut sum = sum.g_add_(&(b.narrow(0, start, length).matmul(&a) * update.scale)); // (chunk, in)
+            let part = |whole: &Tensor| whole.narrow(0, start, length);
+            let mut sum = part(&b).matmul(&a).g_mul_scalar_(update.scale).g_add_(&part(&weight)); // (chunk, in)
             if let Some(lengths) = &update.lengths {
                 let found = sum.norm_scalaropt_dim(2.0, [1i64].as_slice(), true); // (chunk, 1)
-                sum *= lengths.to_device(weight.device()).narrow(0, start, length).unsqueeze(1) / found;
+                sum *= part(&lengths.to_device(weight.device())).unsqueeze(1) / found;
             }
-            result.narrow(0, start, length).copy_(&sum);
+            part(&result).copy_(&sum);
+            odd += non_finite_numbers(&part(&result));
         }
-        let odd = result.isfinite().logical_not().sum(Kind::Int64).int64_value(&[]);
         if odd > 0 {
             return Err(Error::Model(
                 Fault::new(&update.module, format!("{odd} merged values are too large for {kind:?}"))
@@ -48,13 +50,17 @@ pub fn merged(weight: &Tensor, update: &Update, kind: Kind) -> Result<Tensor> {
 }
 
 /// [`merged`] of the weights of all experts, (E, out, in), or (E, in, out) where `transposed`.
-pub fn merged_experts(weights: &Tensor, update: &Update, transposed: bool, kind: Kind) -> Result<Tensor> {
-    let result = Tensor::empty(weights.size(), (kind, weights.device()));
+pub fn merged_experts(weights: Tensor, update: &Update, transposed: bool, kind: Kind) -> Result<Tensor> {
+    let own = weights.kind() == kind;
+    let result = if own { weights.shallow_clone() } else { Tensor::empty(weights.size(), (kind, weights.device())) };
     for number in 0..weights.size()[0] {
         let weight = weights.select(0, number);
         let weight = if transposed { weight.tr().contiguous() } else { weight };
-        let sum = merged(&weight, &update.of_expert(number), kind)?;
-        result.select(0, number).copy_(&if transposed { sum.tr() } else { sum });
+        let sum = merged(weight, &update.of_expert(number), kind)?;
+        // What was folded in place is there.
+        if transposed || !own {
+            result.select(0, number).copy_(&if transposed { sum.tr() } else { sum });
+        }
     }
     Ok(result)
 }
@@ -85,7 +91,7 @@ mod tests {
         let update = update(50, 70, 4);
         let weight = Tensor::randn([50, 70], (Kind::BFloat16, Device::Cpu));
         let sum = weight.to_kind(Kind::Double) + update.b.matmul(&update.a).to_kind(Kind::Double) * 0.375;
-        let merged = merged(&weight, &update, weight.kind()).unwrap();
+        let merged = merged(weight.copy(), &update, weight.kind()).unwrap();
         assert_eq!(merged.kind(), Kind::BFloat16);
         let wrong = merged.not_equal_tensor(&sum.to_kind(Kind::BFloat16)).sum(Kind::Int64).int64_value(&[]);
         assert!(wrong <= 1, "{wrong} of 3500 values are not the nearest"); // fp32 sums may meet a tie by chance
@@ -94,15 +100,38 @@ mod tests {
     }
 
     #[test]
-    fn the_weight_is_left_as_it_was_and_chunks_meet() {
+    fn what_is_of_the_kind_is_folded_into_in_place_and_chunks_meet() {
         let columns = CHUNK / 3;
         let update = update(7, columns, 1);
         let weight = Tensor::randn([7, columns], (Kind::Float, Device::Cpu));
-        let before = weight.copy();
-        let merged = merged(&weight, &update, weight.kind()).unwrap();
-        assert_eq!(weight, before);
         let expected = &weight + update.b.matmul(&update.a) * 0.375;
+        let rounded = merged(weight.shallow_clone(), &update, Kind::BFloat16).unwrap();
+        assert!(rounded.equal(&expected.to_kind(Kind::BFloat16)), "of another kind, the weight stays as it was");
+        let place = weight.data_ptr();
+        let merged = merged(weight, &update, Kind::Float).unwrap();
+        assert_eq!(merged.data_ptr(), place);
         assert!((merged - expected).abs().max().double_value(&[]) < 1e-6);
+    }
+
+    #[test]
+    fn experts_lie_either_way() {
+        let (rows, columns) = (5, 6);
+        let all = Update {
+            a: Tensor::randn([3, 2, columns], (Kind::Float, Device::Cpu)),
+            b: Tensor::randn([3, rows, 2], (Kind::Float, Device::Cpu)),
+            role: Role::Experts { count: 3, stored: crate::model::spec::Stored::Together, parameter: "experts".into() },
+            ..update(rows, columns, 2)
+        };
+        let weights = Tensor::randn([3, rows, columns], (Kind::BFloat16, Device::Cpu));
+        for kind in [Kind::BFloat16, Kind::Float] {
+            let sum = (weights.to_kind(Kind::Float) + all.b.matmul(&all.a) * 0.375).to_kind(kind);
+            let plain = merged_experts(weights.copy(), &all, false, kind).unwrap();
+            let turned = weights.transpose(1, 2).contiguous();
+            let turned = merged_experts(turned, &all, true, kind).unwrap().transpose(1, 2);
+            for found in [plain, turned] {
+                assert!(found.allclose(&sum, 1e-5, 1e-5, false), "{kind:?}");
+            }
+        }
     }
 
     #[test]
@@ -110,13 +139,14 @@ mod tests {
         let update = update(4, 6, 2);
         let weight = Tensor::zeros([6, 4], (Kind::Float, Device::Cpu));
         assert!(
-            merged(&weight, &update, weight.kind())
+            merged(weight.shallow_clone(), &update, weight.kind())
                 .unwrap_err()
                 .to_string()
                 .contains("[6, 4], but its adapter fits [4, 6]")
         );
         let weight = Tensor::full([4, 6], 65504.0, (Kind::Half, Device::Cpu));
         let update = Update { scale: 1e5, ..update };
-        assert!(merged(&weight, &update, weight.kind()).unwrap_err().to_string().contains("too large for Half"));
+        let kind = weight.kind();
+        assert!(merged(weight, &update, kind).unwrap_err().to_string().contains("too large for Half"));
     }
 }

@@ -109,12 +109,21 @@ impl<'a> Merging<'a> {
         TensorSpec { name: name.clone(), kind, shape: shape.clone() }
     }
 
+    /// The number type of a tensor that nothing is folded into, where it is read as the checkpoint has it.
+    pub(super) fn untouched(&self, index: usize) -> Option<Kind> {
+        (self.plan.tensors[index].update.is_none() && self.onto.is_none()).then_some(self.kind)
+    }
+
     /// A tensor's numbers, rounded once to `kind`; tables of whole numbers, which are no weights, are of their own.
     pub(super) fn tensor(&self, index: usize, kind: Kind) -> Result<Tensor> {
         let planned = &self.plan.tensors[index];
         let whole = self.checkpoint.whole_kind(planned.from);
         let rounded_to = self.onto.map_or(self.kind, |scheme| if planned.wide { Kind::Float } else { scheme.kind });
-        let read_as = whole.unwrap_or(rounded_to);
+        // What is folded into in fp32 is read so where that rounds nothing: it is folded into in place then.
+        let exact = storage_name(rounded_to) == self.checkpoint.stored_as(planned.from);
+        let in_place = kind == Kind::Float && exact && planned.quantised.is_none();
+        let folded = planned.update.as_ref().is_some_and(|part| !part.is_of_the_rest());
+        let read_as = whole.unwrap_or(if in_place && folded { Kind::Float } else { rounded_to });
         let tensor = self.checkpoint.tensor(planned.from, read_as, Device::Cpu)?;
         let grown = |tensor: Tensor| match planned.shape[..] == tensor.size()[..] {
             true => tensor,
@@ -131,7 +140,7 @@ impl<'a> Merging<'a> {
         });
         let own = whole.unwrap_or(kind);
         match &planned.update {
-            Some(part) => part.merged(&tensor, own),
+            Some(part) => part.merged(tensor, own),
             None => Ok(tensor.to_kind(own)),
         }
     }
@@ -246,7 +255,7 @@ impl<'a> Part<'a> {
         }
     }
 
-    fn merged(&self, tensor: &Tensor, kind: Kind) -> Result<Tensor> {
+    fn merged(&self, tensor: Tensor, kind: Kind) -> Result<Tensor> {
         match self {
             Self::Trained(saved, _) => Ok(saved.trained.whole(&tensor.to_kind(kind))),
             Self::TrainedBias(_, bias) => Ok(bias.detach().to_kind(kind)),
@@ -397,6 +406,16 @@ fn lies(site: &Site) -> Lies {
     match &site.role {
         Role::Experts { stored: Stored::Transposed { .. }, .. } => Lies::Transposed,
         _ => Lies::AsComputed,
+    }
+}
+
+/// How a checkpoint calls plain numbers of a type.
+fn storage_name(kind: Kind) -> Option<&'static str> {
+    match kind {
+        Kind::BFloat16 => Some("BF16"),
+        Kind::Half => Some("F16"),
+        Kind::Float => Some("F32"),
+        _ => None,
     }
 }
 

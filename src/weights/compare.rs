@@ -3,11 +3,15 @@
 
 use std::collections::BTreeSet;
 
+use rayon::prelude::*;
 use serde::Serialize;
-use tch::{Device, Kind, Tensor};
+use tch::Kind;
 
-use super::Checkpoint;
-use crate::Result;
+use super::{Checkpoint, Pieces, storage};
+use crate::{Error, Result};
+
+/// Bytes that are compared at a time.
+const AT_ONCE: u64 = 1 << 20;
 
 /// Two sets of tensors beside each other.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
@@ -40,9 +44,9 @@ pub struct Difference {
 }
 
 impl Comparison {
-    /// Compares every tensor of two sets. Numbers are read as fp32 (f64 where both are stored so, whole numbers as they are), what is
-    /// stored quantised made whole. Tensors whose relative difference is at most `tolerance` count as equal, and then the number type
-    /// may be another; with a tolerance of 0 nothing may differ. `progress` is called with tensors done and in all.
+    /// Compares every tensor of two sets, in f64, a piece of both at a time; what is stored quantised (but for GGUF's blocks) is made whole
+    /// as fp32. Tensors whose relative difference is at most `tolerance` count as equal, and then the number type may be another; with a
+    /// tolerance of 0 nothing may differ. `progress` is called with tensors done and in all.
     ///
     /// Errors: what a checkpoint finds damaged, numbers that are not finite among it.
     pub fn of(first: &Checkpoint, second: &Checkpoint, tolerance: f64, progress: &dyn Fn(u64, u64)) -> Result<Self> {
@@ -79,32 +83,27 @@ fn difference(first: &Checkpoint, second: &Checkpoint, name: &str, tolerance: f6
     if found.shapes[0] != found.shapes[1] {
         return Ok(Some(found));
     }
-    let double = found.stored.iter().all(|stored| stored == "F64");
-    let read = |of: &Checkpoint| -> Result<Tensor> {
-        let kind = of.whole_kind(name).unwrap_or(if double { Kind::Double } else { Kind::Float });
-        let wide = if double { Kind::Double } else { Kind::Float };
-        Ok(match of.whole_kind(name) {
-            // A difference of whole numbers is none of fp32.
-            Some(_) => of.tensor(name, kind, Device::Cpu)?.to_kind(Kind::Double),
-            None => of.tensor(name, kind, Device::Cpu)?.to_kind(wide),
-        })
-    };
-    let (one, other) = (read(first)?, read(second)?);
-    let (largest, relative) = if one.numel() == 0 {
-        (0.0, 0.0)
-    } else {
-        let apart = &one - &other;
-        let length = |tensor: &Tensor| tensor.to_kind(Kind::Double).square().sum(Kind::Double).double_value(&[]).sqrt();
-        let (whole, missed) = (length(&one), length(&apart));
-        let relative = match (missed, whole) {
-            (0.0, _) => 0.0,
-            // Of zeros, everything is infinitely far.
-            (_, 0.0) => f64::INFINITY,
-            (missed, whole) => missed / whole,
-        };
-        (apart.abs().max().double_value(&[]), relative)
-    };
     let alike = found.stored[0] == found.stored[1];
+    let [one, other] = of_both.map(|of| of.pieces(name));
+    let (one, other) = (one?, other?);
+    if alike && same_bytes(&one, &other)? {
+        return Ok(None);
+    }
+    let (mut whole, mut missed, mut largest) = (0.0, 0.0, 0.0f64);
+    for place in one.places() {
+        let [one, other] = [&one, &other].map(|of| of.piece(place, Kind::Double));
+        let one = one?;
+        let apart = &one - other?;
+        whole += one.square().sum(Kind::Double).double_value(&[]);
+        missed += apart.square().sum(Kind::Double).double_value(&[]);
+        largest = largest.max(apart.abs().max().double_value(&[]));
+    }
+    let relative = match (missed, whole) {
+        (0.0, _) => 0.0,
+        // Of zeros, everything is infinitely far.
+        (_, 0.0) => f64::INFINITY,
+        (missed, whole) => (missed / whole).sqrt(),
+    };
     if relative <= tolerance && (alike || tolerance > 0.0) {
         return Ok(None);
     }
@@ -114,10 +113,37 @@ fn difference(first: &Checkpoint, second: &Checkpoint, name: &str, tolerance: f6
     Ok(Some(found))
 }
 
+/// Whether two tensors of one shape are stored as the same plain numbers, byte by byte, and these are finite.
+fn same_bytes(one: &Pieces<'_>, other: &Pieces<'_>) -> Result<bool> {
+    let (Some((one_at, dtype)), Some((other_at, other_dtype))) = (one.plain(), other.plain()) else { return Ok(false) };
+    let (Some(kind), true) = (dtype.kind, dtype == other_dtype) else { return Ok(false) };
+    let length = one.count as u64 * dtype.bits / 8;
+    let compared = (0..length.div_ceil(AT_ONCE)).into_par_iter().try_for_each_init(
+        || [Vec::new(), Vec::new()],
+        |[mine, theirs], number| {
+            let start = number * AT_ONCE;
+            for (bytes, source) in [(&mut *mine, one_at), (&mut *theirs, other_at)] {
+                bytes.resize((length - start).min(AT_ONCE) as usize, 0);
+                source.read(bytes, start).map_err(Some)?;
+            }
+            one_at.finite(storage::non_finite(kind, mine), kind).map_err(Some)?;
+            if mine == theirs { Ok(()) } else { Err(None::<Error>) }
+        },
+    );
+    match compared {
+        Ok(()) => Ok(true),
+        Err(None) => Ok(false),
+        Err(Some(error)) => Err(error),
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::path::Path;
+
+    use tch::{Device, Tensor};
+
+    use super::*;
 
     fn file(folder: &Path, name: &str, tensors: &[(&str, Tensor)]) -> Checkpoint {
         let path = folder.join(name);
@@ -169,5 +195,31 @@ mod tests {
         let names: Vec<&str> = lenient.different.iter().map(|difference| difference.name.as_str()).collect();
         assert_eq!(names, ["shape"]);
         assert!(!lenient.is_equal() && Comparison::of(&one, &one, 0.0, &|_, _| ()).unwrap().is_equal());
+    }
+
+    /// Tensors of several pieces: what differs in the last of them, and damage that both have.
+    #[test]
+    fn large_tensors_are_compared_to_their_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let count = 2 * Pieces::LENGTH + 7;
+        let numbers = || Tensor::ones([count], (Kind::Float, Device::Cpu));
+        let changed = |at: i64, number: f64| {
+            let all = numbers();
+            let _ = all.get(at).fill_(number);
+            all
+        };
+        let one = file(folder.path(), "one", &[("w", numbers()), ("zero", changed(3, 0.0))]);
+        let other = file(folder.path(), "other", &[("w", changed(count - 1, 3.0)), ("zero", changed(3, -0.0))]);
+        assert!(Comparison::of(&one, &one, 0.0, &|_, _| ()).unwrap().is_equal());
+        let found = Comparison::of(&one, &other, 0.0, &|_, _| ()).unwrap();
+        assert_eq!((found.equal, found.different.len()), (1, 1), "{found:?}");
+        let expected = 2.0 / (count as f64).sqrt();
+        assert_eq!(found.different[0].largest, Some(2.0));
+        assert!((found.different[0].relative.unwrap() - expected).abs() < 1e-12, "{found:?}");
+        let damaged = file(folder.path(), "damaged", &[("w", changed(count - 2, f64::INFINITY))]);
+        for second in [&damaged, &one] {
+            let error = Comparison::of(&damaged, second, 0.0, &|_, _| ()).unwrap_err().to_string();
+            assert!(error.contains("1 value is NaN or infinite"), "{error}");
+        }
     }
 }

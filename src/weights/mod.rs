@@ -9,6 +9,7 @@ mod file;
 mod folder;
 pub(crate) mod gguf;
 pub mod hub;
+mod pieces;
 mod quantised;
 mod safetensors;
 mod storage;
@@ -29,7 +30,9 @@ pub use compare::{Comparison, Difference};
 pub(crate) use file::json_object;
 pub use file::sha256_file;
 pub use hub::{Hub, Push};
+pub(crate) use pieces::Pieces;
 pub(crate) use quantised::prove_readable;
+pub(crate) use storage::non_finite_numbers;
 
 /// A base model opened: nothing but headers read yet.
 ///

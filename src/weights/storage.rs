@@ -227,9 +227,13 @@ pub(super) fn round(kind: Kind, numbers: &[f32], out: &mut [u8]) {
 }
 
 /// How many numbers of a contiguous CPU tensor are NaN or infinite.
-pub(super) fn non_finite_numbers(tensor: &Tensor) -> usize {
-    let kind = tensor.kind();
-    bytes(tensor).par_chunks(CHUNK).map(|bytes| non_finite(kind, bytes)).sum()
+pub(crate) fn non_finite_numbers(tensor: &Tensor) -> usize {
+    non_finite_in(tensor.kind(), bytes(tensor))
+}
+
+/// [`non_finite`] of many bytes, in parallel.
+pub(super) fn non_finite_in(kind: Kind, bytes: &[u8]) -> usize {
+    bytes.par_chunks(CHUNK).map(|bytes| non_finite(kind, bytes)).sum()
 }
 
 /// How many numbers of `kind` in `bytes` are NaN or infinite.

@@ -65,7 +65,7 @@ impl FileType {
 }
 
 /// Writes the merged model as one GGUF file, whole or not at all, with its tokenizer and chat template; gives what the user should know,
-/// in plain sentences. Memory peaks at one tensor (fp32) and its bytes.
+/// in plain sentences. Memory peaks at one tensor (as it is stored, or fp32 where something is folded into it) and buffers.
 ///
 /// `onto` is how the base was quantised when the adapter was trained: the update is folded into those numbers. `sidecars` come from
 /// [`super::sidecars`]. `progress` is called with bytes written so far and in all.
@@ -124,22 +124,21 @@ pub fn write_model(
         let format = formats[index];
         let mut count = |bytes: &[u8]| {
             done += bytes.len() as u64;
-            take(bytes)
+            take(bytes)?;
+            progress(done, total);
+            Ok(())
         };
         match made_of {
             MadeOf::Numbers(numbers) => {
                 let bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
-                count(&bytes)?;
+                count(&bytes)
             }
-            MadeOf::Parts(parts) => {
-                for part in parts {
-                    let tensor = merging.tensor(*part, kind_for(format, *order))?.contiguous();
-                    count(&gguf::quantise(&tensor, format, *order, name)?)?;
-                }
-            }
+            MadeOf::Parts(parts) => parts.iter().try_for_each(|part| {
+                let kind = merging.untouched(*part).unwrap_or_else(|| kind_for(format, *order));
+                let tensor = merging.tensor(*part, kind)?.contiguous();
+                gguf::quantise_in_pieces(&tensor, format, *order, name, &mut count)
+            }),
         }
-        progress(done, total);
-        Ok(())
     })?;
     Ok(notices)
 }
@@ -197,7 +196,7 @@ fn exact_kind(checkpoint: &Checkpoint) -> Kind {
     }
 }
 
-/// What a tensor is made in, to be written in a format.
+/// What a tensor that something is folded into is made in, to be written in a format.
 fn kind_for(format: &Quantisation, order: Conversion) -> Kind {
     match format.name {
         "F16" if order != Conversion::FromOne => Kind::Half,

@@ -21,7 +21,7 @@ pub(crate) use adapter::AdapterFile;
 use architectures::ARCHITECTURES;
 use header::{Entry, Value};
 pub(crate) use names::{Architecture, Field, Head, Heads, Rotary, Rows};
-pub(crate) use quantise::quantise;
+pub(crate) use quantise::{quantise, quantise_in_pieces};
 pub(crate) use quants::Quantisation;
 pub(super) use read::read_blocks;
 pub(crate) use shown::shown;

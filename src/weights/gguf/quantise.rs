@@ -1,19 +1,21 @@
-//! A tensor into the bytes of a number format: rows put into llama.cpp's order and quantised, in parallel.
-
-use std::sync::atomic::{AtomicUsize, Ordering};
+//! A tensor into the bytes of a number format: rows put into llama.cpp's order and quantised, in parallel, a piece at a time.
 
 use half::f16;
 use rayon::prelude::*;
 use tch::{Kind, Tensor};
 
 use super::{Conversion, Quantisation};
-use crate::weights::storage;
+use crate::weights::storage::{self, Dtype};
 use crate::{Error, Fault, Result};
 
 /// Beyond what any block holds; the sums by which scales are found overflow at larger ones, which then pass for nothing.
 const LARGEST: f32 = 1e9;
 /// Numbers per parallel task, about.
 const TASK: usize = 1 << 17;
+/// Tasks per piece: enough for all threads to end together, and few enough for the buffer to be little beside a large tensor.
+const TASKS: usize = 32;
+/// Bytes of a piece that is handed on as it is: small enough to be in the cache still when it is written.
+const AS_IT_IS: usize = 4 << 20;
 
 impl Quantisation {
     /// Bytes of so many numbers, whole blocks of them.
@@ -32,14 +34,39 @@ impl Quantisation {
     }
 }
 
-/// The bytes of a contiguous CPU tensor of (rows.., columns), fp32 or of the format's own type, in the order in which `order` reads
-/// them back. A tensor of one dimension is one row, or where `order` moves rows, one number to a row.
-///
-/// `name` is the tensor's, for errors: numbers that the format cannot hold.
+/// [`quantise_in_pieces`], in one piece.
 pub(crate) fn quantise(tensor: &Tensor, format: &Quantisation, order: Conversion, name: &str) -> Result<Vec<u8>> {
+    let mut all = Vec::new();
+    quantise_in_pieces(tensor, format, order, name, &mut |bytes| {
+        all.extend_from_slice(bytes);
+        Ok(())
+    })?;
+    Ok(all)
+}
+
+/// Hands the bytes of a contiguous CPU tensor of (rows.., columns), fp32, fp16 or bf16, in the order in which `order` reads them back, to
+/// `take`, piece by piece: beside the tensor there is never more than a buffer. A tensor of one dimension is one row, or where `order`
+/// moves rows, one number to a row.
+///
+/// `name` is the tensor's, for errors: numbers that the format cannot hold, after which nothing more is handed on. Errors of `take` pass
+/// through.
+pub(crate) fn quantise_in_pieces(
+    tensor: &Tensor,
+    format: &Quantisation,
+    order: Conversion,
+    name: &str,
+    take: &mut dyn FnMut(&[u8]) -> Result<()>,
+) -> Result<()> {
     let fault = |what: String| Error::Model(Fault::new(name, what));
-    let Some(quantise) = format.quantise else {
+    let (Some(quantise), kind) = (format.quantise, tensor.kind()) else {
         return Err(fault(format!("{} is not written", format.name)));
+    };
+    let widened = match kind {
+        Kind::Float | Kind::Half | Kind::BFloat16 => Dtype::of(kind).map(|dtype| Quantisation::called(dtype.name)),
+        _ => None,
+    };
+    let Some(widen) = widened.and_then(|stored| stored.dequantise) else {
+        return Err(fault(format!("{kind:?} cannot be written as {}", format.name)));
     };
     let moved = !matches!(order, Conversion::Same | Conversion::FromOne);
     let columns = match tensor.size()[..] {
@@ -55,8 +82,28 @@ pub(crate) fn quantise(tensor: &Tensor, format: &Quantisation, order: Conversion
     }
     let count = tensor.numel();
     if count == 0 {
-        return Ok(Vec::new());
+        return Ok(());
     }
+    let too_large = |count: usize| match count {
+        0 => Ok(()),
+        count => {
+            let what = format!("{count} of its numbers, or scales of them, are too large for {}", format.name);
+            Err(Error::Model(Fault::new(name, what).hint("choose bf16 or f32")))
+        }
+    };
+    let stored = storage::bytes(tensor);
+    let as_it_is = format.kind() == Some(kind) && order != Conversion::FromOne;
+    let mut damaged = 0;
+    if as_it_is && !moved {
+        for piece in stored.chunks(AS_IT_IS) {
+            damaged += storage::non_finite_in(kind, piece);
+            if damaged == 0 {
+                take(piece)?;
+            }
+        }
+        return too_large(damaged);
+    }
+
     let rows = count / columns;
     // Where each row that is written comes from.
     let mut sources = Vec::new();
@@ -64,47 +111,46 @@ pub(crate) fn quantise(tensor: &Tensor, format: &Quantisation, order: Conversion
         sources = vec![0; rows];
         (0..rows).for_each(|row| sources[order.stored(row)] = row);
     }
-    let element = tensor.kind().elt_size_in_bytes();
-    let as_it_is = format.kind() == Some(tensor.kind()) && order != Conversion::FromOne;
-    if !as_it_is && tensor.kind() != Kind::Float {
-        return Err(fault(format!("{:?} cannot be written as {}", tensor.kind(), format.name)));
-    }
-    let stored = storage::bytes(tensor);
-    let row_bytes = columns * element;
-    let mut out = vec![0; format.size(count)];
-    let damaged = AtomicUsize::new(0);
+    let row_bytes = columns * kind.elt_size_in_bytes();
     let task_rows = (TASK / columns).max(1);
-    let tasks = out.par_chunks_mut(task_rows * format.size(columns)).enumerate();
-    tasks.for_each_init(Vec::new, |numbers: &mut Vec<f32>, (task, out)| {
-        let first = task * task_rows;
-        let rows = first..(first + task_rows).min(rows);
-        let source = |row: usize| &stored[if moved { sources[row] } else { row } * row_bytes..][..row_bytes];
-        if as_it_is {
-            for (row, out) in rows.zip(out.chunks_exact_mut(row_bytes)) {
-                out.copy_from_slice(source(row));
+    let piece_rows = (task_rows * TASKS).min(rows);
+    let most = if format.values > 1 { LARGEST } else { f32::MAX };
+    let mut buffer = vec![0; format.size(piece_rows * columns)];
+    for start in (0..rows).step_by(piece_rows) {
+        let end = (start + piece_rows).min(rows);
+        let piece = &mut buffer[..format.size((end - start) * columns)];
+        let tasks = piece.par_chunks_mut(format.size(task_rows * columns)).enumerate();
+        let odd = tasks.map_init(Vec::new, |numbers: &mut Vec<f32>, (task, out)| {
+            let first = start + task * task_rows;
+            let rows = first..(first + task_rows).min(end);
+            let source = |row: usize| &stored[if moved { sources[row] } else { row } * row_bytes..][..row_bytes];
+            if as_it_is {
+                for (row, out) in rows.zip(out.chunks_exact_mut(row_bytes)) {
+                    out.copy_from_slice(source(row));
+                }
+                return infinite(format, out);
             }
-        } else {
-            numbers.clear();
-            for row in rows {
-                numbers.extend(source(row).as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)));
+            numbers.resize(rows.len() * columns, 0.0);
+            if moved {
+                for (row, numbers) in rows.zip(numbers.chunks_exact_mut(columns)) {
+                    widen(source(row), numbers);
+                }
+            } else {
+                widen(&stored[rows.start * row_bytes..rows.end * row_bytes], numbers);
             }
             if order == Conversion::FromOne {
                 numbers.iter_mut().for_each(|number| *number += 1.0);
             }
-            let most = if format.values > 1 { LARGEST } else { f32::MAX };
-            let infinite = numbers.iter().filter(|number| number.is_nan() || number.abs() > most).count();
-            damaged.fetch_add(infinite, Ordering::Relaxed);
+            let infinite_before = numbers.iter().filter(|number| number.is_nan() || number.abs() > most).count();
             quantise(numbers, out);
-        }
-        damaged.fetch_add(infinite(format, out), Ordering::Relaxed);
-    });
-    match damaged.into_inner() {
-        0 => Ok(out),
-        count => {
-            let what = format!("{count} of its numbers, or scales of them, are too large for {}", format.name);
-            Err(Error::Model(Fault::new(name, what).hint("choose bf16 or f32")))
+            infinite_before + infinite(format, out)
+        });
+        damaged += odd.sum::<usize>();
+        if damaged == 0 {
+            take(piece)?;
         }
     }
+    too_large(damaged)
 }
 
 /// How many numbers, or scales of blocks, are not finite.
@@ -162,7 +208,56 @@ mod tests {
         let bf16s = Quantisation::called("BF16");
         assert_eq!(quantise(&halves, bf16s, Conversion::Same, "h").unwrap(), storage::bytes(&halves));
         assert_eq!(quantise(&numbers(&[4, 8]), bf16s, Conversion::Same, "h").unwrap(), storage::bytes(&halves));
-        assert!(quantise(&halves, f32s, Conversion::Same, "h").is_err());
+        // What is stored in fewer bits is made wider row by row, on the way.
+        let wide = halves.to_kind(Kind::Float);
+        for (tensor, name) in [(&halves, "F32"), (&halves, "F16"), (&wide.to_kind(Kind::Half), "F32")] {
+            let format = Quantisation::called(name);
+            let through = quantise(&tensor.to_kind(Kind::Float), format, Conversion::Same, "h").unwrap();
+            assert_eq!(quantise(tensor, format, Conversion::Same, "h").unwrap(), through, "{name}");
+        }
+        assert!(quantise(&halves.to_kind(Kind::Int64), f32s, Conversion::Same, "h").is_err());
+    }
+
+    /// Beside a tensor, memory is that of a buffer.
+    #[test]
+    fn large_tensors_are_handed_on_in_pieces_and_after_a_fault_not_at_all() {
+        let most = TASK * TASKS;
+        let rows = (3 * most / 64) as i64 + 3;
+        let half = (numbers(&[rows, 64]).remainder(143) - 71).to_kind(Kind::BFloat16);
+        let order = Conversion::Paired { half: 1 };
+        for (format, order) in
+            [("Q8_0", Conversion::Same), ("Q4_0", Conversion::Same), ("BF16", Conversion::Same), ("BF16", order)]
+        {
+            let format = Quantisation::called(format);
+            let rows = if order == Conversion::Same { rows } else { rows - 1 };
+            let tensor = half.narrow(0, 0, rows);
+            let mut pieces = Vec::new();
+            let mut all = Vec::new();
+            quantise_in_pieces(&tensor, format, order, "w", &mut |bytes| {
+                pieces.push(bytes.len());
+                all.extend_from_slice(bytes);
+                Ok(())
+            })
+            .unwrap();
+            assert!(pieces.len() >= 4 && pieces.iter().all(|bytes| *bytes <= format.size(most)), "{pieces:?}");
+            // A row's bytes are a function of the row alone.
+            for row in [0, 1, most / 64 - 1, most / 64, rows as usize - 1] {
+                let own = quantise(&tensor.narrow(0, row as i64, 1), format, Conversion::Same, "w").unwrap();
+                assert_eq!(all[order.stored(row) * format.size(64)..][..format.size(64)], own, "{} {row}", format.name);
+            }
+        }
+        let _ = half.get(most as i64 / 64 + 1).fill_(f64::NAN);
+        for format in ["Q8_0", "BF16"] {
+            let mut taken = 0;
+            let format = Quantisation::called(format);
+            let found = quantise_in_pieces(&half, format, Conversion::Same, "w", &mut |bytes| {
+                taken += bytes.len();
+                Ok(())
+            });
+            let error = found.unwrap_err().to_string();
+            assert!(error.contains("of its numbers"), "{error}");
+            assert!(taken <= format.size(most), "{taken}");
+        }
     }
 
     #[test]
