@@ -409,6 +409,9 @@ pub struct Combine {
     /// Replace the adapter that the folder holds
     #[arg(long)]
     pub overwrite: bool,
+    /// Print what was written as one JSON object: rank, modules, what splitting missed, notices
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `engraft extract`
@@ -527,6 +530,9 @@ pub struct Quantize {
     /// Number type that weights are read in, and that what is not quantised is stored in
     #[arg(long, value_name = "DTYPE", default_value = "bf16")]
     pub dtype: Dtype,
+    /// Print what was written as one JSON object: the scheme, and what quantising took away, weight by weight
+    #[arg(long)]
+    pub json: bool,
 }
 
 fn block_size(typed: &str) -> Result<u32, String> {

@@ -1459,6 +1459,16 @@ fn adapters_are_combined_taken_out_of_models_and_compared() {
         false
     ));
 
+    // What was written, for programs.
+    let said = |arguments: &[&str]| -> Value { serde_json::from_str(&bench.succeed(arguments)).unwrap() };
+    let facts = said(&["combine", "one/adapter", "two/adapter", "--out", "split", "--rank", "2", "--json"]);
+    assert_eq!(json!([facts["rank"], facts["by"], facts["weights"]]), json!([2, "svd", [1.0, 1.0]]), "{facts}");
+    assert_eq!(facts["modules"].as_array().unwrap().len(), 14, "{facts}");
+    assert!((0.01..1.0).contains(&facts["relative_error"].as_f64().unwrap()), "{facts}");
+    let facts = said(&["quantize", "--model", "base", "--out", "four", "--json"]);
+    assert_eq!(json!([facts["quantized"], facts["quantization"]["type"]]), json!([14, "nf4"]), "{facts}");
+    assert_eq!(facts["loss"]["tensors"].as_object().unwrap().len(), 14, "{facts}");
+
     // Out of the merged model comes the adapter that went into it.
     let said = bench.succeed(&[
         "extract",

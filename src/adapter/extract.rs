@@ -1,9 +1,8 @@
 //! The adapter that comes nearest to a fine-tuned model: of what each linear became, less what it was, the largest singular values
-//! and vectors. Eckart and Young (1936): no matrix of that rank is nearer.
+//! and vectors ([`super::singular`]).
 //!
-//! Weights are read linear by linear, both models' alike, so that memory peaks at one of them. The singular vectors come from the
-//! eigenvectors of the smaller of `D D^T` and `D^T D` in f64, which is as exact as a decomposition of D in fp32 and takes a fraction of
-//! its time; the error that is reported is measured on the factors as they are written.
+//! Weights are read linear by linear, the base's a piece at a time, so that memory peaks at one tensor in fp32 and what its decomposition
+//! takes; the error that is reported is measured on the factors as they are written.
 
 use std::collections::BTreeSet;
 
@@ -13,6 +12,7 @@ use tch::{Device, Kind, Tensor};
 use super::Update;
 use super::config::AdapterConfig;
 use super::saved::{self, Saved};
+use super::singular::Largest;
 use super::targets::{Selection, Target, condensed};
 use super::{layout, overview};
 use crate::model::sites::{Role, Site};
@@ -20,7 +20,7 @@ use crate::model::spec::Stored;
 use crate::model::{ModelSpec, Trained};
 use crate::recipe::AdapterRecipe;
 use crate::torch_ext::catching;
-use crate::weights::Checkpoint;
+use crate::weights::{Checkpoint, Pieces};
 use crate::{Error, Fault, Result};
 
 /// What is asked for.
@@ -104,7 +104,8 @@ pub fn extract(
     for (number, site) in sites.iter().enumerate() {
         let kept_whole = whole.saved.iter().any(|saved| saved.module == site.name);
         let is_the_embedding = site.role == Role::Head && spec.head.tied;
-        if !kept_whole && !is_the_embedding {
+        let other_rows = pair.other_rows(site);
+        if !kept_whole && !is_the_embedding && other_rows.is_none() {
             let found = catching(&site.name, || pair.update(site, i64::from(wish.rank)))?;
             match found {
                 None => report.unchanged += 1,
@@ -116,6 +117,7 @@ pub fn extract(
                 }
             }
         }
+        report.lost.extend(other_rows.filter(|_| !kept_whole && !is_the_embedding));
         progress(number as u64 + 1, sites.len() as u64);
     }
     if updates.is_empty() && whole.saved.is_empty() {
@@ -173,19 +175,21 @@ impl Pair<'_> {
         let r = rank.min(site.shape.0).min(site.shape.1);
         let mut factors: Vec<(Tensor, Tensor)> = Vec::new();
         let names = self.stored(site);
+        let transposed = matches!(site.role, Role::Experts { stored: Stored::Transposed { .. }, .. });
         for name in &names {
-            let [tuned, base] = [self.tuned, self.base].map(|from| from.tensor(name, Kind::Float, Device::Cpu));
-            let (tuned, base) = (self.alike(name, tuned?)?, base?);
-            let transposed = matches!(site.role, Role::Experts { stored: Stored::Transposed { .. }, .. });
-            let lying = |t: Tensor| if transposed { t.transpose(1, 2) } else { t };
-            let (tuned, base) = (lying(tuned), lying(base)); // (out, in) or (E, out, in)
-            let each = |t: &Tensor| if t.dim() == 3 { t.unbind(0) } else { vec![t.shallow_clone()] };
-            for (tuned, base) in each(&tuned).into_iter().zip(each(&base)) {
-                let difference = tuned - &base; // (out, in)
-                let (a, b) = nearest(&difference, r);
-                measured.weight += squares(&base);
-                measured.all += squares(&difference);
-                measured.missed += squares(&(difference - b.mm(&a)));
+            let (difference, weight) = self.difference(name)?;
+            measured.weight += weight;
+            let difference = if transposed { difference.transpose(1, 2) } else { difference }; // (out, in) or (E, out, in)
+            let each = if difference.dim() == 3 { difference.unbind(0) } else { vec![difference] };
+            for difference in each {
+                let (a, b) = match difference.any().int64_value(&[]) {
+                    // Most of a large model may be as it was.
+                    0 => (zeros([r, difference.size()[1]]), zeros([difference.size()[0], r])),
+                    _ => Largest::of(&difference, r).even(),
+                };
+                let (all, missed) = lengths(&difference, &a, &b);
+                measured.all += all;
+                measured.missed += missed;
                 factors.push((a, b));
             }
         }
@@ -212,14 +216,44 @@ impl Pair<'_> {
         site.parameters().iter().map(|path| self.spec.names.stored_as(path, has)).collect()
     }
 
-    /// A tensor of the tuned model, where it has the base's shape.
-    fn alike(&self, name: &str, tensor: Tensor) -> Result<Tensor> {
+    /// What a tensor of the tuned model is beyond that of the base, fp32, and the latter's length, squared.
+    fn difference(&self, name: &str) -> Result<(Tensor, f64)> {
+        let tuned = self.tuned.tensor(name, Kind::Float, Device::Cpu)?;
         let shape = self.base.shape(name).unwrap_or_default();
-        if tensor.size() == shape {
-            return Ok(tensor);
+        if tuned.size() != shape {
+            let what = format!("is {:?} in the fine-tuned model, {shape:?} in the base", tuned.size());
+            return Err(Error::Model(Fault::new(name, what).hint("name the base that the model was made of: --model")));
         }
-        let what = format!("is {:?} in the fine-tuned model, {shape:?} in the base", tensor.size());
-        Err(Error::Model(Fault::new(name, what).hint("name the base that the model was made of: --model")))
+        let (base, flat) = (self.base.pieces(name)?, tuned.view(-1));
+        let mut weight = 0.0;
+        for place in base.places() {
+            let piece = base.piece(place, Kind::Float)?;
+            weight += squares(&piece);
+            let _ = flat.narrow(0, place.0, place.1).g_sub_(&piece);
+        }
+        Ok((tuned, weight))
+    }
+
+    /// Whether a tensor that both have in one shape holds other numbers in each.
+    fn differs(&self, name: &str) -> Result<bool> {
+        let (tuned, base) = (self.tuned.pieces(name)?, self.base.pieces(name)?);
+        for place in base.places() {
+            if !tuned.piece(place, Kind::Double)?.equal(&base.piece(place, Kind::Double)?) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Why an adapter cannot hold what the head became: its rows are tokens, and the tuned model has others.
+    fn other_rows(&self, site: &Site) -> Option<String> {
+        let name = self.stored(site).into_iter().next().filter(|_| site.role == Role::Head)?;
+        let [tuned, base] = [self.tuned, self.base].map(|of| of.shape(&name));
+        let (tuned, base) = (tuned?, base?);
+        let rows = |shape: &[i64]| shape.first().copied().unwrap_or(0);
+        (tuned.get(1) == base.get(1) && rows(&tuned) != rows(&base)).then(|| {
+            format!("{name}: {} rows, of which the base has {}: an adapter adds none", rows(&tuned), rows(&base))
+        })
     }
 
     /// What became another beside linears' weights: names in the base's files.
@@ -233,11 +267,7 @@ impl Pair<'_> {
             let changed = match self.tuned.shape(name) {
                 None => false,
                 Some(shape) if Some(&shape) != self.base.shape(name).as_ref() => true,
-                Some(_) => {
-                    let kind = self.base.whole_kind(name).unwrap_or(Kind::Float);
-                    let [one, other] = [self.tuned, self.base].map(|from| from.tensor(name, kind, Device::Cpu));
-                    !one?.equal(&other?)
-                }
+                Some(_) => self.differs(name)?,
             };
             if changed {
                 others.push(name.to_string());
@@ -296,23 +326,21 @@ impl Pair<'_> {
     }
 }
 
-/// A (R, in) and B (out, R) of which the product comes nearest to `difference` (out, in), fp32; both of the same length.
-fn nearest(difference: &Tensor, r: i64) -> (Tensor, Tensor) {
-    let wide = difference.size()[0] <= difference.size()[1];
-    let whole = difference.to_kind(Kind::Double);
-    let square = if wide { whole.mm(&whole.tr()) } else { whole.tr().mm(&whole) };
-    let (values, vectors) = square.linalg_eigh("L"); // ascending
-    let count = values.size()[0];
-    let vectors = vectors.narrow(1, count - r, r).flip([1]); // (side, R)
-    let roots = values.narrow(0, count - r, r).flip([0]).clamp_min(0.0).sqrt().sqrt(); // (R): sqrt of singular values
-    // Where there is nothing left to hold, both are zero.
-    let over = roots.reciprocal().where_self(&roots.gt(0.0), &roots.zeros_like());
-    let (a, b) = match wide {
-        // vectors^T D is the singular values times the right vectors.
-        true => (vectors.tr().mm(&whole) * over.unsqueeze(1), &vectors * &roots),
-        false => (vectors.tr() * roots.unsqueeze(1), whole.mm(&vectors) * &over),
-    };
-    (a.to_kind(Kind::Float).contiguous(), b.to_kind(Kind::Float).contiguous())
+/// The squares of the lengths of a difference (out, in), and of what is missed of it by B A.
+fn lengths(difference: &Tensor, a: &Tensor, b: &Tensor) -> (f64, f64) {
+    let (rows, columns) = (difference.size()[0], difference.size()[1]);
+    let chunk = (Pieces::LENGTH / columns.max(1)).max(1);
+    let (mut all, mut missed) = (0.0, 0.0);
+    for start in (0..rows).step_by(chunk as usize) {
+        let part = |whole: &Tensor| whole.narrow(0, start, chunk.min(rows - start));
+        all += squares(&part(difference));
+        missed += squares(&(part(difference) - part(b).mm(a)));
+    }
+    (all, missed)
+}
+
+fn zeros(shape: [i64; 2]) -> Tensor {
+    Tensor::zeros(shape, (Kind::Float, Device::Cpu))
 }
 
 fn squares(tensor: &Tensor) -> f64 {

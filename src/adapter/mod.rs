@@ -14,6 +14,7 @@ pub mod numbers;
 pub mod plain;
 mod planned;
 pub mod saved;
+mod singular;
 mod spelling;
 pub mod targets;
 

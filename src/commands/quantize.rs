@@ -1,6 +1,9 @@
 //! `engraft quantize`: a base in four or eight bits.
 
+use std::io::Write;
 use std::path::Path;
+
+use serde_json::json;
 
 use super::console::{Console, Unit};
 use super::loading;
@@ -12,9 +15,9 @@ use crate::recipe::BaseSource;
 use crate::{Error, Fault, Result};
 
 /// Runs the verb: tensor by tensor from the base's files.
-pub fn run(arguments: &Quantize) -> Result<()> {
+pub fn run(arguments: &Quantize, out: &mut dyn Write) -> Result<()> {
     loading::use_cpu(None);
-    let console = Console::new(false);
+    let console = Console::new(arguments.json);
     loading::refuse_filled(&arguments.out, arguments.overwrite, "quantising")?;
     let base = |fault: Fault| Error::Model(Fault { place: "--model".into(), ..fault });
     let source = BaseSource::find(&arguments.model, arguments.revision.as_deref(), Path::new("")).map_err(base)?;
@@ -31,5 +34,17 @@ pub fn run(arguments: &Quantize) -> Result<()> {
     drop(stage);
     console.say(format_args!("wrote {}", arguments.out.display()));
     console.say(format_args!("{written}"));
+    if arguments.json {
+        let facts = json!({
+            "out": arguments.out,
+            "model": arguments.model,
+            "commit": checkpoint.commit,
+            "quantization": scheme.to_value(),
+            "quantized": written.quantised,
+            "experts": written.experts,
+            "loss": written.loss,
+        });
+        writeln!(out, "{facts}").map_err(|error| Error::Output(Fault::new("standard output", error)))?;
+    }
     Ok(())
 }

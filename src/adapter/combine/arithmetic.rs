@@ -1,7 +1,7 @@
 //! Weighted sums of tensors of which a part is dropped, as PEFT 0.21.2's `utils/merge_utils.py` computes them, operation by
-//! operation; and products split into factors again.
+//! operation.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::MajoritySign;
 
@@ -72,19 +72,4 @@ fn largest(tensor: &Tensor, density: f64) -> Tensor {
     let mut mask = Tensor::zeros([tensor.numel() as i64], (tensor.kind(), tensor.device()));
     let _ = mask.index_fill_(0, &places, 1.0);
     tensor * mask.view(&tensor.size()[..])
-}
-
-/// A (R, in) and B (out, R) of the `rank` largest singular values of `product` (out, in): A holds the right singular vectors, B the left
-/// ones times the values. Zeros where there are fewer.
-pub(super) fn split(product: &Tensor, rank: i64) -> (Tensor, Tensor) {
-    let (u, s, v) = product.svd(true, true);
-    let found = rank.min(s.size()[0]);
-    let b = u.narrow(1, 0, found) * s.narrow(0, 0, found); // (out, R)
-    let a = v.narrow(1, 0, found).tr(); // (R, in)
-    if found == rank {
-        return (a.contiguous(), b.contiguous());
-    }
-    let zeros = |shape: [i64; 2]| Tensor::zeros(shape, (Kind::Float, Device::Cpu));
-    let (rows, columns) = (product.size()[0], product.size()[1]);
-    (Tensor::cat(&[a, zeros([rank - found, columns])], 0), Tensor::cat(&[b, zeros([rows, rank - found])], 1))
 }

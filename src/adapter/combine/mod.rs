@@ -9,6 +9,7 @@
 //! root of the rank; here it is off.
 
 mod arithmetic;
+mod numbers;
 
 use std::collections::BTreeMap;
 
@@ -16,10 +17,12 @@ use sha2::{Digest, Sha256};
 use tch::Tensor;
 
 use self::arithmetic::{Pruning, Sum};
+pub use self::numbers::trained_on;
 use super::config::AdapterConfig;
+use super::singular::Largest;
 use super::{LoadedAdapter, Update};
 use crate::recipe::{InitLora, Targets};
-use crate::torch_ext::keep_mask;
+use crate::torch_ext::{catching, keep_mask};
 use crate::{Error, Fault, Result};
 
 /// How adapters are combined. Names are PEFT's.
@@ -117,14 +120,25 @@ impl Method {
     }
 }
 
-/// The adapters as one: its config, and its updates at scale 1, in the order of their modules.
+/// Several adapters as one.
+#[derive(Debug)]
+pub struct Combined {
+    /// What its config says.
+    pub config: AdapterConfig,
+    /// At scale 1, in the order of their modules.
+    pub updates: Vec<Update>,
+    /// Of sums that are split again, how far the factors are from them: `|D - B A| / |D|` of all modules together.
+    pub relative_error: Option<f64>,
+}
+
+/// The adapters as one. `progress` is called with modules done and in all.
 ///
 /// Errors, each naming the adapter: less than one adapter or another number of weights; a density or rank that is missing, or of no
 /// use, or out of range; DoRA, modules trained whole or adapted parameters (experts), which have no weighted sum in PEFT either;
 /// ranks that differ where factors are summed; modules whose shapes differ, as those of adapters for two bases do.
-pub fn combine(adapters: &[LoadedAdapter], how: &Combination) -> Result<(AdapterConfig, Vec<Update>)> {
+pub fn combine(adapters: &[LoadedAdapter], how: &Combination, progress: &dyn Fn(u64, u64)) -> Result<Combined> {
     let keep = |like: &Tensor, name: &str, density: f64| keep_mask(like, density, mask_seed(how.seed, name));
-    combined(adapters, how, &keep)
+    combined(adapters, how, &keep, progress)
 }
 
 /// [`combine`] with the masks of what is kept at random: 1 where a number stays, for the tensor `like` of that name.
@@ -132,7 +146,8 @@ fn combined(
     adapters: &[LoadedAdapter],
     how: &Combination,
     keep: &dyn Fn(&Tensor, &str, f64) -> Tensor,
-) -> Result<(AdapterConfig, Vec<Update>)> {
+    progress: &dyn Fn(u64, u64),
+) -> Result<Combined> {
     // As in PEFT: of one alone there is nothing to weigh against.
     let method = if adapters.len() == 1 { Method::Linear } else { how.method };
     prove(adapters, how, method)?;
@@ -150,7 +165,8 @@ fn combined(
         }
     }
     let density = how.density.unwrap_or(1.0);
-    let mut updates = Vec::with_capacity(modules.len());
+    let (mut updates, count) = (Vec::with_capacity(modules.len()), modules.len() as u64);
+    let (mut all, mut missed) = (0.0, 0.0);
     for (module, of_it) in modules {
         same_shapes(adapters, module, &of_it, method)?;
         let weighted: Vec<f64> = of_it.iter().map(|(index, update)| how.weights[*index] * update.scale).collect();
@@ -167,10 +183,24 @@ fn combined(
                 (Tensor::cat(&a, 0), Tensor::cat(&b, 1))
             }
             _ if method.splits() => {
-                let products: Vec<Tensor> =
-                    of_it.iter().map(|(_, update)| update.b.mm(&update.a) * update.scale).collect(); // (out, in)
-                let weights: Vec<f64> = of_it.iter().map(|(index, _)| how.weights[*index]).collect();
-                arithmetic::split(&sum(&products, &weights, "product"), i64::from(rank))
+                let largest = catching(module, || match method {
+                    // The sum of products is the product of the factors beside each other: nothing large is ever made.
+                    Method::Svd => {
+                        let a: Vec<&Tensor> = of_it.iter().map(|(_, update)| &update.a).collect();
+                        let b: Vec<Tensor> =
+                            of_it.iter().zip(&weighted).map(|((_, update), weight)| &update.b * *weight).collect();
+                        Ok(Largest::of_product(&Tensor::cat(&b, 1), &Tensor::cat(&a, 0), i64::from(rank)))
+                    }
+                    _ => {
+                        let products: Vec<Tensor> =
+                            of_it.iter().map(|(_, update)| update.b.mm(&update.a) * update.scale).collect(); // (out, in)
+                        let weights: Vec<f64> = of_it.iter().map(|(index, _)| how.weights[*index]).collect();
+                        Ok(Largest::of(&sum(&products, &weights, "product"), i64::from(rank)))
+                    }
+                })?;
+                all += largest.all;
+                missed += largest.missed;
+                largest.in_b()
             }
             _ => {
                 let of = |part: fn(&Update) -> &Tensor| -> Vec<Tensor> {
@@ -187,8 +217,10 @@ fn combined(
         };
         let update = Update { a, b, scale: 1.0, ..of_it[0].1.shallow_clone() };
         updates.push(super::plain::filled_up(&update, i64::from(rank)));
+        progress(updates.len() as u64, count);
     }
-    Ok((config(adapters, rank, &updates), updates))
+    let relative_error = method.splits().then(|| if all > 0.0 { (missed / all).sqrt() } else { 0.0 });
+    Ok(Combined { config: config(adapters, rank, &updates), updates, relative_error })
 }
 
 /// Refuses what has no weighted sum.

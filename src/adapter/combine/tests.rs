@@ -8,6 +8,7 @@ use super::*;
 use crate::weights::Checkpoint;
 
 const WEIGHTS: [f64; 3] = [0.7, -0.3, 0.5];
+const QUIET: &dyn Fn(u64, u64) = &|_, _| ();
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft")
@@ -60,7 +61,7 @@ fn every_kind_of_sum_is_pefts() {
     cases.push(("dare_linear_all".into(), Combination { density: Some(1.0), ..asked(DareLinear) }));
     let mut compared = 0;
     for (name, how) in cases {
-        let (config, updates) = combined(&adapters, &how, &fixed).unwrap();
+        let Combined { config, updates, relative_error } = combined(&adapters, &how, &fixed, QUIET).unwrap();
         assert_eq!(updates.len(), 21, "{name}");
         assert_eq!(config.lora_alpha, f64::from(config.r), "{name}");
         for update in &updates {
@@ -71,6 +72,7 @@ fn every_kind_of_sum_is_pefts() {
                 // Which of a pair of singular vectors is turned round is a matter of chance.
                 let worst = off(&update.b.mm(&update.a), &of("product"));
                 assert!(worst < 1e-5, "{name}: {module}: {worst}");
+                assert!(relative_error.is_some_and(|error| (0.0..1.0).contains(&error)), "{name}");
             } else {
                 for (ours, part) in [(&update.a, "lora_A"), (&update.b, "lora_B")] {
                     let worst = off(ours, &of(part));
@@ -88,7 +90,7 @@ fn what_is_kept_at_random_is_the_share_asked_for_and_a_function_of_the_seed() {
     let adapters = read(&["all-linear", "names", "layers"]);
     let with = |seed: u64| {
         let how = Combination { seed, density: Some(0.5), ..asked(Method::DareLinear) };
-        combine(&adapters, &how).unwrap().1
+        combine(&adapters, &how, QUIET).unwrap().updates
     };
     let same =
         |one: &[Update], other: &[Update]| one.iter().zip(other).all(|(a, b)| a.a.equal(&b.a) && a.b.equal(&b.b));
@@ -109,7 +111,8 @@ fn what_is_kept_at_random_is_the_share_asked_for_and_a_function_of_the_seed() {
 fn one_alone_comes_out_as_it_was_and_a_sum_is_read_again() {
     let adapters = read(&["patterns"]);
     let how = Combination { weights: vec![1.0], density: None, ..asked(Method::Svd) };
-    let (config, updates) = combine(&adapters, &how).unwrap();
+    let Combined { config, updates, relative_error } = combine(&adapters, &how, QUIET).unwrap();
+    assert_eq!(relative_error, None, "nothing is split");
     assert_eq!((config.r, config.use_rslora), (3, false));
     for (before, after) in adapters[0].updates.iter().zip(&updates) {
         let product = |update: &Update| update.b.mm(&update.a) * update.scale;
@@ -125,7 +128,7 @@ fn one_alone_comes_out_as_it_was_and_a_sum_is_read_again() {
 #[test]
 fn what_has_no_sum_is_refused_with_the_way_out() {
     let three = read(&["all-linear", "names", "layers"]);
-    let refused = |adapters: &[LoadedAdapter], how: Combination| combine(adapters, &how).unwrap_err();
+    let refused = |adapters: &[LoadedAdapter], how: Combination| combine(adapters, &how, QUIET).unwrap_err();
     for (how, part) in [
         (Combination { weights: vec![1.0], ..asked(Method::Linear) }, "1 weights for 3 adapters"),
         (Combination { weights: vec![1.0, f64::NAN, 1.0], ..asked(Method::Linear) }, "NaN"),
@@ -141,7 +144,7 @@ fn what_has_no_sum_is_refused_with_the_way_out() {
     let two = |method| Combination { weights: vec![1.0, 1.0], density: None, ..asked(method) };
     let error = refused(&mixed, two(Method::Linear)).to_string();
     assert!(error.contains("has rank 1") && error.contains("svd"), "{error}");
-    assert!(combine(&mixed, &two(Method::Cat)).is_ok() && combine(&mixed, &two(Method::Svd)).is_ok());
+    assert!(combine(&mixed, &two(Method::Cat), QUIET).is_ok() && combine(&mixed, &two(Method::Svd), QUIET).is_ok());
     // One of another base.
     let mut other = read(&["names", "names"]);
     other[1].updates[0].b = Tensor::zeros([10, 2], (Kind::Float, Device::Cpu));
@@ -150,4 +153,90 @@ fn what_has_no_sum_is_refused_with_the_way_out() {
     let mut dora = read(&["names", "names"]);
     dora[1].config.use_dora = true;
     assert!(refused(&dora, two(Method::Linear)).to_string().contains("DoRA"));
+}
+
+/// What a sum of a lower rank misses is measured without the sum being made: it must be what it is.
+#[test]
+fn what_splitting_misses_is_reported_and_how_far_it_is_too() {
+    let adapters = read(&["all-linear", "names"]);
+    let how = |method, rank| Combination { weights: vec![1.0, 0.5], rank, density: None, ..asked(method) };
+    let exact = combine(&adapters, &how(Method::Cat, None), QUIET).unwrap();
+    let told = std::cell::RefCell::new(Vec::new());
+    let progress = |done, total| told.borrow_mut().push((done, total));
+    let found = combine(&adapters, &how(Method::Svd, Some(1)), &progress).unwrap();
+    assert_eq!(told.borrow().len(), 21);
+    assert_eq!((told.borrow()[0], told.borrow()[20]), ((1, 21), (21, 21)));
+    let product = |update: &Update| update.b.mm(&update.a) * update.scale;
+    let squares = |tensor: Tensor| tensor.square().sum(Kind::Double).double_value(&[]);
+    let (mut all, mut missed) = (0.0, 0.0);
+    for (split, whole) in found.updates.iter().zip(&exact.updates) {
+        assert_eq!((split.rank(), &split.module), (1, &whole.module));
+        all += squares(product(whole));
+        missed += squares(product(whole) - product(split));
+    }
+    let expected = (missed / all).sqrt();
+    assert!(expected > 0.01 && (found.relative_error.unwrap() - expected).abs() < 1e-5, "{found:?}");
+}
+
+/// The sum goes with the numbers that all its adapters were trained on.
+#[test]
+fn a_sum_says_which_base_it_is_for_where_its_adapters_say_the_same() {
+    use crate::adapter::TrainedOn;
+    use crate::adapter::load::SCHEME;
+    use crate::quant::{Digest, Form, FourBitType, Layout, Products, Scheme};
+
+    let root = tempfile::tempdir().unwrap();
+    let nf4 = Form::FourBit { code: FourBitType::Nf4, block: 64, double_quant: true };
+    let of = |form, digests: &[(&str, i64)]| TrainedOn {
+        scheme: Scheme {
+            form,
+            kind: Kind::BFloat16,
+            skip: vec!["lm_head".into()],
+            products: Products::Dequantised,
+            after_start: false,
+        },
+        stored: None,
+        weights: digests
+            .iter()
+            .map(|(module, number)| ((*module).to_string(), Digest::default().of_expert(*number)))
+            .collect(),
+    };
+    let all = |on: &[Option<TrainedOn>]| -> Result<(Option<TrainedOn>, Option<String>)> {
+        let adapters: Vec<LoadedAdapter> = on
+            .iter()
+            .enumerate()
+            .map(|(number, on)| {
+                let folder = root.path().join(number.to_string());
+                let _ = std::fs::remove_dir_all(&folder);
+                std::fs::create_dir(&folder).unwrap();
+                if let Some(on) = on {
+                    std::fs::write(folder.join(SCHEME), on.to_json()).unwrap();
+                }
+                let mut adapter = LoadedAdapter::read(&fixtures().join("names")).unwrap();
+                adapter.folder = folder;
+                adapter
+            })
+            .collect();
+        trained_on(&adapters)
+    };
+    assert_eq!(all(&[None, None]).unwrap(), (None, None));
+    // One says nothing of k_proj, being of an earlier version or for other modules.
+    let found = all(&[Some(of(nf4, &[("q", 1)])), Some(of(nf4, &[("q", 1), ("k", 2)])), Some(of(nf4, &[]))]).unwrap();
+    assert_eq!(found, (Some(of(nf4, &[("q", 1), ("k", 2)])), None));
+    for (one, other, part) in [
+        (Some(of(nf4, &[])), None, "0 on its base quantised as nf4"),
+        (None, Some(of(nf4, &[])), "1 on its base quantised as nf4"),
+        (Some(of(nf4, &[])), Some(of(Form::Int8, &[])), "1 on its base quantised as int8"),
+        (Some(of(nf4, &[("q", 1)])), Some(of(nf4, &[("q", 2)])), "another q than"),
+    ] {
+        let (on, notice) = all(&[one, other]).unwrap();
+        let notice = notice.unwrap();
+        assert!(on.is_none() && notice.contains(part) && notice.contains("the base as it is"), "{notice}");
+    }
+    let stored = Form::Stored(Layout::Gptq);
+    let error = all(&[Some(of(stored, &[("q", 1)])), Some(of(stored, &[("q", 2)]))]).unwrap_err().to_string();
+    assert!(error.contains("another q than") && error.contains("combine adapters of the same base"), "{error}");
+    let mut after = of(nf4, &[]);
+    after.scheme.after_start = true;
+    assert!(all(&[None, Some(after)]).unwrap_err().to_string().contains("what was left of a base"));
 }

@@ -53,25 +53,6 @@ fn an_adapter_that_was_merged_is_found_again() {
     );
 }
 
-/// Eckart and Young: what is missed are the singular values that are left out.
-#[test]
-fn of_a_lower_rank_what_is_missed_are_the_smaller_singular_values() {
-    tch::manual_seed(3);
-    for shape in [[9i64, 14], [14, 9]] {
-        let difference = Tensor::randn(shape, (Kind::Float, Device::Cpu));
-        let (_, values, _) = difference.to_kind(Kind::Double).svd(true, true);
-        for r in [1i64, 4, 9] {
-            let (a, b) = nearest(&difference, r);
-            assert_eq!((a.size(), b.size()), (vec![r, shape[1]], vec![shape[0], r]));
-            let missed = squares(&(&difference - b.mm(&a)));
-            let expected = squares(&values.narrow(0, r, 9 - r));
-            assert!((missed - expected).abs() < 1e-5 * squares(&difference), "{shape:?}, {r}: {missed} and {expected}");
-        }
-        let (a, b) = nearest(&difference.zeros_like(), 2);
-        assert_eq!(squares(&a) + squares(&b), 0.0);
-    }
-}
-
 #[test]
 fn what_is_no_linear_is_reported_or_kept_whole() {
     let base = open(&fixtures().join("base-tied"));
@@ -117,4 +98,43 @@ fn another_model_and_the_base_itself_are_errors() {
     assert!(error.contains("no tensor differs"), "{error}");
     let error = extract(&untied, &tied, &spec, wish, QUIET).unwrap_err().to_string();
     assert!(error.contains("there is no tensor"), "{error}");
+}
+
+/// A head of its own that has more tokens than the base's: what its rows became is lost, and that is said; the rest is taken.
+#[test]
+fn of_a_model_with_more_tokens_the_linears_are_taken() {
+    let base = open(&fixtures().join("base-untied"));
+    let spec = families::spec(&base).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = base.config.clone();
+    config["vocab_size"] = (spec.vocab_size + 3).into();
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    let write = |columns: i64| {
+        let tensors: Vec<(String, Tensor)> = base
+            .names()
+            .into_iter()
+            .map(|name| {
+                let tensor = base.tensor(name, Kind::Float, Device::Cpu).unwrap();
+                let tensor = match name {
+                    "lm_head.weight" => tensor.constant_pad_nd([0, columns, 0, 3]),
+                    "model.embed_tokens.weight" => tensor.constant_pad_nd([0, 0, 0, 3]),
+                    name if name.contains("0.mlp.up") => tensor + 0.25,
+                    _ => tensor,
+                };
+                (name.to_string(), tensor)
+            })
+            .collect();
+        Tensor::write_safetensors(&tensors, folder.path().join("model.safetensors")).unwrap();
+        open(folder.path())
+    };
+    for save_others in [false, true] {
+        let found = extract(&write(0), &base, &spec, Wish { rank: 2, save_others }, QUIET).unwrap();
+        assert_eq!((found.updates.len(), found.saved.len()), (1, 0), "{:?}", found.report);
+        let lost = found.report.lost.join("; ");
+        assert!(lost.contains("lm_head.weight: 19 rows, of which the base has 16"), "{lost}");
+        assert!(lost.contains("model.embed_tokens.weight"), "{lost}");
+    }
+    // Of another width it is another model.
+    let error = extract(&write(1), &base, &spec, Wish { rank: 2, save_others: false }, QUIET).unwrap_err();
+    assert!(error.to_string().contains("lm_head.weight"), "{error}");
 }
