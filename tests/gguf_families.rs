@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use engraft::adapter::Learned;
-use engraft::export::gguf::{FileType, write_model};
+use engraft::export::gguf::{FileType, Texts, write_model};
 use engraft::model::{Decoder, Documents, Forward, families};
 use engraft::recipe::BaseSource;
 use engraft::weights::Checkpoint;
@@ -169,7 +169,8 @@ fn what_is_written_is_what_the_converter_writes() {
     for name in names() {
         let source = source(&name, &root.path().join(&name));
         let path = root.path().join(format!("{name}.gguf"));
-        write_model(&path, &source, Learned::default(), None, FileType::F32, &source.sidecars, &|_, _| ())
+        let texts = Texts { name: None, sidecars: &source.sidecars };
+        write_model(&path, &source, Learned::default(), None, FileType::F32, texts, &|_, _| ())
             .unwrap_or_else(|error| panic!("{name}: {error}"));
         let ours = Raw::read(&path);
         let theirs = Raw::read(&fixtures().join("gguf").join(format!("{name}.gguf")));
@@ -284,8 +285,8 @@ fn files_for_llama_cpp() {
     let updates = loaded.as_ref().map(|loaded| loaded.updates.as_slice()).unwrap_or_default();
     let write = |name: String, learned: Learned<'_>, file_type| {
         let start = std::time::Instant::now();
-        let notices =
-            write_model(&out.join(&name), &checkpoint, learned, None, file_type, &checkpoint.sidecars, &|_, _| ());
+        let texts = Texts { name: None, sidecars: &checkpoint.sidecars };
+        let notices = write_model(&out.join(&name), &checkpoint, learned, None, file_type, texts, &|_, _| ());
         println!("{name}: {:?} {:?}", start.elapsed(), notices.unwrap_or_else(|error| panic!("{error}")));
     };
     write("base-f32.gguf".into(), Learned::default(), FileType::F32);
@@ -294,7 +295,8 @@ fn files_for_llama_cpp() {
         write(format!("model-{file_type}.gguf"), updates.into(), *file_type);
     }
     if loaded.is_some() {
-        engraft::export::gguf::write_adapter(&out.join("adapter.gguf"), &checkpoint, updates, &|_, _| ()).unwrap();
+        engraft::export::gguf::write_adapter(&out.join("adapter.gguf"), None, &checkpoint, updates, &|_, _| ())
+            .unwrap();
     }
     let mut notices = Vec::new();
     let text = engraft::export::ollama::modelfile(

@@ -195,15 +195,17 @@ impl Served<'_> {
         merged::refuse_base(folder, checkpoint)?;
         let staging = Staging::create(folder, |name| is_ours(name, beside))?;
         let sidecars = sidecars(checkpoint, template);
+        let called = called(folder, choice);
         let name = if choice.merge { format!("model-{numbers}.gguf") } else { ADAPTER.to_string() };
         let path = staging.path().join(&name);
         let base = match choice.merge {
             true => {
-                notices.extend(gguf::write_model(&path, checkpoint, learned, onto, numbers, &sidecars, progress)?);
+                let texts = gguf::Texts { name: called.as_deref(), sidecars: &sidecars };
+                notices.extend(gguf::write_model(&path, checkpoint, learned, onto, numbers, texts, progress)?);
                 None
             }
             false => {
-                gguf::write_adapter(&path, checkpoint, learned.updates, progress)?;
+                gguf::write_adapter(&path, called.as_deref(), checkpoint, learned.updates, progress)?;
                 (choice.target == Target::Ollama).then(|| base_in_ollama(choice, checkpoint)).transpose()?
             }
         };
@@ -230,6 +232,13 @@ fn kind_of_card(choice: &ExportChoice) -> card::Kind {
         (target, false) if target.loads_gguf() => card::Kind::GgufAdapter,
         (_, false) => card::Kind::Adapter,
     }
+}
+
+/// What an export is called inside its file: as its folder, or where that is one of a run's exports, as the run.
+fn called(folder: &Path, choice: &ExportChoice) -> Option<String> {
+    let exports = folder.parent().filter(|parent| parent.ends_with("export") && folder.ends_with(choice.folder()));
+    let named = exports.and_then(Path::parent).unwrap_or(folder);
+    Some(named.file_name()?.to_str()?.to_string())
 }
 
 /// The file of an adapter for llama.cpp.

@@ -25,8 +25,8 @@ struct Pair {
     order: Conversion,
 }
 
-/// Writes an adapter as one GGUF file (fp32), whole or not at all. `checkpoint` is the base it was trained on; `progress` is called with
-/// bytes written so far and in all.
+/// Writes an adapter as one GGUF file (fp32), whole or not at all; it is called `name`, or without one as its base. `checkpoint` is the base
+/// it was trained on; `progress` is called with bytes written so far and in all.
 ///
 /// llama.cpp scales every update by `alpha` over its rank, so other scales (rank-stabilised ones, patterns) are folded into B. What was
 /// taken off the base before training is part of the update.
@@ -35,6 +35,7 @@ struct Pair {
 /// way out; [`Error::Output`] for a file that cannot be written.
 pub fn write_adapter(
     path: &Path,
+    name: Option<&str>,
     checkpoint: &Checkpoint,
     updates: &[Update],
     progress: &dyn Fn(u64, u64),
@@ -63,7 +64,7 @@ pub fn write_adapter(
             (pair.name.clone(), shape)
         })
         .collect();
-    let mut metadata = metadata::general(architecture, "adapter", checkpoint, metadata::size_label(&adapted));
+    let mut metadata = metadata::general(architecture, "adapter", name, checkpoint, metadata::size_label(&adapted));
     metadata.push(("adapter.type".into(), Value::Text("lora".into())));
     metadata.push(("adapter.lora.alpha".into(), Value::F32(alpha as f32)));
     metadata.extend(metadata::stored(super::FileType::F32));
@@ -141,18 +142,12 @@ pub fn read_adapter(path: &Path, checkpoint: &Checkpoint) -> Result<Vec<Update>>
         let gguf = tensor.strip_suffix(".lora_a").or_else(|| tensor.strip_suffix(".lora_b"))?;
         Some((gguf.to_string(), architecture.to_checkpoint(gguf)?))
     };
-    let file = AdapterFile::read(path, |tensor, shape| match linear(tensor) {
+    let file = AdapterFile::read(path, architecture.name, |tensor, shape| match linear(tensor) {
         Some((gguf, (_, rows))) if tensor.ends_with(".lora_b") && shape.len() == 2 => {
             tensors::order(architecture, &gguf, rows, shape[0], heads)
         }
         _ => Ok(Conversion::Same),
     })?;
-    if file.architecture != architecture.name {
-        return Err(fault(format!(
-            "is an adapter of a {}, but this base is a {}",
-            file.architecture, architecture.name
-        )));
-    }
     let mut factors: BTreeMap<String, [Option<Tensor>; 2]> = BTreeMap::new();
     for (tensor, numbers) in file.tensors {
         let Some((_, (name, _))) = linear(&tensor) else {
@@ -176,6 +171,9 @@ pub fn read_adapter(path: &Path, checkpoint: &Checkpoint) -> Result<Vec<Update>>
             return Err(fault(format!("{}: has one of its two factors", site.name)));
         };
         let rank = b.size().last().copied().unwrap_or(1);
+        if rank == 0 {
+            return Err(fault(format!("{}: has rank 0", site.name)));
+        }
         let scale = if file.alpha == 0.0 { 1.0 } else { file.alpha / rank as f64 };
         let update = Update { module: site.name, role: site.role, a, b, scale, lengths: None, taken: None };
         let shapes = (update.shape(), update.a.size().iter().rev().nth(1).copied());

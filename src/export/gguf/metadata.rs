@@ -6,6 +6,7 @@ use std::f64::consts::PI;
 use serde_json::Value as Json;
 
 use super::FileType;
+use crate::export::licence::Licence;
 use crate::model::ModelSpec;
 use crate::model::spec::{
     Attention, ExpertGateUp, Experts, FeedForward, GateUp, GroupedAttention, LayerSpec, Mask, Position, Residual, Rope,
@@ -18,28 +19,30 @@ use crate::{Error, Fault, Result};
 
 /// ggml's number for the layout of its blocks.
 const QUANTIZATION_VERSION: u32 = 2;
-/// A card's front matter is read no further than this.
-const MAX_CARD: u64 = 1 << 20;
 
-/// Keys of every file: what it is, what it is called, what it was made of. `kind` is `model` or `adapter`.
-pub(super) fn general(architecture: &Architecture, kind: &str, checkpoint: &Checkpoint, size_label: String) -> Pairs {
+/// Keys of every file: what it is, what it is called, what it was made of. `kind` is `model` or `adapter`; without a `name` it is called
+/// as its base.
+pub(super) fn general(
+    architecture: &Architecture,
+    kind: &str,
+    name: Option<&str>,
+    checkpoint: &Checkpoint,
+    size_label: String,
+) -> Pairs {
     let mut pairs = Pairs::new();
     let mut text = |key: &str, value: String| pairs.push((format!("general.{key}"), Written::Text(value)));
     text("architecture", architecture.name.into());
     text("type", kind.into());
-    let name = match &checkpoint.source {
-        BaseSource::Hub { id, .. } => id.rsplit('/').next().map(ToString::to_string),
-        BaseSource::Folder(path) => path.file_name().map(|name| name.to_string_lossy().into_owned()),
-        BaseSource::Gguf(path) => path.file_stem().map(|name| name.to_string_lossy().into_owned()),
-    }
-    .unwrap_or_else(|| architecture.name.into());
-    // llama.cpp tells Phi 3's tokens by this name.
-    text("name", name.clone());
+    let base = base_name(checkpoint).unwrap_or_else(|| architecture.name.into());
+    text("name", name.map_or_else(|| base.clone(), ToString::to_string));
     text("size_label", size_label);
-    if let Some(licence) = licence(checkpoint) {
-        text("license", licence);
+    let Licence { id, name, link, .. } = Licence::of(checkpoint);
+    for (key, said) in [("license", id), ("license.name", name), ("license.link", link)] {
+        if let Some(said) = said {
+            text(key, said);
+        }
     }
-    text("base_model.0.name", name);
+    text("base_model.0.name", base);
     if let BaseSource::Hub { id, .. } = &checkpoint.source {
         if let Some((owner, _)) = id.split_once('/') {
             text("base_model.0.organization", owner.into());
@@ -50,28 +53,36 @@ pub(super) fn general(architecture: &Architecture, kind: &str, checkpoint: &Chec
     pairs
 }
 
+/// What a base is called: the last part of where it is.
+pub(super) fn base_name(checkpoint: &Checkpoint) -> Option<String> {
+    match &checkpoint.source {
+        BaseSource::Hub { id, .. } => id.rsplit('/').next().map(ToString::to_string),
+        BaseSource::Folder(path) => path.file_name().map(|name| name.to_string_lossy().into_owned()),
+        BaseSource::Gguf(path) => path.file_stem().map(|name| name.to_string_lossy().into_owned()),
+    }
+}
+
+/// A name by which llama.cpp reads the tokenizer as it is: it passes over spaces behind added tokens where a model's name says that it is a
+/// Phi 3, and nowhere else (and refuses a model called so that lacks Phi 3's tokens).
+pub(super) fn named_for_llama_cpp(name: &str, passes_over_spaces: bool) -> String {
+    let said = |name: &str| ["phi-3", "phi3"].iter().find_map(|part| name.to_ascii_lowercase().find(part));
+    let mut name = name.to_string();
+    if passes_over_spaces && said(&name).is_none() {
+        name.push_str(" (Phi-3)");
+    }
+    while let Some(at) = said(&name).filter(|_| !passes_over_spaces) {
+        // `phi 3` is neither of them.
+        name.replace_range(at + 3..=at + 3, if name.as_bytes()[at + 3] == b'-' { " " } else { " 3" });
+    }
+    name
+}
+
 /// The keys that say how numbers are stored.
 pub(super) fn stored(file_type: FileType) -> Pairs {
     vec![
         ("general.file_type".into(), Written::U32(file_type.number())),
         ("general.quantization_version".into(), Written::U32(QUANTIZATION_VERSION)),
     ]
-}
-
-/// The licence that the card beside the base's files names.
-fn licence(checkpoint: &Checkpoint) -> Option<String> {
-    let card = checkpoint.files.first()?.parent()?.join("README.md");
-    let metadata = std::fs::metadata(&card).ok()?;
-    if !metadata.is_file() || metadata.len() > MAX_CARD {
-        return None;
-    }
-    let card = std::fs::read_to_string(card).ok()?;
-    let (front, _) = card.strip_prefix("---\n")?.split_once("\n---")?;
-    let front: Json = serde_yaml::from_str(front).ok()?;
-    let own = front["license"].as_str()?;
-    // "other" says that it is elsewhere.
-    let named = if own == "other" { front["license_name"].as_str().unwrap_or(own) } else { own };
-    Some(named.to_string())
 }
 
 /// How large the model is, as its name would say it: `8x7B`, `135M`. Source: `size_label` of llama.cpp's gguf package.
@@ -371,6 +382,20 @@ fn rotary(attention: &GroupedAttention, rope: &Rope, sliding: Option<&Rope>, set
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_says_phi_3_where_llama_cpp_must_read_it_and_nowhere_else() {
+        for (name, passed_over, kept) in [
+            ("run", true, "run (Phi-3)"),
+            ("Phi-3-mini", true, "Phi-3-mini"),
+            ("my-phi3.5", true, "my-phi3.5"),
+            ("run", false, "run"),
+            ("Phi-3 beside phi3", false, "Phi 3 beside phi 3"),
+            ("phi-4-mini", false, "phi-4-mini"),
+        ] {
+            assert_eq!(named_for_llama_cpp(name, passed_over), kept);
+        }
+    }
 
     #[test]
     fn sizes_are_rounded_as_llama_cpp_rounds_them() {

@@ -64,11 +64,20 @@ impl FileType {
     }
 }
 
+/// What a file holds beside numbers.
+#[derive(Debug, Clone, Copy)]
+pub struct Texts<'a> {
+    /// What the model is called; without it, as its base.
+    pub name: Option<&'a str>,
+    /// Tokenizer and chat template: [`super::sidecars`].
+    pub sidecars: &'a BTreeMap<String, Vec<u8>>,
+}
+
 /// Writes the merged model as one GGUF file, whole or not at all, with its tokenizer and chat template; gives what the user should know,
 /// in plain sentences. Memory peaks at one tensor (as it is stored, or fp32 where something is folded into it) and buffers.
 ///
-/// `onto` is how the base was quantised when the adapter was trained: the update is folded into those numbers. `sidecars` come from
-/// [`super::sidecars`]. `progress` is called with bytes written so far and in all.
+/// `onto` is how the base was quantised when the adapter was trained: the update is folded into those numbers. `progress` is called with
+/// bytes written so far and in all.
 ///
 /// Errors: a family llama.cpp does not know; a model it would compute otherwise; a tokenizer that GGUF has no name for; an update that
 /// does not fit the base; numbers that the type cannot hold; [`Error::Output`] for a file that cannot be written.
@@ -78,7 +87,7 @@ pub fn write_model(
     learned: Learned<'_>,
     onto: Option<&Scheme>,
     file_type: FileType,
-    sidecars: &BTreeMap<String, Vec<u8>>,
+    texts: Texts<'_>,
     progress: &dyn Fn(u64, u64),
 ) -> Result<Vec<String>> {
     let merging = Merging::new(path, checkpoint, learned, onto, exact_kind(checkpoint))?;
@@ -90,12 +99,16 @@ pub fn write_model(
     let targets = tensors::targets(&spec, architecture, heads, &stored, &derived, &mut notices)?;
     let shapes: Vec<_> = targets.iter().map(|target| (target.name.clone(), target.shape.clone())).collect();
 
-    let mut pairs = metadata::general(architecture, "model", checkpoint, metadata::size_label(&shapes));
+    let (tokenizer, passes_over) = vocabulary::pairs(texts.sidecars, spec.vocab_size, &mut notices)?;
+    let name = texts.name.map(ToString::to_string).or_else(|| metadata::base_name(checkpoint));
+    let name = name.map(|name| metadata::named_for_llama_cpp(&name, passes_over));
+    let mut pairs =
+        metadata::general(architecture, "model", name.as_deref(), checkpoint, metadata::size_label(&shapes));
     pairs.extend(settings);
     let shown = gguf::shown(path, &pairs, &shapes, &derived)?;
     proof::prove(path, &spec, architecture, &shown, &mut notices)?;
     pairs.extend(metadata::stored(file_type));
-    pairs.extend(vocabulary::pairs(sidecars, spec.vocab_size, &mut notices)?);
+    pairs.extend(tokenizer);
 
     let (formats, fallen_back) = mixture::formats(
         file_type,
@@ -205,5 +218,7 @@ fn kind_for(format: &Quantisation, order: Conversion) -> Kind {
     }
 }
 
+#[cfg(test)]
+mod golden;
 #[cfg(test)]
 mod tests;

@@ -12,12 +12,12 @@ use crate::export::{merged, sidecars};
 use crate::model::sites::Role;
 use crate::recipe::BaseSource;
 
-fn fixtures(name: &str) -> PathBuf {
+pub(super) fn fixtures(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
 
 /// A base of `tests/fixtures/peft`, with a tokenizer of as many tokens as it has.
-fn base(name: &str) -> Checkpoint {
+pub(super) fn base(name: &str) -> Checkpoint {
     let mut base = Checkpoint::open(&BaseSource::Folder(fixtures(&format!("peft/base-{name}")))).unwrap();
     let vocabulary: serde_json::Map<String, Json> =
         (0..16u8).map(|id| (char::from(b'a' + id).to_string(), json!(id))).collect();
@@ -31,7 +31,8 @@ fn base(name: &str) -> Checkpoint {
 }
 
 fn write(path: &Path, base: &Checkpoint, updates: &[Update], file_type: FileType) -> Result<Vec<String>> {
-    write_model(path, base, updates.into(), None, file_type, &sidecars(base, None), &|_, _| ())
+    let texts = Texts { name: None, sidecars: &sidecars(base, None) };
+    write_model(path, base, updates.into(), None, file_type, texts, &|_, _| ())
 }
 
 fn difference(a: &Tensor, b: &Tensor) -> f64 {
@@ -50,8 +51,8 @@ fn a_merged_model_in_gguf_is_the_merged_model() {
         let path = root.path().join(format!("model-{file_type}.gguf"));
         let progress = std::cell::RefCell::new(Vec::new());
         let count = |done, total| progress.borrow_mut().push((done, total));
-        let notices =
-            write_model(&path, &base, updates.into(), None, file_type, &sidecars(&base, None), &count).unwrap();
+        let texts = Texts { name: None, sidecars: &sidecars(&base, None) };
+        let notices = write_model(&path, &base, updates.into(), None, file_type, texts, &count).unwrap();
         assert!(notices.is_empty(), "{notices:?}");
         let total = progress.borrow().last().unwrap().1;
         assert_eq!(progress.borrow().last(), Some(&(total, total)));
@@ -202,7 +203,7 @@ fn an_adapter_in_gguf_is_the_adapter() {
     let base = base("tied");
     for name in ["all-linear-short", "names", "patterns"] {
         let loaded = LoadedAdapter::read(&fixtures(&format!("peft/{name}"))).unwrap();
-        write_adapter(&path, &base, &loaded.updates, &|_, _| ()).unwrap();
+        write_adapter(&path, None, &base, &loaded.updates, &|_, _| ()).unwrap();
         let found = read_adapter(&path, &base).unwrap();
         assert_eq!(found.len(), loaded.updates.len(), "{name}");
         for expected in &loaded.updates {
@@ -213,7 +214,7 @@ fn an_adapter_in_gguf_is_the_adapter() {
     }
     // Plain ones keep their numbers.
     let loaded = LoadedAdapter::read(&fixtures("peft/names")).unwrap();
-    write_adapter(&path, &base, &loaded.updates, &|_, _| ()).unwrap();
+    write_adapter(&path, None, &base, &loaded.updates, &|_, _| ()).unwrap();
     let found = read_adapter(&path, &base).unwrap();
     let [one, other] = [&found, &loaded.updates].map(|all| all.iter().find(|u| u.module.ends_with("q_proj")).unwrap());
     assert_eq!((&one.b, &one.a, one.scale), (&other.b, &other.a, other.scale));
@@ -238,15 +239,15 @@ fn an_adapters_rows_are_in_the_bases_order() {
     };
     let updates =
         [update("model.layers.0.self_attn.q_proj", &b), update("model.layers.0.self_attn.k_proj", &b.narrow(0, 0, 4))];
-    write_adapter(&path, &base, &updates, &|_, _| ()).unwrap();
-    let file = crate::weights::gguf::AdapterFile::read(&path, |_, _| Ok(Conversion::Same)).unwrap();
+    write_adapter(&path, None, &base, &updates, &|_, _| ()).unwrap();
+    let file = crate::weights::gguf::AdapterFile::read(&path, "llama", |_, _| Ok(Conversion::Same)).unwrap();
     let rows = |name: &str| {
         let tensor = &file.tensors.iter().find(|(known, _)| known == name).unwrap().1;
         Vec::<f32>::try_from(tensor.flatten(0, -1)).unwrap()
     };
     assert_eq!(rows("blk.0.attn_q.weight.lora_b"), [0., 2., 1., 3., 4., 6., 5., 7.]);
     assert_eq!(rows("blk.0.attn_k.weight.lora_b"), [0., 2., 1., 3.]);
-    assert_eq!((file.alpha, file.architecture.as_str()), (2.0, "llama"));
+    assert_eq!(file.alpha, 2.0);
 }
 
 #[test]
@@ -255,7 +256,7 @@ fn what_llama_cpp_cannot_add_at_run_time_is_to_be_merged() {
     let path = root.path().join("adapter.gguf");
     let loaded = LoadedAdapter::read(&fixtures("peft/names")).unwrap();
     let fault = |base: &Checkpoint, update: Update| {
-        let error = write_adapter(&path, base, &[update], &|_, _| ()).unwrap_err().to_string();
+        let error = write_adapter(&path, None, base, &[update], &|_, _| ()).unwrap_err().to_string();
         assert!(!path.exists());
         error
     };
@@ -272,5 +273,79 @@ fn what_llama_cpp_cannot_add_at_run_time_is_to_be_merged() {
     let b = Tensor::zeros([5, rank], (Kind::Float, Device::Cpu));
     let text = fault(&base("tied"), Update { b, ..first() });
     assert!(text.contains("but the adapter fits [5,"), "{text}");
-    assert!(write_adapter(&path, &base("tied"), &[], &|_, _| ()).unwrap_err().to_string().contains("holds no update"));
+    assert!(
+        write_adapter(&path, None, &base("tied"), &[], &|_, _| ()).unwrap_err().to_string().contains("holds no update")
+    );
+}
+
+/// An adapter's file as another program may write it.
+fn foreign(path: &Path, architecture: &str, alpha: Option<f32>, tensors: &[(&str, [i64; 2])]) {
+    let text = |key: &str, text: &str| (key.to_string(), gguf::Written::Text(text.into()));
+    let mut pairs: gguf::Pairs =
+        vec![text("general.architecture", architecture), text("general.type", "adapter"), text("adapter.type", "lora")];
+    pairs.extend(alpha.map(|alpha| ("adapter.lora.alpha".to_string(), gguf::Written::F32(alpha))));
+    let format = Quantisation::called("F32");
+    let described: Vec<Described> = tensors
+        .iter()
+        .map(|(name, shape)| Described { name: (*name).to_string(), shape: shape.to_vec(), format })
+        .collect();
+    gguf::write(path, &pairs, &described, |index, take| {
+        let count = described[index].shape.iter().product::<i64>();
+        (0..count).try_for_each(|number| take(&(number as f32).to_le_bytes()))
+    })
+    .unwrap();
+}
+
+#[test]
+fn adapters_of_other_programs_are_read_or_refused_with_what_is_wrong() {
+    let root = tempfile::tempdir().unwrap();
+    let path = root.path().join("adapter.gguf");
+    let base = base("tied");
+    let up = |end: &str| format!("blk.0.ffn_up.weight.{end}");
+    let (up_a, up_b) = (up("lora_a"), up("lora_b"));
+    let whole: &[(&str, [i64; 2])] = &[(&up_a, [2, 8]), (&up_b, [12, 2])];
+    // Without an alpha, or with 0, llama.cpp multiplies with nothing.
+    for (alpha, scale) in [(None, 1.0), (Some(0.0), 1.0), (Some(6.0), 3.0)] {
+        foreign(&path, "llama", alpha, whole);
+        let found = read_adapter(&path, &base).unwrap();
+        assert_eq!((found.len(), found[0].module.as_str()), (1, "model.layers.0.mlp.up_proj"));
+        assert_eq!((found[0].scale, found[0].rank()), (scale, 2), "{alpha:?}");
+        assert_eq!(found[0].b.get(11), Tensor::from_slice(&[22f32, 23.0]));
+    }
+    let refused = |part: &str| {
+        let error = read_adapter(&path, &base).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("adapter.gguf") && text.contains(part), "{part}: {text}");
+        assert_eq!(error.exit_code(), 5, "{text}");
+    };
+    // Cut in its numbers, in its header, in its first bytes.
+    let bytes = fs::read(&path).unwrap();
+    for length in [bytes.len() - 40, 200, 30, 4, 0] {
+        fs::write(&path, &bytes[..length]).unwrap();
+        refused("");
+    }
+    foreign(&path, "qwen2", None, whole);
+    refused("is an adapter of a qwen2, but this base is a llama");
+    foreign(&path, "llama", Some(f32::NAN), whole);
+    refused("adapter.lora.alpha");
+    for one in [&whole[..1], &whole[1..]] {
+        foreign(&path, "llama", None, one);
+        refused("model.layers.0.mlp.up_proj: has one of its two factors");
+    }
+    foreign(&path, "llama", None, &[(&up_a, [2, 8]), (&up_b, [12, 3])]);
+    refused("model.layers.0.mlp.up_proj: fits");
+    foreign(&path, "llama", None, &[(&up_a, [0, 8]), (&up_b, [12, 0])]);
+    refused("model.layers.0.mlp.up_proj: has rank 0");
+    foreign(&path, "llama", None, &[(&up_a, [2, 8]), (&up_b, [13, 2])]);
+    refused("fits (13, 8), but the base has (12, 8)");
+    foreign(&path, "llama", None, &[("blk.0.ffn_in.weight.lora_a", [2, 8])]);
+    refused("blk.0.ffn_in.weight.lora_a: no tensor of this name");
+    foreign(&path, "llama", None, &[("blk.9.ffn_up.weight.lora_a", [2, 8]), ("blk.9.ffn_up.weight.lora_b", [12, 2])]);
+    refused("1 of its updates fit no linear of this base, model.layers.9.mlp.up_proj.weight among them");
+    // Rows of queries that are no whole heads.
+    let query = |end: &str| format!("blk.0.attn_q.weight.{end}");
+    foreign(&path, "llama", None, &[(&query("lora_a"), [2, 8]), (&query("lora_b"), [7, 2])]);
+    refused("its 7 rows are not whole heads");
+    write(&path, &base, &[], FileType::F32).unwrap();
+    refused("is a model, not an adapter");
 }

@@ -20,8 +20,13 @@ struct Vocabulary {
     kinds: Vec<i32>,
 }
 
-/// The tokenizer's keys, for a model of so many `rows` (V). What GGUF cannot say exactly is said in `notices`.
-pub(super) fn pairs(sidecars: &BTreeMap<String, Vec<u8>>, rows: i64, notices: &mut Vec<String>) -> Result<Pairs> {
+/// The tokenizer's keys, for a model of so many `rows` (V), and whether llama.cpp is to pass over spaces behind added tokens, for which it
+/// has no key. What GGUF cannot say exactly is said in `notices`.
+pub(super) fn pairs(
+    sidecars: &BTreeMap<String, Vec<u8>>,
+    rows: i64,
+    notices: &mut Vec<String>,
+) -> Result<(Pairs, bool)> {
     let fault = |what: &str| Fault::new(FILE, what);
     let Some(bytes) = sidecars.get(FILE) else {
         let what = "there is none, and a GGUF file holds its model's tokenizer";
@@ -109,7 +114,27 @@ pub(super) fn pairs(sidecars: &BTreeMap<String, Vec<u8>>, rows: i64, notices: &m
     add("add_bos_token", Written::Bool(tokenizer.adds_bos()));
     add("add_eos_token", Written::Bool(adds_eos(&json, &tokenizer)));
     templates(&tokenizer, &mut pairs);
-    Ok(pairs)
+    Ok((pairs, passes_over_spaces(&json, &tokenizer, notices)))
+}
+
+/// Whether spaces behind added tokens are passed over, as llama.cpp does for Phi 3: behind all but a few.
+fn passes_over_spaces(json: &Json, tokenizer: &Tokenizer, notices: &mut Vec<String>) -> bool {
+    const NEVER: [&str; 3] = ["<unk>", "<s>", "<|endoftext|>"];
+    let added = || json["added_tokens"].as_array().into_iter().flatten();
+    let strips = |token: &Json| token["rstrip"] == true;
+    let count = |wrong: &dyn Fn(&Json) -> bool| added().filter(|token| wrong(token)).count();
+    let by_no_name = count(&strips);
+    let by_name = count(&|token| strips(token) == NEVER.iter().any(|never| token["content"] == *never));
+    // llama.cpp does not load a model called so that lacks one of these.
+    let is_phi = ["</s>"].iter().chain(&NEVER).all(|text| tokenizer.id(text).is_some());
+    let passes = is_phi && by_name < by_no_name;
+    let wrong = if passes { by_name } else { by_no_name };
+    if wrong > 0 {
+        notices.push(format!(
+            "spaces behind {wrong} of the tokenizer's added tokens are read otherwise by llama.cpp, which knows of no tokenizer that passes over them there"
+        ));
+    }
+    passes
 }
 
 /// The usual template, and others by their names.
@@ -318,7 +343,8 @@ mod tests {
         let mut files = sidecars(&byte_level(), &config);
         files.insert("generation_config.json".into(), br#"{"eos_token_id": [4, 3, 0]}"#.to_vec());
         let mut notices = Vec::new();
-        let pairs = pairs(&files, 8, &mut notices).unwrap();
+        let (pairs, passes_over) = pairs(&files, 8, &mut notices).unwrap();
+        assert!(!passes_over);
         let text = |text: &str| Some(Written::Text(text.into()));
         assert_eq!(value(&pairs, "ggml.model").cloned(), text("gpt2"));
         assert_eq!(value(&pairs, "ggml.pre").cloned(), text("gpt-2"));
@@ -337,6 +363,30 @@ mod tests {
         assert_eq!(value(&pairs, "ggml.add_eos_token"), Some(&Written::Bool(false)));
         assert_eq!(value(&pairs, "chat_template").cloned(), text("{{ messages }}"));
         assert_eq!(value(&pairs, "chat_template.tool_use").cloned(), text("{{ tools }}"));
+    }
+
+    /// llama.cpp has this for Phi 3's tokenizer alone.
+    #[test]
+    fn spaces_behind_added_tokens_are_passed_over_as_in_phi_3_or_it_is_said_that_they_are_not() {
+        let with = |tokens: &[(&str, bool)]| {
+            let mut json = byte_level();
+            json["post_processor"] = Json::Null;
+            json["added_tokens"] = tokens
+                .iter()
+                .zip(4..)
+                .map(|((text, strips), id)| {
+                    json!({"id": id, "content": text, "special": true, "normalized": false, "single_word": false, "lstrip": false, "rstrip": strips})
+                })
+                .collect();
+            let mut notices = Vec::new();
+            let (_, passes) = pairs(&sidecars(&json, &json!({})), 16, &mut notices).unwrap();
+            (passes, notices.len())
+        };
+        let phi = [("<unk>", false), ("<s>", false), ("</s>", true), ("<|endoftext|>", false), ("<|user|>", true)];
+        assert_eq!(with(&phi), (true, 0));
+        assert_eq!(with(&phi.map(|(text, _)| (text, false))), (false, 0));
+        assert_eq!(with(&[&phi[..], &[("<|end|>", false)]].concat()), (true, 1));
+        assert_eq!(with(&phi[1..]), (false, 1), "llama.cpp would not load it by that name");
     }
 
     #[test]
