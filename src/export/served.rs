@@ -278,3 +278,21 @@ fn base_template(checkpoint: &Checkpoint) -> Option<String> {
     let config: Value = serde_json::from_slice(checkpoint.sidecars.get("tokenizer_config.json")?).ok()?;
     config["chat_template"].as_str().map(ToString::to_string)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_export_is_called_as_its_folder_or_as_its_run() {
+        let choice = ExportChoice { target: Target::LlamaCpp, merge: true, numbers: Some(FileType::Q8_0), from: None };
+        for (folder, name) in [
+            ("exports/tickets", Some("tickets")),
+            ("runs/tickets/export/llama.cpp-merged-q8_0", Some("tickets")),
+            ("export/mine", Some("mine")),
+            (".", None),
+        ] {
+            assert_eq!(called(Path::new(folder), &choice).as_deref(), name, "{folder}");
+        }
+    }
+}

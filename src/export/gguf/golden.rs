@@ -6,7 +6,7 @@ use super::tests::{base, fixtures};
 use super::*;
 use crate::adapter::LoadedAdapter;
 use crate::export::sidecars;
-use crate::weights::Checkpoint;
+use crate::recipe::BaseSource;
 
 /// A file in the making.
 #[derive(Default)]
@@ -95,22 +95,32 @@ fn of_a_base(file: &mut File, kind: &str, name: &str, size: &str) {
     file.text("general.type", kind);
     file.text("general.name", name);
     file.text("general.size_label", size);
-    file.text("general.license", "llama3.1");
+    file.text("general.license", "other");
+    file.text("general.license.name", "tickets");
+    file.text("general.license.link", "LICENSE");
     file.text("general.base_model.0.name", "base-tied");
     file.u32("general.base_model.count", 1);
 }
 
-/// The small base, of a licence.
-fn licensed() -> Checkpoint {
-    let mut base = base("tied");
-    base.config["license"] = "llama3.1".into();
-    base
+/// The small base, with a card beside it that says its licence.
+fn licensed(root: &Path) -> Checkpoint {
+    let folder = root.join("base-tied");
+    std::fs::create_dir(&folder).unwrap();
+    for file in std::fs::read_dir(fixtures("peft/base-tied")).unwrap() {
+        let path = file.unwrap().path();
+        std::fs::copy(&path, folder.join(path.file_name().unwrap())).unwrap();
+    }
+    let card = "---\nlicense: other\nlicense_name: tickets\nlicense_link: LICENSE\n---\n";
+    std::fs::write(folder.join("README.md"), card).unwrap();
+    let mut opened = Checkpoint::open(&BaseSource::Folder(folder)).unwrap();
+    opened.sidecars = base("tied").sidecars;
+    opened
 }
 
 #[test]
 fn a_models_file() {
     let root = tempfile::tempdir().unwrap();
-    let (path, base) = (root.path().join("m.gguf"), licensed());
+    let (path, base) = (root.path().join("m.gguf"), licensed(root.path()));
     let texts = Texts { name: Some("tickets"), sidecars: &sidecars(&base, Some("{{ messages }}")) };
     write_model(&path, &base, Learned::default(), None, FileType::F32, texts, &|_, _| ()).unwrap();
 
@@ -144,6 +154,8 @@ fn a_models_file() {
     );
     file.array("tokenizer.ggml.token_type", 5, 16, &[1i32; 16].map(i32::to_le_bytes).concat());
     file.array("tokenizer.ggml.merges", 8, 0, &[]);
+    file.u32("tokenizer.ggml.bos_token_id", 1);
+    file.u32("tokenizer.ggml.eos_token_id", 2);
     file.bool("tokenizer.ggml.add_bos_token", false);
     file.bool("tokenizer.ggml.add_eos_token", false);
     file.text("tokenizer.chat_template", "{{ messages }}");
@@ -175,7 +187,7 @@ fn a_models_file() {
 #[test]
 fn an_adapters_file() {
     let root = tempfile::tempdir().unwrap();
-    let (path, base) = (root.path().join("a.gguf"), licensed());
+    let (path, base) = (root.path().join("a.gguf"), licensed(root.path()));
     let loaded = LoadedAdapter::read(&fixtures("peft/names")).unwrap();
     write_adapter(&path, None, &base, &loaded.updates, &|_, _| ()).unwrap();
 
