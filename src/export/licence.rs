@@ -25,7 +25,8 @@ pub struct Licence {
     pub restrictions: Vec<String>,
 }
 
-/// Licences by how their names begin, and what they ask of a fine-tuned model.
+/// Licences by how their names begin, longer beginnings before those that they begin with themselves, and what they ask of a
+/// fine-tuned model.
 const KNOWN: &[(&str, &[&str])] = &[
     ("apache-2.0", &[]),
     ("mit", &[]),
@@ -35,8 +36,12 @@ const KNOWN: &[(&str, &[&str])] = &[
         "cc-by-nc-sa",
         &["Not for commercial use.", "The author must be named.", "What is made of it must be under the same licence."],
     ),
-    ("cc-by-nc-nd", &["Not for commercial use.", "What is made of it must not be passed on."]),
+    (
+        "cc-by-nc-nd",
+        &["Not for commercial use.", "The author must be named.", "What is made of it must not be passed on."],
+    ),
     ("cc-by-nc", &["Not for commercial use.", "The author must be named."]),
+    ("cc-by-nd", &["The author must be named.", "What is made of it must not be passed on."]),
     ("cc-by-sa", &["The author must be named.", "What is made of it must be under the same licence."]),
     ("cc-by", &["The author must be named."]),
     (
@@ -75,7 +80,7 @@ const KNOWN: &[(&str, &[&str])] = &[
             "It must be said that files were changed.",
         ],
     ),
-    ("bigscience-", &["The use restrictions of its attachment must be passed on."]),
+    ("bigscience", &["The use restrictions of its attachment must be passed on."]),
     ("bigcode-openrail", &["The use restrictions of its attachment must be passed on."]),
     ("openrail", &["The use restrictions of its attachment must be passed on."]),
     ("creativeml-openrail", &["The use restrictions of its attachment must be passed on."]),
@@ -119,7 +124,9 @@ impl Licence {
 
 fn asks(id: Option<&str>) -> Vec<String> {
     let Some(id) = id else { return Vec::new() };
-    let known = KNOWN.iter().find(|(begin, _)| id.starts_with(begin));
+    // What follows is a version or a variant, not the rest of another word.
+    let goes_on = |rest: &str| !rest.starts_with(char::is_alphabetic);
+    let known = KNOWN.iter().find(|(begin, _)| id.strip_prefix(begin).is_some_and(goes_on));
     match known {
         Some((_, asks)) => asks.iter().map(|one| (*one).to_string()).collect(),
         None => vec!["What it asks is not known here: read its text before publishing.".into()],
@@ -157,6 +164,52 @@ mod tests {
         assert_eq!(Licence::in_card("---\nlicense: apache-2.0\n---\n").restrictions, [""; 0]);
         let free = Licence::in_card("---\nlicense: cc-by-nc-4.0\n---\n").restrictions;
         assert_eq!(free, ["Not for commercial use.", "The author must be named."]);
+    }
+
+    /// Names of the hub's list of licences that begin alike.
+    #[test]
+    fn names_that_begin_alike_ask_different_things() {
+        let (by, not_sold) = ("The author must be named.", "Not for commercial use.");
+        let alike = "What is made of it must be under the same licence.";
+        let kept = "What is made of it must not be passed on.";
+        let served = "What is made of it must be under the same licence, also where it is only served.";
+        let attachment = "The use restrictions of its attachment must be passed on.";
+        let cases: &[(&[&str], &[&str])] = &[
+            (&["cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0"], &[by]),
+            (&["cc-by-sa-3.0", "cc-by-sa-4.0"], &[by, alike]),
+            (&["cc-by-nd-4.0"], &[by, kept]),
+            (&["cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0"], &[not_sold, by]),
+            (&["cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0"], &[not_sold, by, alike]),
+            (&["cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0"], &[not_sold, by, kept]),
+            (&["gpl", "gpl-2.0", "gpl-3.0"], &[alike]),
+            (&["agpl-3.0"], &[served]),
+            (&["cc0-1.0", "mit", "apache-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear"], &[]),
+            (
+                &[
+                    "openrail",
+                    "openrail++",
+                    "bigscience-openrail-m",
+                    "bigscience-bloom-rail-1.0",
+                    "bigcode-openrail-m",
+                    "creativeml-openrail-m",
+                ],
+                &[attachment],
+            ),
+        ];
+        for (ids, expected) in cases {
+            ids.iter().for_each(|id| assert_eq!(asks(Some(id)), *expected, "{id}"));
+        }
+        for (id, part) in [
+            ("llama2", "other language models than Llama 2"),
+            ("llama3", "\"Built with Meta Llama 3\""),
+            ("llama3.3", "\"Llama 3\" (from 3.1 on"),
+            ("llama4", "begin with \"Llama\"."),
+        ] {
+            assert!(asks(Some(id)).iter().any(|one| one.contains(part)), "{id}");
+        }
+        for id in ["cc", "lgpl-3.0", "unknown", "mitre", "gemmatic"] {
+            assert!(asks(Some(id))[0].contains("is not known here"), "{id}");
+        }
     }
 
     #[test]
