@@ -29,8 +29,12 @@ pub enum Kind {
     Adapter,
     /// A whole model in transformers' layout, of a base and an adapter.
     Merged,
-    /// A whole model for llama.cpp.
+    /// A whole model for llama.cpp, of a base and what was trained.
     Gguf,
+    /// The base itself in transformers' layout, nothing trained.
+    Copy,
+    /// The base itself for llama.cpp, nothing trained.
+    GgufCopy,
     /// An adapter for llama.cpp.
     GgufAdapter,
     /// An adapter in mlx-lm's layout.
@@ -83,6 +87,8 @@ pub fn text(facts: &Facts<'_>) -> String {
         Kind::GgufAdapter => format!("An adapter for {base}, trained with engraft, as GGUF for llama.cpp."),
         Kind::Merged => format!("{base} with an adapter folded into it by engraft."),
         Kind::Gguf => format!("{base} with what engraft trained, as GGUF for llama.cpp and what is built on it."),
+        Kind::Copy => format!("{base}, as engraft wrote it out."),
+        Kind::GgufCopy => format!("{base}, as GGUF for llama.cpp and what is built on it."),
     });
     line(&usage(facts));
     if let Some(documentation) = facts.documentation {
@@ -111,15 +117,17 @@ fn metadata(facts: &Facts<'_>) -> String {
         lines.push(format!("base_model: {}", quoted(facts.base)));
         let relation = match facts.kind {
             Kind::Adapter | Kind::GgufAdapter | Kind::MlxAdapter => "adapter",
-            Kind::Merged => "merge",
-            Kind::Gguf => "quantized",
+            // The hub calls a merge what several models were made one; and a model that was trained is none of its base's
+            // quantisations, whatever its numbers are stored in.
+            Kind::Merged | Kind::Gguf => "finetune",
+            Kind::Copy | Kind::GgufCopy => "quantized",
         };
         lines.push(format!("base_model_relation: {relation}"));
     }
     lines.push(match facts.kind {
         Kind::Adapter => "library_name: peft".into(),
-        Kind::Merged => "library_name: transformers".into(),
-        Kind::Gguf | Kind::GgufAdapter => "library_name: gguf".into(),
+        Kind::Merged | Kind::Copy => "library_name: transformers".into(),
+        Kind::Gguf | Kind::GgufCopy | Kind::GgufAdapter => "library_name: gguf".into(),
         Kind::MlxAdapter => "library_name: mlx".into(),
     });
     lines.push("pipeline_tag: text-generation".into());
@@ -135,7 +143,9 @@ fn metadata(facts: &Facts<'_>) -> String {
     }
     lines.push("tags:".into());
     lines.push("- engraft".into());
-    lines.push("- lora".into());
+    if !matches!(facts.kind, Kind::Copy | Kind::GgufCopy) {
+        lines.push("- lora".into());
+    }
     if let Some(documentation) = facts.documentation
         && let Some(emissions) = &documentation.emissions
     {
@@ -157,10 +167,10 @@ fn usage(facts: &Facts<'_>) -> String {
             "\n```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n\
              model = AutoModelForCausalLM.from_pretrained({base})\nmodel = PeftModel.from_pretrained(model, \"path/to/this\")\n```\n"
         ),
-        Kind::Merged => "\n```python\nfrom transformers import pipeline\n\n\
+        Kind::Merged | Kind::Copy => "\n```python\nfrom transformers import pipeline\n\n\
              pipe = pipeline(\"text-generation\", \"path/to/this\")\n```\n"
             .into(),
-        Kind::Gguf => "\n```\nllama-server -m FILE.gguf\n```\n".into(),
+        Kind::Gguf | Kind::GgufCopy => "\n```\nllama-server -m FILE.gguf\n```\n".into(),
         Kind::GgufAdapter => "\n```\nllama-server -m BASE.gguf --lora adapter.gguf\n```\n".into(),
         Kind::MlxAdapter => format!("\n```\nmlx_lm.generate --model {base} --adapter-path path/to/this\n```\n"),
     }
@@ -463,7 +473,36 @@ mod tests {
         assert!(card.contains("Nothing was measured") && !card.contains(CURVE));
         assert!(card.contains(r"a\|b # heading \<script\>") && !card.contains("\n# heading"));
         let gguf = Facts { kind: Kind::Gguf, base: "owner/base", documentation: None, ..facts };
-        assert!(text(&gguf).contains("base_model_relation: quantized") && text(&gguf).contains("llama-server"));
+        assert!(text(&gguf).contains("base_model_relation: finetune") && text(&gguf).contains("llama-server"));
+    }
+
+    #[test]
+    fn the_hub_lists_a_trained_model_under_its_base_as_trained_and_a_copy_as_quantised() {
+        for (kind, relation) in [
+            (Kind::Adapter, "adapter"),
+            (Kind::GgufAdapter, "adapter"),
+            (Kind::MlxAdapter, "adapter"),
+            (Kind::Merged, "finetune"),
+            (Kind::Gguf, "finetune"),
+            (Kind::Copy, "quantized"),
+            (Kind::GgufCopy, "quantized"),
+        ] {
+            let facts = Facts {
+                name: "x",
+                kind,
+                base: "owner/base",
+                licence: &Licence::default(),
+                documentation: None,
+                recipe: None,
+                metrics: None,
+                train: &[],
+                drift: None,
+                curve: None,
+            };
+            let card = text(&facts);
+            assert!(card.contains(&format!("\nbase_model_relation: {relation}\n")), "{kind:?}: {card}");
+            assert_eq!(card.contains("\n- lora\n"), relation != "quantized", "{kind:?}");
+        }
     }
 
     #[test]

@@ -88,7 +88,7 @@ impl Served<'_> {
         answers: Option<(&Answers, &Encoder)>,
         facts: &card::Facts<'_>,
     ) -> Result<Beside> {
-        let facts = card::Facts { kind: kind_of_card(choice), ..*facts };
+        let facts = card::Facts { kind: kind_of_card(choice, self.learned), ..*facts };
         let mut beside = card::files(&facts);
         if let Some((answers, encoder)) = answers {
             let sidecars = sidecars(self.checkpoint, self.template);
@@ -224,8 +224,16 @@ impl Served<'_> {
     }
 }
 
-fn kind_of_card(choice: &ExportChoice) -> card::Kind {
+fn kind_of_card(choice: &ExportChoice, learned: Learned<'_>) -> card::Kind {
+    let nothing = learned.updates.is_empty() && learned.saved.is_empty();
     match (choice.target, choice.merge) {
+        (target, true) if nothing => {
+            if target.loads_gguf() {
+                card::Kind::GgufCopy
+            } else {
+                card::Kind::Copy
+            }
+        }
         (target, true) if target.loads_gguf() => card::Kind::Gguf,
         (_, true) => card::Kind::Merged,
         (Target::Mlx, false) => card::Kind::MlxAdapter,
