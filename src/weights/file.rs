@@ -13,6 +13,11 @@ use crate::{Error, Fault, Result};
 
 /// The SHA-256 of a file, as 64 lower-case hexadecimal digits. Uses the processor's SHA instructions where it has them.
 pub fn sha256_file(path: &Path) -> Result<String> {
+    sha256_file_told(path, &mut |_| ())
+}
+
+/// [`sha256_file`]; `more` is told again and again how many further bytes have been read.
+pub(crate) fn sha256_file_told(path: &Path, more: &mut dyn FnMut(u64)) -> Result<String> {
     let (mut file, _) = open(path)?;
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
@@ -24,6 +29,7 @@ pub fn sha256_file(path: &Path) -> Result<String> {
             Err(error) => return Err(unreadable(path, &error)),
         };
         hash.update(&buffer[..read]);
+        more(read as u64);
     }
     Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
@@ -44,7 +50,7 @@ pub(super) fn open(path: &Path) -> Result<(File, u64)> {
 }
 
 /// Reads a whole file of at most `limit` bytes.
-pub(super) fn read(path: &Path, limit: u64) -> Result<Vec<u8>> {
+pub(crate) fn read(path: &Path, limit: u64) -> Result<Vec<u8>> {
     let (file, length) = open(path)?;
     if length > limit {
         return Err(Error::Model(Fault::at(path, format_args!("is {length} bytes; at most {limit} are read"))));
@@ -136,6 +142,17 @@ mod tests {
         // FIPS 180-2, appendix B.1.
         let expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
         assert_eq!(sha256_file(&path).unwrap(), expected);
+    }
+
+    #[test]
+    fn hashing_says_how_far_it_is_within_a_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("long");
+        std::fs::write(&path, vec![7; (5 << 20) + 3]).unwrap();
+        let mut told = Vec::new();
+        assert_eq!(sha256_file_told(&path, &mut |more| told.push(more)).unwrap(), sha256_file(&path).unwrap());
+        assert_eq!(told.iter().sum::<u64>(), (5 << 20) + 3);
+        assert!(told.len() > 5, "{told:?}");
     }
 
     #[test]

@@ -27,8 +27,8 @@ use crate::recipe::BaseSource;
 use crate::{Error, Fault, Result};
 
 pub use compare::{Comparison, Difference};
-pub(crate) use file::json_object;
 pub use file::sha256_file;
+pub(crate) use file::{json_object, read, sha256_file_told};
 pub use hub::{Hub, Push};
 pub(crate) use pieces::Pieces;
 pub(crate) use quantised::prove_readable;
