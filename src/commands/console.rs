@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::error::printable;
+
 /// Quicker than this is not worth a word.
 const WORTH_SHOWING: Duration = Duration::from_millis(800);
 
@@ -29,11 +31,11 @@ impl Console {
         Self { quiet }
     }
 
-    /// A line for a person.
+    /// A line for a person, whatever files say in it.
     pub(super) fn say(&self, line: impl std::fmt::Display) {
         if !self.quiet {
             // A closed standard error is no reason to stop.
-            let _ = writeln!(std::io::stderr(), "{line}");
+            let _ = writeln!(std::io::stderr(), "{}", printable(&line.to_string()));
         }
     }
 

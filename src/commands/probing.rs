@@ -151,7 +151,7 @@ impl Begun {
 /// What two models of so many `numbers`, one after the other, are computed in within `free` bytes: fp32, or the number type of training.
 ///
 /// Errors: what is missing, in a sentence.
-fn computed_in(numbers: u64, free: Option<u64>, training: Kind) -> std::result::Result<Kind, String> {
+pub(super) fn computed_in(numbers: u64, free: Option<u64>, training: Kind) -> std::result::Result<Kind, String> {
     let bytes = |kind: Kind| kind.elt_size_in_bytes() as u64 * numbers;
     let Some(free) = free else { return Ok(Kind::Float) };
     [Kind::Float, training].into_iter().find(|kind| bytes(*kind) <= free).ok_or_else(|| {

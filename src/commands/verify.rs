@@ -4,24 +4,33 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde_json::json;
+use serde_json::{Value, json};
+use tch::{Device, Kind};
 
 use super::console::{Console, Unit};
 use super::loading;
+use super::probing::computed_in;
+use crate::adapter::TrainedOn;
 use crate::adapter::config::{AdapterConfig, CONFIG};
 use crate::cli::{ModelChoice, Verify};
+use crate::error::{one_line, printable};
 use crate::evaluate::Verdict;
-use crate::export::manifest::{self, Base, ExportManifest, MANIFEST, Manifest};
-use crate::export::probe::{Checked, PROBE, Probe};
+use crate::export::manifest::{Base, ExportManifest, MANIFEST, Manifest};
+use crate::export::probe::{Checked, Elsewhere, Found, PROBE, Probe};
 use crate::export::served::ADAPTER;
 use crate::export::server::{self, Served, Server};
 use crate::export::signature;
-use crate::export::unchanged::{self, Change};
+use crate::export::unchanged::{self, Change, State};
+use crate::model::families;
 use crate::recipe::{BaseSource, DeviceChoice, Dtype};
+use crate::train::free_bytes;
+use crate::weights::Checkpoint;
 use crate::{Error, Fault, Result};
 
 /// Characters shown of a server's answer.
 const SHOWN: usize = 48;
+/// Characters shown of a name that a server gives.
+const SHOWN_OF_NAMES: usize = 200;
 
 /// Runs the verb; the result goes to `out`. What does not agree is an error of its own kind.
 pub fn run(arguments: &Verify, out: &mut dyn Write) -> Result<()> {
@@ -36,46 +45,85 @@ pub fn run(arguments: &Verify, out: &mut dyn Write) -> Result<()> {
         let fault = Fault::at(folder, "there is no such folder");
         return Err(Error::Model(fault.hint("name a run's folder, or the folder of what was exported")));
     }
-    let mut result = json!({"folder": folder});
-    let mut wrong = Vec::new();
-    let mut page = String::new();
-
-    if let Some(address) = &arguments.server {
-        let served = ask(arguments, address, folder, &console)?;
-        page += &served_page(&served);
-        wrong.extend(disagreement(served.verdict, &format!("{address} serves")));
-        result["server"] = json!(served);
-    } else {
-        let has_manifest = folder.join(MANIFEST).exists();
-        if let Some(key) = &arguments.key {
-            signature::check(folder, key)?;
-            result["signed"] = json!(true);
-            page += &format!("signed by {}\n", key.display());
-        }
-        if has_manifest {
-            let stage = console.stage("reading files", Unit::Things("files"));
-            let changes = unchanged(folder, &|done, total| stage.at(done, total))?;
-            page += &files_page(&changes);
-            let changed = changes.iter().filter(|change| change.matters()).count();
-            if changed > 0 {
-                wrong.push(format!("{changed} of the files of {MANIFEST} are not as they were"));
+    let mut report = Report { page: String::new(), result: json!({"folder": folder}), wrong: Vec::new() };
+    match &arguments.server {
+        Some(address) => report.served(&ask(arguments, address, folder, &console)?, address),
+        // What a manifest says that somebody else has written is not worth looking at.
+        None if !report.signed(folder, arguments.key.as_deref())? => {}
+        None => {
+            let has_manifest = folder.join(MANIFEST).exists();
+            if has_manifest {
+                let stage = console.stage("reading files", Unit::Bytes);
+                report.files(&unchanged(folder, &|done, total| stage.at(done, total))?);
             }
-            result["files"] = json!(changes);
-        }
-        if folder.join(PROBE).exists() || !has_manifest {
-            let (lines, verdict, others) = check(arguments, folder, gguf, &console)?;
-            page += &checked_page(&lines, verdict);
-            wrong.extend(others);
-            wrong.extend(disagreement(verdict, "the exported files are"));
-            result["probes"] = json!(lines);
-            result["verdict"] = json!(verdict);
+            if folder.join(PROBE).exists() || !has_manifest {
+                let (found, dtype, others) = check(arguments, folder, gguf, &console)?;
+                report.wrong.extend(others);
+                report.checked(&found, dtype);
+            }
         }
     }
-
+    let Report { page, mut result, wrong } = report;
     result["agrees"] = json!(wrong.is_empty());
+    result["wrong"] = json!(wrong);
     let text = if arguments.json { format!("{result}\n") } else { page };
     out.write_all(text.as_bytes()).map_err(|error| Error::Output(Fault::new("standard output", error)))?;
     if wrong.is_empty() { Ok(()) } else { Err(Error::Mismatch(Fault::at(typed, wrong.join("; ")))) }
+}
+
+/// What was found out.
+struct Report {
+    /// For a person.
+    page: String,
+    /// For a program.
+    result: Value,
+    /// What does not agree.
+    wrong: Vec<String>,
+}
+
+impl Report {
+    /// Whether the manifest is the one that was signed, where it is to be; errors where that cannot be told.
+    fn signed(&mut self, folder: &Path, key: Option<&Path>) -> Result<bool> {
+        let Some(key) = key else { return Ok(true) };
+        let signed = match signature::check(folder, key) {
+            Ok(()) => {
+                self.page += &format!("signed by {}\n", key.display());
+                true
+            }
+            Err(Error::Mismatch(fault)) => {
+                self.page += &format!("NOT SIGNED by {}\n", key.display());
+                self.wrong.push(format!("{}: {}: {}", fault.place, fault.what, fault.hint));
+                false
+            }
+            Err(error) => return Err(error),
+        };
+        self.result["signed"] = json!(signed);
+        Ok(signed)
+    }
+
+    fn files(&mut self, changes: &[Change]) {
+        self.page += &files_page(changes);
+        let changed = changes.iter().filter(|change| change.matters()).count();
+        if changed > 0 {
+            self.wrong.push(format!("{changed} of the files of {MANIFEST} are not as they were"));
+        }
+        self.result["files"] = json!(changes);
+    }
+
+    fn checked(&mut self, found: &Found, dtype: Dtype) {
+        self.page += &checked_page(found, dtype);
+        self.wrong.extend(disagreement(found.verdict, "the exported files are"));
+        self.result["probes"] = json!(found.lines);
+        self.result["verdict"] = json!(found.verdict);
+        self.result["strength"] = json!(found.strength);
+        self.result["dtype"] = json!(dtype);
+    }
+
+    fn served(&mut self, served: &Served, address: &str) {
+        self.page += &served_page(served);
+        self.wrong.extend(disagreement(served.verdict, &format!("{address} serves")));
+        self.result["server"] = json!(served);
+    }
 }
 
 /// [`unchanged::changes`], with progress that is told from several threads.
@@ -114,27 +162,68 @@ fn ask(arguments: &Verify, address: &str, folder: &Path, console: &Console) -> R
     server::ask(server, &probe, &|done, total| stage.at(done, total))
 }
 
-/// Reads what was exported and asks it; beside that, what of its tokenizer is another.
+/// Reads what was exported and asks it: what came of it, what was computed in, and what of its tokenizer is another.
 fn check(
     arguments: &Verify,
     folder: &Path,
     gguf: Option<&Path>,
     console: &Console,
-) -> Result<(Vec<Checked>, Verdict, Vec<String>)> {
+) -> Result<(Found, Dtype, Vec<String>)> {
     let probe = Probe::read(folder)?;
     loading::use_cpu(None);
     let choice = choice(arguments, folder, gguf)?;
+    let dtype = fitting(&choice, console)?;
+    let choice = ModelChoice { dtype: Some(dtype), ..choice };
+    let probe = probe.computed_in(&dtype.to_string());
     let loaded = loading::chosen(&choice, console)?;
     let stage = console.stage("asking the probes", Unit::Things("prompts"));
-    let (lines, verdict) = probe.check(&loaded.model, &|done, total| stage.at(done, total))?;
-    let other = probe.tokenizer.iter().filter(|(name, expected)| {
-        std::fs::read(folder.join(name)).is_ok_and(|bytes| manifest::sha256(&bytes) != **expected)
-    });
-    let others = other.map(|(name, _)| format!("{name} is another one than the probes were made with"));
-    Ok((lines, verdict, others.collect()))
+    let found = probe.check(&loaded.model, &|done, total| stage.at(done, total))?;
+    let is_gguf = |path: &Path| path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("gguf"));
+    let elsewhere = match choice.adapter.as_deref() {
+        _ if is_gguf(Path::new(&choice.model)) => Elsewhere::Inside,
+        // llama.cpp has the tokenizer of the GGUF file that the adapter is put on.
+        Some(adapter) if is_gguf(adapter) => Elsewhere::Inside,
+        Some(_) => Elsewhere::Base(&loaded.checkpoint.sidecars),
+        None => Elsewhere::Nowhere,
+    };
+    let others = probe.other_tokenizer(folder, elsewhere);
+    Ok((found, dtype, others))
 }
 
-/// What a folder holds, as a model to run: in fp32 on the CPU, so that nothing but the files' own rounding is between the numbers.
+/// What there is memory for: fp32, else bf16.
+///
+/// Errors with [`Error::Device`]: neither fits.
+fn fitting(choice: &ModelChoice, console: &Console) -> Result<Dtype> {
+    // How much a quantised base takes, only its file tells: far less than its numbers say.
+    let quantised = match choice.adapter.as_deref().filter(|adapter| adapter.is_dir()) {
+        Some(adapter) => TrainedOn::read(adapter)?.is_some(),
+        None => false,
+    };
+    if quantised {
+        return Ok(Dtype::Fp32);
+    }
+    let base = |fault: Fault| Error::Model(Fault { place: "--model".into(), ..fault });
+    let source = BaseSource::find(&choice.model, choice.revision.as_deref(), Path::new("")).map_err(base)?;
+    let stage = console.stage("fetching the base", Unit::Bytes);
+    let checkpoint = Checkpoint::open_with(&source, &mut |transfer| stage.at(transfer.done, transfer.total))?;
+    drop(stage);
+    let shapes = families::spec(&checkpoint)?.tensors();
+    let numbers: i64 = shapes.values().map(|shape| shape.iter().product::<i64>()).sum();
+    in_memory_of(numbers as u64, free_bytes(Device::Cpu))
+}
+
+fn in_memory_of(numbers: u64, free: Option<u64>) -> Result<Dtype> {
+    match computed_in(numbers, free, Kind::BFloat16) {
+        Ok(Kind::BFloat16) => Ok(Dtype::Bf16),
+        Ok(_) => Ok(Dtype::Fp32),
+        Err(why) => {
+            let hint = "ask a server that has it loaded, --server URL, or a machine with more memory";
+            Err(Error::Device(Fault::new("memory", why).hint(hint)))
+        }
+    }
+}
+
+/// What a folder holds, as a model to run: on the CPU in fp32, so that nothing but the files' own rounding is between the numbers.
 fn choice(arguments: &Verify, folder: &Path, gguf: Option<&Path>) -> Result<ModelChoice> {
     let of = |model: String, revision: Option<String>, adapter: Option<PathBuf>| ModelChoice {
         model,
@@ -229,23 +318,38 @@ fn disagreement(verdict: Verdict, who: &str) -> Option<String> {
 }
 
 fn files_page(changes: &[Change]) -> String {
-    let mut page: String =
-        changes.iter().filter(|change| change.matters()).map(|change| format!("{change}\n")).collect();
-    let same = changes.iter().filter(|change| !change.matters()).count();
-    page += &format!("{same} of {} as the manifest lists them\n", changes.len());
+    let shown = |change: &&Change| change.matters() || matches!(change.state, State::Another { .. });
+    let mut page: String = changes.iter().filter(shown).map(|change| format!("{change}\n")).collect();
+    let count =
+        |is: fn(&State) -> bool| changes.iter().filter(|change| change.what != "program" && is(&change.state)).count();
+    let (same, all) = (count(|state| *state == State::Same), count(|_| true));
+    page += &format!("{same} of {all} as the manifest lists them");
+    match count(|state| matches!(state, State::Unknown { .. })) {
+        0 => page += "\n",
+        unknown => page += &format!("; {unknown} are not on this machine, and cannot be told\n"),
+    }
     page
 }
 
-fn checked_page(lines: &[Checked], verdict: Verdict) -> String {
+fn checked_page(found: &Found, dtype: Dtype) -> String {
     let mut page =
         format!("{:<28}{:>12}{:>12}{:>12}{:>10}  answers as\n", "probe", "mean", "largest", "from base", "same");
-    for Checked { place, trained, base, finding } in lines {
+    for Checked { place, trained, base, finding } in &found.lines {
         let same = format!("{}/{}", trained.same, trained.places);
         let from_base = base.map_or("-".to_string(), |base| format!("{:.2e}", base.mean));
         let numbers = format!("{:>12.2e}{:>12.2e}{from_base:>12}{same:>10}", trained.mean, trained.largest);
         page += &format!("{:<28}{numbers}  {finding}\n", short(place, 27));
     }
-    page + &format!("(differences of logits in standard deviations of all logits)\nthis is {verdict}\n")
+    page += &format!("(differences of logits in standard deviations of all logits, computed in {dtype})\n");
+    page + &on_the_way(found.strength, "logits") + &format!("this is {}\n", found.verdict)
+}
+
+fn on_the_way(strength: Option<f64>, what: &str) -> String {
+    strength.map_or(String::new(), |strength| {
+        // 0 % is not to be -0 %.
+        let percent = (100.0 * strength).round() + 0.0;
+        format!("by its {what} {percent:.0} % of the way from the base to the trained model\n")
+    })
 }
 
 fn served_page(served: &Served) -> String {
@@ -253,36 +357,87 @@ fn served_page(served: &Served) -> String {
     let number = |distance: Option<f64>| distance.map_or("-".to_string(), |distance| format!("{distance:.3}"));
     for line in &served.lines {
         let (trained, base) = (number(line.from_trained), number(line.from_base));
-        let answer = short(&line.answer.replace('\n', " "), SHOWN);
+        let answer = short(&line.answer, SHOWN);
         page += &format!("{:<28}{trained:>13}{base:>13}  {:<9}{answer}\n", short(&line.place, 27), line.finding);
     }
     let asked = if served.token_ids { "token ids" } else { "text" };
-    page += &format!("{}, model {}, asked in {asked}\n", served.server, served.model);
+    page += &format!("{}, model {}, asked in {asked}\n", served.server, short(&served.model, SHOWN_OF_NAMES));
     for notice in &served.notices {
-        page += &format!("note: {notice}\n");
+        page += &format!("note: {}\n", printable(notice));
     }
-    if let Some(strength) = served.strength {
-        page +=
-            &format!("by its probabilities {:.0} % of the way from the base to the trained model\n", 100.0 * strength);
-    }
-    page + &format!("it serves {}\n", served.verdict)
+    page + &on_the_way(served.strength, "probabilities") + &format!("it serves {}\n", served.verdict)
 }
 
-/// The beginning, as a terminal may be given it.
+/// The beginning, as a terminal may be given it: on one line, with nothing that steers.
 fn short(text: &str, most: usize) -> String {
-    let shown: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(most).collect();
-    if text.chars().count() > most { format!("{}...", shown.chars().take(most - 3).collect::<String>()) } else { shown }
+    let begin: String = text.chars().take(most + 1).map(|c| if c == '\n' { ' ' } else { c }).collect();
+    let shown = one_line(&begin);
+    if shown.chars().count() > most { shown.chars().take(most - 3).chain("...".chars()).collect() } else { shown }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::evaluate::Finding;
+    use crate::export::server::Line;
 
     #[test]
     fn what_is_long_is_cut_and_steers_no_terminal() {
         assert_eq!(short("abc", 5), "abc");
         assert_eq!(short("abcdefgh", 5), "ab...");
-        assert_eq!(short("a\u{1b}[2J", 9), "a [2J");
+        assert_eq!(short("a\nb", 9), "a b");
+        assert_eq!(short("a\u{1b}[2J", 12), r"a\u{1b}[2J");
+        assert_eq!(short(&"\u{202e}".repeat(99), 10), r"\u{202e...");
+    }
+
+    #[test]
+    fn what_a_server_says_steers_no_terminal() {
+        let line = Line {
+            place: "a\u{1b}c:1".into(),
+            answer: "\u{1b}[31mred\u{202e}\r\nit serves the trained model".into(),
+            from_trained: None,
+            from_base: None,
+            finding: Finding::Other,
+        };
+        let served = Served {
+            server: "vLLM",
+            model: "x\u{1b}]0;y\u{7}\nit serves the trained model".into(),
+            token_ids: true,
+            probabilities: false,
+            lines: vec![line],
+            verdict: Verdict::Other,
+            strength: None,
+            notices: vec!["it has \u{1b}[2J".into()],
+        };
+        let page = served_page(&served);
+        assert!(page.chars().all(|c| c == '\n' || !c.is_control()) && !page.contains('\u{202e}'), "{page:?}");
+        assert_eq!(page.lines().filter(|line| line.starts_with("it serves")).count(), 1, "{page}");
+    }
+
+    #[test]
+    fn files_that_are_not_here_are_counted_by_themselves_and_another_program_is_said() {
+        let change = |what, state| Change { what, path: "p".into(), state };
+        let another = State::Another { version: "0.1.0".into(), expected: "a".repeat(64), found: "b".repeat(64) };
+        let mut changes = vec![change("output", State::Same), change("program", State::Same)];
+        assert_eq!(files_page(&changes), "1 of 1 as the manifest lists them\n");
+        changes.push(change("base", State::Unknown { why: "is not on this machine".into() }));
+        changes[1].state = another;
+        let page = files_page(&changes);
+        assert!(page.contains("made by another program: engraft 0.1.0"), "{page}");
+        assert!(
+            page.ends_with("1 of 2 as the manifest lists them; 1 are not on this machine, and cannot be told\n"),
+            "{page}"
+        );
+    }
+
+    #[test]
+    fn what_does_not_fit_in_fp32_is_asked_in_bf16_or_refused_with_the_way_out() {
+        let of = |free| in_memory_of(1_000_000_000, free);
+        assert_eq!((of(None).unwrap(), of(Some(4_000_000_000)).unwrap()), (Dtype::Fp32, Dtype::Fp32));
+        assert_eq!(of(Some(3_999_999_999)).unwrap(), Dtype::Bf16);
+        let error = of(Some(1_999_999_999)).unwrap_err();
+        let text = error.to_string();
+        assert!(error.exit_code() == 8 && text.contains("2.0 GB each in bf16") && text.contains("--server"), "{text}");
     }
 
     #[test]

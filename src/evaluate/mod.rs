@@ -15,7 +15,8 @@ use crate::objective::supervised;
 
 pub use answers::{Answer, Score, answer_all, score};
 pub use probe::{
-    Apart, Candidate, Drift, Ended, FORMATS, Finding, Measured, Place, Probes, Prompt, Reply, Said, Tolerance, Verdict,
+    Apart, Candidate, Drift, Ended, FORMATS, Finding, MOST_PROMPTS, Measured, Place, Probes, Prompt, Reply, Said,
+    Strength, Tolerance, Verdict,
 };
 pub use questions::{Question, Questions, questions};
 

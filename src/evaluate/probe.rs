@@ -3,6 +3,7 @@
 //! One answers some prompts, always by the likeliest token; then both say what they think at every place of those answers.
 
 mod said;
+mod strength;
 mod tolerance;
 mod verdict;
 
@@ -19,6 +20,7 @@ use crate::quant::name_of;
 use crate::{Error, Fault, Result};
 
 pub use said::{Apart, Candidate, Ended, Place, Said};
+pub use strength::Strength;
 pub use tolerance::{FORMATS, Tolerance};
 pub use verdict::{Finding, Verdict};
 
@@ -36,8 +38,9 @@ const PROMPTS: [&str; 8] = [
 
 /// The longest answer, in tokens.
 const LONGEST: usize = 32;
-/// Most prompts, as the logits of all places are kept; and most bytes of their file.
-const MOST: usize = 64;
+/// Most prompts, as the logits of all places are kept.
+pub const MOST_PROMPTS: usize = 64;
+/// Most bytes of their file.
 const MOST_BYTES: u64 = 1 << 20;
 
 /// What is asked.
@@ -125,8 +128,9 @@ impl Probes {
             Ok(Prompt { place, ids })
         });
         let prompts = ids.collect::<Result<Vec<_>>>()?;
-        if prompts.is_empty() || prompts.len() > MOST {
-            let what = format!("holds {} prompts; one to a line and 1 to {MOST} of them are expected", prompts.len());
+        if prompts.is_empty() || prompts.len() > MOST_PROMPTS {
+            let what =
+                format!("holds {} prompts; one to a line and 1 to {MOST_PROMPTS} of them are expected", prompts.len());
             return Err(fault(what));
         }
         Ok(Self { prompts, stop })
@@ -135,7 +139,7 @@ impl Probes {
     /// Adds up to `count` rows of an eval set, evenly spread over it; those that leave no room for an answer are left out.
     pub fn add_rows(&mut self, rows: &[Question], count: usize, context: usize) {
         let fitting: Vec<&Question> = rows.iter().filter(|row| fits(&row.prompt, context)).collect();
-        let count = count.min(fitting.len()).min(MOST.saturating_sub(self.prompts.len()));
+        let count = count.min(fitting.len()).min(MOST_PROMPTS.saturating_sub(self.prompts.len()));
         let spread = (0..count).map(|i| fitting[i * fitting.len() / count]);
         self.prompts.extend(spread.map(|row| Prompt { place: row.place.clone(), ids: row.prompt.clone() }));
     }

@@ -93,10 +93,13 @@ impl Said {
         }
     }
 
-    /// How far `model` is from this: at the same places, behind the same tokens.
-    pub fn apart(&self, prompt: &[u32], model: &Decoder, tolerance: &Tolerance) -> Apart {
-        let ids = [prompt, &self.ids].concat();
-        let found = logits(model, &ids, self.places.len()); // (P, V)
+    /// Logits (P, V) of `model` at the places of this, behind the same tokens; fp32, on the CPU.
+    pub fn asked_of(&self, model: &Decoder, prompt: &[u32]) -> Tensor {
+        logits(model, &[prompt, &self.ids].concat(), self.places.len())
+    }
+
+    /// How far what was found at its places ([`Said::asked_of`]) is from this.
+    pub fn apart(&self, found: &Tensor, tolerance: &Tolerance) -> Apart {
         let (mut squares, mut largest, mut count, mut same) = (0.0, 0f64, 0, 0);
         let likeliest = Vec::<i64>::try_from(found.argmax(-1, false)).expect("a vector of i64");
         for (index, place) in self.places.iter().enumerate() {
@@ -112,6 +115,24 @@ impl Said {
             same += usize::from(place.allows(likeliest[index] as u32, tolerance));
         }
         Apart { mean: (squares / f64::from(count.max(1))).sqrt(), largest, places: self.places.len(), same }
+    }
+
+    /// How many tokens this and another answer begin with alike.
+    pub fn alike(&self, other: &Self) -> usize {
+        self.ids.iter().zip(&other.ids).take_while(|(one, other)| one == other).count()
+    }
+
+    /// Whether every number in it is one, and each place has logits that differ: what a broken model says is nothing to compare with.
+    pub fn is_sound(&self) -> bool {
+        let sound = |place: &Place| {
+            let numbers = place.top.iter().all(|one| one.logit.is_finite());
+            numbers
+                && !place.top.is_empty()
+                && place.log_sum.is_finite()
+                && place.spread.is_finite()
+                && place.spread > 0.0
+        };
+        self.places.len() == self.ids.len() + 1 && self.places.iter().all(sound)
     }
 }
 

@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::Serialize;
 
+use super::Strength;
+
 /// Which model one probe's answer is of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -69,6 +71,17 @@ impl Verdict {
             () if count(Finding::Trained) >= MOST * told => Self::Trained,
             () if count(Finding::Base) >= MOST * told => Self::Base,
             () => Self::Other,
+        }
+    }
+
+    /// This one, or where no probe by itself tells anything, what all their numbers together do.
+    #[must_use]
+    pub fn or_by(self, strength: &Strength) -> Self {
+        match (self, strength.finding()) {
+            (Self::CannotTell, Some(Finding::Trained)) => Self::Trained,
+            (Self::CannotTell, Some(Finding::Base)) => Self::Base,
+            (Self::CannotTell, Some(Finding::Other)) => Self::Other,
+            (told, _) => told,
         }
     }
 }
