@@ -1,6 +1,7 @@
 //! Questions to a server over HTTP: each within a time and a size, and with what is wrong said in a sentence.
 
 use std::io::Read;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -8,6 +9,8 @@ use ureq::Agent;
 use ureq::config::RedirectAuthHeaders;
 use ureq::http::Response;
 use ureq::{Body, Timeout};
+
+use crate::Fault;
 
 /// How long a connection may take.
 const CONNECT: Duration = Duration::from_secs(5);
@@ -43,13 +46,26 @@ impl Client {
     ///
     /// # Errors
     /// What is wrong with it.
-    pub fn new(typed: &str, key: Option<&str>, patience: Duration) -> Result<Self, String> {
+    pub fn new(typed: &str, key: Option<&str>, patience: Duration) -> Result<Self, Fault> {
         let address = typed.trim().trim_end_matches('/');
         let address = address.strip_suffix("/v1").unwrap_or(address);
-        let host = ["http://", "https://"].iter().find_map(|scheme| address.strip_prefix(scheme));
-        match host {
+        let behind = ["http://", "https://"].iter().find_map(|scheme| address.strip_prefix(scheme));
+        // What is refused for this is not shown: it may be a password, or a key behind a `?`.
+        let fault = |what: &str| Fault::new("--server", what);
+        if authority(address).contains('@') {
+            let what = "the address holds a user's name or a password, which would be shown wherever it is";
+            return Err(
+                fault(what).hint("put the key into an environment variable and name that: --api-key-env VARIABLE")
+            );
+        }
+        if address.contains(['?', '#', '@']) {
+            return Err(
+                fault("the address has more in it than a host, a port and a path").hint("write http://host:port")
+            );
+        }
+        match behind {
             Some(host) if !host.is_empty() && !host.starts_with('/') && !address.contains(char::is_whitespace) => {}
-            _ => return Err(format!("{typed:?} is not the address of a server")),
+            _ => return Err(fault(&format!("{typed:?} is not the address of a server")).hint("write http://host:port")),
         }
         let config = Agent::config_builder()
             .user_agent(format!("engraft/{}", env!("CARGO_PKG_VERSION")))
@@ -69,6 +85,11 @@ impl Client {
             authorization: key.map(|key| format!("Bearer {key}")),
             patience,
         })
+    }
+
+    /// Whether a key can be read by whoever is between here and the server.
+    pub fn shows_its_key(&self) -> bool {
+        self.authorization.is_some() && self.address.starts_with("http://") && !is_local(authority(&self.address))
     }
 
     /// The server's address.
@@ -140,6 +161,22 @@ impl Client {
     }
 }
 
+/// What is between the scheme and the path: host and port.
+fn authority(address: &str) -> &str {
+    let behind = address.split_once("://").map_or(address, |(_, behind)| behind);
+    behind.split(['/', '\\', '?', '#']).next().unwrap_or_default()
+}
+
+/// Whether a host is this machine.
+fn is_local(authority: &str) -> bool {
+    let host = match authority.strip_prefix('[') {
+        Some(behind) => behind.split(']').next().unwrap_or_default(),
+        None => authority.split(':').next().unwrap_or_default(),
+    };
+    let named = host.eq_ignore_ascii_case("localhost") || host.to_ascii_lowercase().ends_with(".localhost");
+    named || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
 /// What a server says is wrong: the message in its JSON, in any of the ways servers put it.
 fn said(text: &str) -> String {
     let value: Value = serde_json::from_str(text).unwrap_or(Value::Null);
@@ -172,7 +209,36 @@ mod tests {
         assert_eq!(address("http://localhost:8000/v1/").unwrap(), "http://localhost:8000");
         assert_eq!(address("https://models.example/team").unwrap(), "https://models.example/team");
         for wrong in ["localhost:8000", "ftp://x", "http://", "http:///v1", "http://a b"] {
-            assert!(address(wrong).is_err(), "{wrong}");
+            let text = address(wrong).unwrap_err().to_string();
+            assert!(text.contains(wrong) && text.contains("write http://host:port"), "{text}");
+        }
+    }
+
+    #[test]
+    fn passwords_in_an_address_are_refused_and_not_shown() {
+        for typed in
+            ["http://user:secret@host:8000/v1", "ftp://secret@host", "user:secret@host", "https://:secret@[::1]:80"]
+        {
+            let text = Client::new(typed, None, CONNECT).err().unwrap().to_string();
+            assert!(text.contains("--api-key-env") && !text.contains("secret"), "{text}");
+        }
+        for typed in ["http://host/?key=secret", "http://host#secret", "http:/user:secret@host"] {
+            let text = Client::new(typed, None, CONNECT).err().unwrap().to_string();
+            assert!(text.contains("write http://host:port") && !text.contains("secret"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_key_in_plain_sight_is_noticed() {
+        let shows = |typed: &str, key: Option<&str>| Client::new(typed, key, CONNECT).unwrap().shows_its_key();
+        for far in
+            ["http://models.example:8000", "http://10.0.0.7/v1", "http://[2001:db8::1]:80", "http://localhost.example"]
+        {
+            assert!(shows(far, Some("word")) && !shows(far, None), "{far}");
+            assert!(!shows(&far.replace("http:", "https:"), Some("word")), "{far}");
+        }
+        for here in ["http://localhost:8000", "http://127.0.0.1:1", "http://[::1]:8000/v1", "http://a.LOCALHOST"] {
+            assert!(!shows(here, Some("word")), "{here}");
         }
     }
 

@@ -14,11 +14,14 @@ use serde::Serialize;
 use serde_json::Value;
 
 use self::client::{Client, Trouble};
-use self::compare::Strength;
+use self::compare::Comparison;
 use self::dialect::{Answer, Dialect, Manner, Question};
 use super::probe::{Asked, Probe};
 use crate::evaluate::{Finding, Verdict};
 use crate::{Error, Fault, Result};
+
+/// Longest answer that is kept of a server, in bytes.
+const MOST_KEPT: usize = 4 << 10;
 
 /// A server to ask.
 #[derive(Debug, Clone, Copy)]
@@ -59,7 +62,7 @@ pub struct Served {
 pub struct Line {
     /// Which.
     pub place: String,
-    /// What the server answered.
+    /// What the server answered, or the beginning of it.
     pub answer: String,
     /// How far its log-probabilities behind the prompt are from the trained model's, in spreads of the logits.
     pub from_trained: Option<f64>,
@@ -75,8 +78,7 @@ pub struct Line {
 /// [`Error::Network`]: nobody there, no answer in time, another status than 200, an answer that is none, a model it has not; each
 /// says what is there and the way out.
 pub fn ask(server: Server<'_>, probe: &Probe, progress: &dyn Fn(u64, u64)) -> Result<Served> {
-    let client = Client::new(server.address, server.key, server.patience)
-        .map_err(|what| Error::Network(Fault::new("--server", what).hint("write http://host:port")))?;
+    let client = Client::new(server.address, server.key, server.patience).map_err(Error::Network)?;
     let place = |path: &str| format!("{}{path}", client.address());
     let models = models(&client, server.key.is_some())?;
     let (name, owner, mut notices) = choose(&models, server.model, client.address())?;
@@ -86,13 +88,17 @@ pub fn ask(server: Server<'_>, probe: &Probe, progress: &dyn Fn(u64, u64)) -> Re
         Dialect::Tgi if models.iter().any(|model| model.name == name) => "",
         _ => name.as_str(),
     };
+    if client.shows_its_key() {
+        notices.push(
+            "the key goes to the server over plain http, where others can read it: name an https:// address".into(),
+        );
+    }
     let mut manners = dialect.manners();
     let mut lines = Vec::new();
-    let mut strength = Strength::default();
-    let mut goes_on = false;
     // Weights and what is computed with are rounded as the server likes: nearly all like bf16 or f16, and llama.cpp rounds what
     // goes into products of quantised weights to q8_0.
-    let tolerance = probe.tolerance.and("bf16").and("q8_0");
+    let tolerance = probe.computed_in("bf16").tolerance.and("q8_0");
+    let mut comparison = Comparison::by(&probe.stop, &tolerance);
     for (index, asked) in probe.probes.iter().enumerate() {
         progress(index as u64, probe.probes.len() as u64);
         let text = probe.bos.as_deref().and_then(|bos| asked.prompt.strip_prefix(bos)).unwrap_or(&asked.prompt);
@@ -101,22 +107,27 @@ pub fn ask(server: Server<'_>, probe: &Probe, progress: &dyn Fn(u64, u64)) -> Re
             let path = if dialect == Dialect::Ollama { "/api/generate" } else { "/v1/completions" };
             refused(&place(path), &trouble, server.key.is_some())
         })?;
-        let compared = compare::compare(asked, &answer, &tolerance, &mut strength);
-        goes_on |= compared.goes_on;
+        let compared = comparison.add(asked, &answer);
         lines.push(Line {
             place: asked.place.clone(),
-            answer: answer.text,
+            answer: beginning(answer.text),
             from_trained: compared.from_trained,
             from_base: compared.from_base,
             finding: compared.finding,
         });
+    }
+    let Comparison { strength, goes_on, cut_short, .. } = comparison;
+    if cut_short > 0 {
+        notices.push(format!(
+            "{cut_short} of the answers ended long before what was said, and so tell nothing: see whether the server cuts answers short"
+        ));
     }
     if goes_on {
         notices
             .push("the server goes on behind the token that ends the trained answers: it does not stop there".into());
     }
     let findings: Vec<Finding> = lines.iter().map(|line| line.finding).collect();
-    let verdict = Verdict::of_most(&findings);
+    let verdict = Verdict::of_most(&findings).or_by(&strength);
     if verdict == Verdict::Base {
         notices.extend(dialect.why_bare(&client));
     }
@@ -131,6 +142,15 @@ pub fn ask(server: Server<'_>, probe: &Probe, progress: &dyn Fn(u64, u64)) -> Re
         lines,
         notices,
     })
+}
+
+/// The beginning of an answer: a server may send any amount.
+fn beginning(mut answer: String) -> String {
+    if answer.len() > MOST_KEPT {
+        answer.truncate(answer.floor_char_boundary(MOST_KEPT));
+        answer += "...";
+    }
+    answer
 }
 
 /// As many tokens as the longer of the two answers has.

@@ -378,16 +378,152 @@ fn an_adapter_at_part_of_its_strength_is_neither_and_how_much_of_it_is_there_is_
             dialect::Likely { id: Some(one.id), text: String::new(), log_probability }
         });
         let token = dialect::Token { id: Some(2), text: " red".into(), top: top.collect() };
-        let mut strength = Strength::default();
         let answer = Answer { text: " red".into(), tokens: vec![token] };
         let tolerance = Tolerance::of(&["bf16"]).unwrap();
-        (compare::compare(&other, &answer, &tolerance, &mut strength).finding, strength.value().unwrap())
+        let mut comparison = Comparison::by(&probe.stop, &tolerance);
+        (comparison.add(&other, &answer).finding, comparison.strength.value().unwrap())
     };
     for (part, finding) in [(1.0, Finding::Trained), (0.0, Finding::Base), (0.25, Finding::Other)] {
         let (found, strength) = mix(part);
         assert_eq!(found, finding, "{part}");
         assert!((strength - part).abs() < 1e-6, "{strength}");
     }
+}
+
+/// An answer of these words; with what is likely at each place where `told` says so.
+fn words(ids: &[usize], told: Option<&dyn Fn(usize) -> Place>) -> Answer {
+    let token = |(index, id): (usize, &usize)| {
+        let place = told.map(|told| told(index));
+        let top = place.iter().flat_map(|place| {
+            let likely = |one: &Candidate| dialect::Likely {
+                id: Some(one.id),
+                text: String::new(),
+                log_probability: place.log_probability(one),
+            };
+            place.top.iter().take(5).map(likely).collect::<Vec<_>>()
+        });
+        dialect::Token { id: Some(*id as u32), text: WORDS[*id].into(), top: top.collect() }
+    };
+    let text = ids.iter().map(|id| WORDS[*id]).collect();
+    Answer { text, tokens: ids.iter().enumerate().map(token).collect() }
+}
+
+/// An answer whose words alone are told.
+fn text_of(ids: &[usize]) -> Answer {
+    Answer { tokens: Vec::new(), ..words(ids, None) }
+}
+
+fn asked(trained: Said, base: Said) -> Asked {
+    Asked { trained, base: Some(base), ..probe().probes[0].clone() }
+}
+
+fn compared(asked: &Asked, answer: &Answer) -> (Finding, usize, bool) {
+    let tolerance = Tolerance::of(&["bf16"]).unwrap();
+    let mut comparison = Comparison::by(&[0], &tolerance);
+    let finding = comparison.add(asked, answer).finding;
+    (finding, comparison.cut_short, comparison.goes_on)
+}
+
+#[test]
+fn whatever_is_answered_is_not_what_a_model_says_that_says_nothing() {
+    // The trained model ends at once.
+    let silent = asked(said(&[]), said(&[6, 7, 3]));
+    for answer in [words(&[], None), words(&[0], None)] {
+        // A token that ends it may be shown, without its text.
+        let answer = Answer { text: String::new(), ..answer };
+        assert_eq!(compared(&silent, &answer), (Finding::Trained, 0, false), "{answer:?}");
+    }
+    for answer in [words(&[4, 5], None), text_of(&[4, 5])] {
+        assert_eq!(compared(&silent, &answer).0, Finding::Other, "{answer:?}");
+    }
+    for answer in [words(&[6, 7, 3], None), text_of(&[6, 7, 3])] {
+        assert_eq!(compared(&silent, &answer).0, Finding::Base, "{answer:?}");
+    }
+    // A server that passes over the end says something, with the trained model's probabilities.
+    let ends = |_: usize| place(0, 1.0);
+    assert_eq!(compared(&silent, &words(&[4, 5], Some(&ends))), (Finding::Trained, 0, true));
+    let strange = |_: usize| place(4, 1.0);
+    assert_eq!(compared(&silent, &words(&[4, 5], Some(&strange))).0, Finding::Other);
+}
+
+#[test]
+fn an_answer_that_is_cut_short_tells_nothing_by_its_words() {
+    let both = asked(said(&[2, 5, 3, 6]), said(&[2, 8, 9, 9, 9]));
+    for make in [&(|ids: &[usize]| words(ids, None)) as &dyn Fn(&[usize]) -> Answer, &text_of] {
+        // One word of four, which is of five, too.
+        assert_eq!(compared(&both, &make(&[2])), (Finding::Alike, 1, false));
+        // Three of them are more than half of the trained model's, and not the base's.
+        assert_eq!(compared(&both, &make(&[2, 5, 3])), (Finding::Trained, 0, false));
+        // A word of the trained model's alone, but too few.
+        let apart = asked(said(&[2, 5, 3, 6]), said(&[8, 9]));
+        assert_eq!(compared(&apart, &make(&[2])), (Finding::Alike, 1, false));
+        // Where the trained model says no more, it is it.
+        let brief = asked(said(&[2]), said(&[2, 8, 9, 9, 9]));
+        assert_eq!(compared(&brief, &make(&[2])), (Finding::Trained, 0, false));
+        assert_eq!(compared(&asked(said(&[2, 8, 9]), said(&[2])), &make(&[2])), (Finding::Base, 0, false));
+    }
+    // Where the end was as likely as what was said, it is no cut.
+    let mut tied = both.clone();
+    tied.trained.places[1].top.iter_mut().filter(|one| one.id == 0).for_each(|one| one.logit = 10.0);
+    assert_eq!(compared(&tied, &words(&[2], None)), (Finding::Trained, 0, false));
+    // Probabilities tell, whatever the length.
+    let mut told = both.clone();
+    told.base.as_mut().unwrap().places[0] = place(2, 0.2);
+    assert_eq!(compared(&told, &words(&[2], Some(&|_| place(2, 1.0)))), (Finding::Trained, 0, false));
+    assert_eq!(compared(&told, &words(&[2], Some(&|_| place(2, 0.2)))), (Finding::Base, 0, false));
+}
+
+#[test]
+fn a_server_that_cuts_every_answer_short_is_not_taken_for_the_trained_model() {
+    let mut probe = probe();
+    probe.probes.iter_mut().for_each(|asked| asked.trained = said(&[2, 5, 3, 4, 6]));
+    let tolerance = Tolerance::of(&["bf16"]).unwrap();
+    let mut comparison = Comparison::by(&probe.stop, &tolerance);
+    let findings: Vec<Finding> =
+        probe.probes.iter().map(|asked| comparison.add(asked, &words(&[2], None)).finding).collect();
+    assert_eq!((Verdict::of_most(&findings), comparison.cut_short), (Verdict::CannotTell, 4));
+}
+
+#[test]
+fn probabilities_that_no_probe_tells_apart_tell_together() {
+    // Training moved every logit by a little, the server rounds by half as much, both up here and down there.
+    let moved = |index: usize, rank: usize| if (index + rank).is_multiple_of(2) { 0.06 } else { -0.06 };
+    let rounded = |index: usize, rank: usize| if (index / 2 + rank / 2).is_multiple_of(2) { 0.03 } else { -0.03 };
+    let at = |index: usize, change: &dyn Fn(usize, usize) -> f32| {
+        let mut place = place([2, 5, 3, 0][index % 4], 1.0);
+        place.top.iter_mut().enumerate().for_each(|(rank, one)| one.logit += change(index, rank));
+        place
+    };
+    let all = |first: usize, change: &dyn Fn(usize, usize) -> f32| Said {
+        places: (0..4).map(|index| at(first + index, change)).collect(),
+        ..said(&[2, 5, 3])
+    };
+    let probes: Vec<Asked> = (0..8).map(|i| asked(all(4 * i, &moved), all(4 * i, &|_, _| 0.0))).collect();
+    for (part, verdict) in [(1.0, Verdict::Trained), (0.0, Verdict::Base), (0.5, Verdict::Other)] {
+        let tolerance = Tolerance::of(&["bf16", "q8_0"]).unwrap();
+        let mut comparison = Comparison::by(&[0], &tolerance);
+        let findings = probes.iter().enumerate().map(|(i, asked)| {
+            let told =
+                |index: usize| at(4 * i + index, &|index, rank| part * moved(index, rank) + rounded(index, rank));
+            comparison.add(asked, &words(&[2, 5, 3], Some(&told))).finding
+        });
+        let findings: Vec<Finding> = findings.collect();
+        assert_eq!(Verdict::of_most(&findings), Verdict::CannotTell, "{part}: {findings:?}");
+        assert_eq!(
+            Verdict::of_most(&findings).or_by(&comparison.strength),
+            verdict,
+            "{part}: {:?}",
+            comparison.strength
+        );
+    }
+}
+
+#[test]
+fn a_long_answer_is_kept_in_part() {
+    assert_eq!(beginning("short".into()), "short");
+    let long = beginning("ä".repeat(9000));
+    assert!(long.len() <= MOST_KEPT + 3 && long.ends_with("ä..."), "{}", long.len());
+    assert!(beginning(format!("x{}", "ä".repeat(9000))).ends_with("ä..."));
 }
 
 #[test]
@@ -460,4 +596,7 @@ fn a_server_that_misbehaves_is_a_clear_error_in_time() {
     let nobody = ask(server("http://127.0.0.1:9"), &probe(), &|_, _| ()).unwrap_err().to_string();
     assert!(nobody.contains("nobody answers") && nobody.contains("start the server"), "{nobody}");
     assert!(ask(server("localhost"), &probe(), &|_, _| ()).unwrap_err().to_string().contains("http://host:port"));
+    let error = ask(server("http://me:hush@127.0.0.1:9"), &probe(), &|_, _| ()).unwrap_err();
+    let text = error.to_string();
+    assert!(error.exit_code() == 11 && text.contains("--api-key-env") && !text.contains("hush"), "{text}");
 }
