@@ -1540,6 +1540,18 @@ fn verify_tells_what_changed_and_whether_an_export_is_what_was_trained() {
     bench.succeed(&["export", "recipe.yaml", "--sign", "key.pem"]);
     bench.succeed(&["verify", "run", "--key", "public.pem"]);
 
+    // A program is told, too, that somebody else has written it; and what lists nothing agrees with nothing.
+    let manifest = bench.path("run/manifest.json");
+    let signed = std::fs::read(&manifest).unwrap();
+    std::fs::write(&manifest, [&signed[..], b" "].concat()).unwrap();
+    let output = bench.engraft(&["verify", "run", "--key", "public.pem", "--json"]);
+    let result: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((output.status.code(), &result["signed"], &result["agrees"]), (Some(12), &json!(false), &json!(false)));
+    assert!(result["wrong"][0].as_str().unwrap().contains("does not sign"), "{result}");
+    std::fs::write(&manifest, "{}").unwrap();
+    bench.fail(&["verify", "run"], 7, &["lists no base and no outputs"]);
+    std::fs::write(&manifest, signed).unwrap();
+
     // Exports: the adapter on its base and the merged model give the trained answers.
     bench.succeed(&["export", "run", "--target", "peft", "--out", "exported", "--sign", "key.pem"]);
     bench.succeed(&["verify", "exported", "--key", "public.pem"]);
@@ -1555,6 +1567,10 @@ fn verify_tells_what_changed_and_whether_an_export_is_what_was_trained() {
     let output = alone.env("HF_HUB_OFFLINE", "1").env("HF_HOME", bench.path("hub")).output().unwrap();
     let errors = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.code() == Some(11) && errors.contains("tiny/base"), "{errors}");
+
+    // Without a tokenizer of its own it has its base's.
+    std::fs::remove_file(adapter.join("tokenizer.json")).unwrap();
+    bench.succeed(&["verify", "exported", "--model", "base"]);
 
     // An adapter at half its strength, and one that does nothing.
     let weights = adapter.join("adapter_model.safetensors");
@@ -1573,6 +1589,8 @@ fn verify_tells_what_changed_and_whether_an_export_is_what_was_trained() {
     let text = std::fs::read_to_string(&tokenizer).unwrap();
     std::fs::write(&tokenizer, format!("{text} ")).unwrap();
     bench.fail(&["verify", "whole"], 12, &["tokenizer_config.json is another one"]);
+    std::fs::remove_file(&tokenizer).unwrap();
+    bench.fail(&["verify", "whole"], 12, &["1 of the files", "tokenizer_config.json is missing"]);
     bench.fail(&["verify", "whole", "--server", "http://127.0.0.1:9"], 11, &["nobody answers"]);
     bench.fail(
         &["verify", "whole", "--server", "http://127.0.0.1:9", "--api-key-env", "NO_SUCH_KEY"],
