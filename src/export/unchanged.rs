@@ -391,7 +391,7 @@ mod tests {
         assert_eq!(telling(&found(folder.path(), &manifest).unwrap()), [""; 0]);
         let output = folder.path().join("out/model.gguf");
         // Whoever may read everything can still not read what a disk has lost: a file of the system that refuses to be read.
-        let (path, expected) = if fs::set_permissions(&output, fs::Permissions::from_mode(0)).is_ok()
+        let (path, expected) = if fs::set_permissions(&output, fs::Permissions::from_mode(0o0)).is_ok()
             && fs::File::open(&output).is_err()
         {
             (output.clone(), FileDigest { path: output.clone(), bytes: 8 << 20, sha256: "0".repeat(64) })

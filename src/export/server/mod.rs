@@ -147,7 +147,8 @@ pub fn ask(server: Server<'_>, probe: &Probe, progress: &dyn Fn(u64, u64)) -> Re
 /// The beginning of an answer: a server may send any amount.
 fn beginning(mut answer: String) -> String {
     if answer.len() > MOST_KEPT {
-        answer.truncate(answer.floor_char_boundary(MOST_KEPT));
+        let end = (0..=MOST_KEPT).rev().find(|end| answer.is_char_boundary(*end));
+        answer.truncate(end.unwrap_or_default());
         answer += "...";
     }
     answer
