@@ -10,10 +10,10 @@ use serde::{Deserialize, Serialize};
 /// ones do. How many `u` that comes to is the model's: of SmolLM2-135M (30 layers, answers to four prompts, teacher-forced in
 /// transformers) the root of the mean square over places and the twenty likeliest tokens is 8 `u` where weights are made wrong at
 /// random by any `u` from 1.6e-3 to 8.4e-2, 6 in bf16 and 11 in `q8_0`; of a single prompt up to 13. Of random models of two layers it
-/// is 5 to 9. [`TYPICAL`] allows sixteen. What is rounded coarsely differs by less than that, as no difference is larger than
-/// [`MOST`], far below what an unrelated model has (the root of 2). The largest of some thousand such numbers is some five times as
-/// large, and more where an activation stands out ([`LARGEST`]). Where several roundings come together (weights in one form, products
-/// in another), their squares add up.
+/// is 5 to 9. [`TYPICAL`] allows sixteen. What is rounded coarsely differs by less than that: `q4_0` of SmolLM2-135M by 0.74, of a
+/// single prompt by 1.02, while an unrelated model is as far as the root of 2, which [`MOST`] keeps every form below. The largest of
+/// some thousand such numbers is some five times as large, and more where an activation stands out ([`LARGEST`]). Where several
+/// roundings come together (weights in one form, products in another), their squares add up.
 ///
 /// `u` of the forms ([`FORMATS`]), for weights that are normal to begin with:
 ///
@@ -45,8 +45,8 @@ pub struct Tolerance {
 
 /// What the root of the mean square may be, in `u`, as long as that is small.
 const TYPICAL: f64 = 16.0;
-/// What it may be at most, in spreads.
-const MOST: f64 = 0.6;
+/// What it comes near where that is large, in spreads.
+const MOST: f64 = 1.8;
 /// What the largest number may be, in what the root of the mean square may be.
 const LARGEST: f64 = 8.0;
 
@@ -132,7 +132,7 @@ mod tests {
             (&["bf16"], 1.3e-2, 5.7e-2),
             (&["bf16", "computed in bf16"], 6.9e-2, 3.7e-1),
             (&["q8_0"], 6.6e-2, 2.4e-1),
-            (&["q4_0"], 8.9e-1, 3.0),
+            (&["q4_0"], 1.02, 5.6),
         ] {
             let allowed = Tolerance::of(forms).unwrap();
             assert!(mean < allowed.mean && largest < allowed.largest, "{allowed:?}");
@@ -149,7 +149,8 @@ mod tests {
         let both = Tolerance::of(&["q8_0", "bf16", "bf16"]).unwrap();
         assert!((both.mean / one.mean.hypot(other.mean) - 1.0).abs() < 0.01);
         let most = FORMATS.iter().map(|(name, _)| Tolerance::of(&[name]).unwrap().mean).fold(0.0, f64::max);
-        assert!((0.5..MOST).contains(&most), "{most}");
+        // An unrelated model is as far as the root of 2.
+        assert!((0.5..std::f64::consts::SQRT_2).contains(&most), "{most}");
         assert_eq!(both.formats, ["bf16", "q8_0"]);
         assert_eq!(one.and("q8_0"), both);
         assert_eq!(Tolerance::of(&["fp32"]), Tolerance::of(&["f32"]));
