@@ -1,14 +1,18 @@
 //! Folds an update into the weight it was trained beside.
 
-use tch::{Kind, Tensor, no_grad};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use tch::{Device, Kind, Tensor, no_grad};
 
 use super::Update;
+use crate::torch_ext::parallel_tasks;
 use crate::weights::non_finite_numbers;
 use crate::{Error, Fault, Result};
 
 /// Numbers computed at a time: few enough for what is computed with them to stay in the caches, and for the copies of a chunk to be
 /// nothing beside a large weight.
-const CHUNK: i64 = 1 << 20;
+const CHUNK: i64 = 1 << 18;
 
 /// `W + scale * B A`, its rows brought to their trained lengths with DoRA, computed in fp32 and rounded once to `kind`. `weight` (out, in)
 /// is on the CPU and contiguous; its own memory is used where it is of that kind, so that there are never two of it.
@@ -20,33 +24,60 @@ pub fn merged(weight: Tensor, update: &Update, kind: Kind) -> Result<Tensor> {
     if weight.size() != [rows, columns] {
         return Err(fault(format!("the weight is {:?}, but its adapter fits [{rows}, {columns}]", weight.size())));
     }
+    let [a, b] = [&update.a, &update.b].map(|factor| factor.detach().to_device(Device::Cpu).to_kind(Kind::Float));
+    let lengths = update.lengths.as_ref().map(|lengths| lengths.detach().to_device(Device::Cpu));
+    let result = match weight.kind() == kind {
+        true => weight.shallow_clone(),
+        false => Tensor::empty(weight.size(), (kind, Device::Cpu)),
+    };
     let chunk = (CHUNK / columns).max(1);
-    no_grad(|| {
-        let [a, b] = [&update.a, &update.b].map(|t| t.to_device(weight.device()).to_kind(Kind::Float));
-        let result = match weight.kind() == kind {
-            true => weight.shallow_clone(),
-            false => Tensor::empty(weight.size(), (kind, weight.device())),
-        };
-        let mut odd = 0;
-        for start in (0..rows).step_by(chunk as usize) {
-            let length = chunk.min(rows - start);
-            let part = |whole: &Tensor| whole.narrow(0, start, length);
-            let mut sum = part(&b).matmul(&a).g_mul_scalar_(update.scale).g_add_(&part(&weight)); // (chunk, in)
-            if let Some(lengths) = &update.lengths {
-                let found = sum.norm_scalaropt_dim(2.0, [1i64].as_slice(), true); // (chunk, 1)
-                sum *= part(&lengths.to_device(weight.device())).unsqueeze(1) / found;
-            }
-            part(&result).copy_(&sum);
-            odd += non_finite_numbers(&part(&result));
+    let chunks = (0..rows).step_by(chunk as usize).map(|start| {
+        let part = |whole: &Tensor| whole.narrow(0, start, chunk.min(rows - start));
+        Mutex::new(Rows {
+            weight: part(&weight),
+            result: part(&result),
+            a: a.shallow_clone(),
+            b: part(&b),
+            lengths: lengths.as_ref().map(part),
+        })
+    });
+    let chunks: Vec<Mutex<Rows>> = chunks.collect();
+    // Each thread does a chunk from beginning to end: threads that waited for each other after every operation would do little else.
+    let (odd, scale) = (AtomicUsize::new(0), update.scale);
+    parallel_tasks(chunks.len(), |index| {
+        let rows = chunks[index].lock().expect("a chunk has one task");
+        odd.fetch_add(no_grad(|| rows.fold(scale)), Ordering::Relaxed);
+    });
+    match odd.into_inner() {
+        0 => Ok(result),
+        odd => Err(Error::Model(
+            Fault::new(&update.module, format!("{odd} merged values are too large for {kind:?}"))
+                .hint("merge to bf16 or fp32"),
+        )),
+    }
+}
+
+/// Some rows of a weight, and what goes into them.
+struct Rows {
+    weight: Tensor,
+    result: Tensor,
+    a: Tensor,
+    b: Tensor,
+    lengths: Option<Tensor>,
+}
+
+impl Rows {
+    /// Writes the sum into the result; gives how many of its numbers are not finite.
+    fn fold(&self, scale: f64) -> usize {
+        let mut sum = self.b.matmul(&self.a).g_mul_scalar_(scale).g_add_(&self.weight); // (chunk, in)
+        if let Some(lengths) = &self.lengths {
+            let found = sum.norm_scalaropt_dim(2.0, [1i64].as_slice(), true); // (chunk, 1)
+            sum *= lengths.unsqueeze(1) / found;
         }
-        if odd > 0 {
-            return Err(Error::Model(
-                Fault::new(&update.module, format!("{odd} merged values are too large for {kind:?}"))
-                    .hint("merge to bf16 or fp32"),
-            ));
-        }
-        Ok(result)
-    })
+        let mut result = self.result.shallow_clone();
+        result.copy_(&sum);
+        non_finite_numbers(&result)
+    }
 }
 
 /// [`merged`] of the weights of all experts, (E, out, in), or (E, in, out) where `transposed`.
@@ -69,7 +100,6 @@ pub fn merged_experts(weights: Tensor, update: &Update, transposed: bool, kind: 
 mod tests {
     use super::*;
     use crate::model::sites::Role;
-    use tch::Device;
 
     fn update(rows: i64, columns: i64, r: i64) -> Update {
         tch::manual_seed(5);

@@ -226,9 +226,12 @@ pub(super) fn round(kind: Kind, numbers: &[f32], out: &mut [u8]) {
     }
 }
 
-/// How many numbers of a contiguous CPU tensor are NaN or infinite.
+/// How many numbers of a contiguous CPU tensor are NaN or infinite; of one that is large, in parallel.
 pub(crate) fn non_finite_numbers(tensor: &Tensor) -> usize {
-    non_finite_in(tensor.kind(), bytes(tensor))
+    match bytes(tensor) {
+        few if few.len() <= CHUNK => non_finite(tensor.kind(), few),
+        many => non_finite_in(tensor.kind(), many),
+    }
 }
 
 /// [`non_finite`] of many bytes, in parallel.
