@@ -8,6 +8,8 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::thread::JoinHandle;
 
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
@@ -189,12 +191,40 @@ fn shards(tensors: &[TensorSpec], shard_bytes: u64) -> Vec<Vec<usize>> {
     shards
 }
 
+/// Bytes after which what is written so far is sent on to the disk, while the next are being made.
+const STRETCH: usize = 32 << 20;
+
 /// A file under its temporary name; removed when it is not committed.
 pub(super) struct Unfinished<'a> {
     path: &'a Path,
     temporary: PathBuf,
     file: File,
     committed: bool,
+    /// Bytes since the disk was last told.
+    waiting: usize,
+    disk: Option<Disk>,
+}
+
+/// A thread that waits for the disk, so that the end of a file need not wait for all of it.
+struct Disk {
+    tell: SyncSender<()>,
+    thread: JoinHandle<io::Result<()>>,
+}
+
+impl Disk {
+    fn new(file: &File) -> io::Result<Self> {
+        let file = file.try_clone()?;
+        let (tell, told) = sync_channel(1);
+        let thread = std::thread::Builder::new().name("disk".into());
+        let thread = thread.spawn(move || told.into_iter().try_for_each(|()| file.sync_data()))?;
+        Ok(Self { tell, thread })
+    }
+
+    /// Waits for what it was told; an error of the disk is told once only, so perhaps here and nowhere else.
+    fn end(self) -> io::Result<()> {
+        drop(self.tell);
+        self.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
 }
 
 impl<'a> Unfinished<'a> {
@@ -213,15 +243,34 @@ impl<'a> Unfinished<'a> {
         temporary.push(".partial");
         let temporary = path.with_file_name(temporary);
         let file = File::create(&temporary).map_err(|error| unwritten(path, &error))?;
-        Ok(Self { path, temporary, file, committed: false })
+        Ok(Self { path, temporary, file, committed: false, waiting: 0, disk: None })
     }
 
     pub(super) fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.file.write_all(bytes).map_err(|error| unwritten(self.path, &error))
+        for bytes in bytes.chunks(STRETCH) {
+            self.stretch(bytes).map_err(|error| unwritten(self.path, &error))?;
+        }
+        Ok(())
+    }
+
+    fn stretch(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.file.write_all(bytes)?;
+        self.waiting += bytes.len();
+        if self.waiting >= STRETCH {
+            if self.disk.is_none() {
+                self.disk = Some(Disk::new(&self.file)?);
+            }
+            // One that is still at work, or has failed, sees the rest at the end.
+            let told = self.disk.as_ref().is_some_and(|disk| disk.tell.try_send(()).is_ok());
+            self.waiting = if told { 0 } else { self.waiting };
+        }
+        Ok(())
     }
 
     pub(super) fn commit(mut self) -> Result<()> {
+        let disk = self.disk.take();
         let finish = || -> io::Result<()> {
+            disk.map_or(Ok(()), Disk::end)?;
             self.file.sync_all()?;
             fs::rename(&self.temporary, self.path)?;
             // The rename itself must reach the disk too. An empty parent is the current folder.
@@ -236,6 +285,8 @@ impl<'a> Unfinished<'a> {
 
 impl Drop for Unfinished<'_> {
     fn drop(&mut self) {
+        // Its error is that of a file which is not wanted any more, or was told.
+        let _ = self.disk.take().map(Disk::end);
         if !self.committed {
             // Nothing more can be done about a file that cannot be removed; the error being reported names the folder.
             let _ = fs::remove_file(&self.temporary);
@@ -383,6 +434,8 @@ mod tests {
             temporary: PathBuf::from("/nonexistent/.model"),
             file: File::options().write(true).open("/dev/full").unwrap(),
             committed: false,
+            waiting: 0,
+            disk: None,
         };
         let mut full = full;
         let error = full.write(&[0; 1 << 16]).unwrap_err();
