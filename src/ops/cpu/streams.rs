@@ -172,10 +172,44 @@ fn dots<S: Stored>(a: &[S], b: &[S], (left, right, d): (usize, usize, usize), ou
     let fused = target_cfg_f!(target_feature = "fma");
     let tokens = a.chunks_exact(left * d).zip(b.chunks_exact(right * d)).zip(out.chunks_exact_mut(left * right));
     for ((a, b), out) in tokens {
-        for (a, out) in a.chunks_exact(d).zip(out.chunks_exact_mut(right)) {
-            for (b, out) in b.chunks_exact(d).zip(out) {
-                *out = dot(a, b, fused);
+        match (left, right) {
+            (4, 4) => dots_of_token::<S, 4, 4>(a, b, d, out, fused),
+            (1, 4) => dots_of_token::<S, 1, 4>(a, b, d, out, fused),
+            _ => {
+                for (a, out) in a.chunks_exact(d).zip(out.chunks_exact_mut(right)) {
+                    for (b, out) in b.chunks_exact(d).zip(out) {
+                        *out = dot(a, b, fused);
+                    }
+                }
             }
+        }
+    }
+}
+
+/// The products of L rows with R rows: each number is made wide once, and all sums stay in registers.
+#[inline(always)]
+fn dots_of_token<S: Stored, const L: usize, const R: usize>(a: &[S], b: &[S], d: usize, out: &mut [f32], fused: bool) {
+    let a: [&[S]; L] = std::array::from_fn(|row| &a[row * d..][..d]);
+    let b: [&[S]; R] = std::array::from_fn(|row| &b[row * d..][..d]);
+    let mut sums = [[[0f32; LANES]; R]; L];
+    let whole = d - d % LANES;
+    let wide = |row: &[S], at: usize| -> [f32; LANES] {
+        let row: &[S; LANES] = row[at..][..LANES].try_into().expect("as many lanes");
+        std::array::from_fn(|lane| row[lane].wide())
+    };
+    for at in (0..whole).step_by(LANES) {
+        let b: [[f32; LANES]; R] = std::array::from_fn(|row| wide(b[row], at));
+        for (a, sums) in a.iter().zip(&mut sums) {
+            let a = wide(a, at);
+            for (b, sums) in b.iter().zip(sums) {
+                (0..LANES).for_each(|lane| sums[lane] = multiply_add(fused, a[lane], b[lane], sums[lane]));
+            }
+        }
+    }
+    for (row, (a, out)) in a.iter().zip(out.chunks_exact_mut(R)).enumerate() {
+        for (column, (b, out)) in b.iter().zip(out).enumerate() {
+            let rest: f32 = (whole..d).map(|at| a[at].wide() * b[at].wide()).sum();
+            *out = sums[row][column].iter().sum::<f32>() + rest;
         }
     }
 }
@@ -288,7 +322,8 @@ fn products_of<S: Stored>(dx: &Tensor, h: &Tensor) -> Tensor {
 
 fn read_gradient_of<S: Stored>(of: &ReadGradient<'_>, h: &Tensor, dx: &Tensor, more: Option<&Tensor>) -> Tensor {
     let (shape, (_, copies, d)) = (h.size(), sizes(h));
-    let function = (elements::<f32>(of.function), of.function.size()[0] as usize);
+    let n = of.function.size()[0] as usize;
+    let function = (in_tiles(elements::<f32>(of.function), (copies, d)), n);
     let [weights, factor, pre] = [of.weights, of.factor, of.pre].map(elements::<f32>);
     let (h, dx, more) = (elements::<S>(h), elements::<S>(dx), more.map(elements::<S>));
     filled::<S>(&shape, |range, out| {
@@ -303,9 +338,24 @@ fn read_gradient_of<S: Stored>(of: &ReadGradient<'_>, h: &Tensor, dx: &Tensor, m
                 dx: &dx[of(d)],
                 more: more.map(|more| &more[of(copies * d)]),
             };
-            read_rows_back(&taken, function.0, (copies, d), out);
+            read_rows_back(&taken, &function.0, (copies, d), out);
         }
     })
+}
+
+/// A function (n, M D) in the order in which [`read_tile_back`] goes through it: of each tile of columns all rows, one after the other.
+fn in_tiles(function: &[f32], (copies, d): (usize, usize)) -> Vec<f32> {
+    let width = copies * d;
+    let whole = d - d % COLUMNS;
+    let mut tiles = Vec::with_capacity(function.len());
+    for copy in 0..copies {
+        let mut tile = |at: usize, columns: usize| {
+            function.chunks_exact(width).for_each(|row| tiles.extend_from_slice(&row[copy * d + at..][..columns]));
+        };
+        (0..whole).step_by(COLUMNS).for_each(|at| tile(at, COLUMNS));
+        (whole..d).for_each(|at| tile(at, 1));
+    }
+    tiles
 }
 
 /// What the gradients of some tokens' copies are made of.
@@ -390,8 +440,9 @@ fn read_tile_back<S: Stored, const R: usize, const N: usize>(
             (0..N).for_each(|i| sums[i] += more[i].wide());
         }
     }
-    for p in 0..n {
-        let function: &[f32; N] = function[place(p)..][..N].try_into().expect("N columns");
+    let tile = &function[(copy * d + at) * n..][..n * N];
+    for (p, function) in tile.chunks_exact(N).enumerate() {
+        let function: &[f32; N] = function.try_into().expect("N columns");
         for (weights, sums) in weights.iter().zip(&mut sums) {
             let weight = weights[p];
             (0..N).for_each(|i| sums[i] = multiply_add(fused, function[i], weight, sums[i]));
