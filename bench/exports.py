@@ -85,16 +85,23 @@ def make(folder, layers):
     return base, adapter
 
 
+# A process has held at least what the one had that began it: this one is small.
+TIMED = """
+import json, resource, subprocess, sys, time
+began = time.perf_counter()
+run = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+seconds = time.perf_counter() - began
+peak = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+print(json.dumps({"code": run.returncode, "said": run.stderr, "seconds": seconds, "peak": peak}))
+"""
+
+
 def timed(command):
     """Seconds, and the most memory that it held, in bytes."""
-    began = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    said = child.stderr.read().decode(errors="replace")
-    _, status, used = os.wait4(child.pid, 0)
-    seconds = time.perf_counter() - began
-    if status:
-        sys.exit(f"{' '.join(map(str, command))} failed:\n{said}")
-    return seconds, 1024 * used.ru_maxrss
+    done = json.loads(subprocess.run([sys.executable, "-S", "-c", TIMED, *map(str, command)], check=True, capture_output=True).stdout)
+    if done["code"]:
+        sys.exit(f"{' '.join(map(str, command))} failed:\n{done['said']}")
+    return done["seconds"], done["peak"]
 
 
 def size(folder):

@@ -185,8 +185,9 @@ def stand_in(folder):
 
 def export(engraft, arguments, base, folder, name):
     with tempfile.TemporaryDirectory() as place:
-        command = [engraft, "export", *arguments, "--out", f"{place}/out", "--target", "llama.cpp"]
-        subprocess.run([*command, "--model", str(base)], check=True)
+        command = [engraft, "export", *arguments, "--out", f"{place}/out", "--target", "llama.cpp", "--no-probe"]
+        named = [] if arguments[0] == str(base) else ["--model", str(base)]
+        subprocess.run([*command, *named], check=True, stderr=subprocess.PIPE)
         (made,) = pathlib.Path(place, "out").glob("*.gguf")
         shutil.move(made, folder / name)
 

@@ -34,9 +34,11 @@ pub enum Verdict {
     CannotTell,
 }
 
-/// Part of the probes that tell something which one model must be found by: what runs elsewhere may round a probe or two to
-/// another side.
-const MOST: f64 = 0.75;
+/// Part of the probes that tell something which one model must be found by: what runs elsewhere rounds some to neither side, and
+/// one or two to the other, where an answer in words alone goes another way early.
+const HALF: f64 = 0.5;
+/// Part of those that say it is one of the two.
+const MOST: f64 = 2.0 / 3.0;
 
 impl Finding {
     /// Of whether an answer may be the trained model's and whether it may be the base's.
@@ -62,14 +64,16 @@ impl Verdict {
         }
     }
 
-    /// Of answers from elsewhere: what three quarters of the probes say that tell the two apart.
+    /// Of answers from elsewhere: what half of the probes say that tell something, and two thirds of those that name one of the two.
     pub fn of_most(findings: &[Finding]) -> Self {
         let count = |one: Finding| findings.iter().filter(|finding| **finding == one).count() as f64;
         let told = findings.len() as f64 - count(Finding::Alike);
+        let [trained, base] = [Finding::Trained, Finding::Base].map(count);
+        let is = |one: f64| one >= HALF * told && one >= MOST * (trained + base);
         match () {
             () if told == 0.0 => Self::CannotTell,
-            () if count(Finding::Trained) >= MOST * told => Self::Trained,
-            () if count(Finding::Base) >= MOST * told => Self::Base,
+            () if is(trained) => Self::Trained,
+            () if is(base) => Self::Base,
             () => Self::Other,
         }
     }
@@ -122,6 +126,10 @@ mod tests {
             (vec![Trained, Trained, Trained, Other], Verdict::Other, Verdict::Trained),
             (vec![Base, Base, Base, Trained], Verdict::Other, Verdict::Base),
             (vec![Trained, Base], Verdict::Other, Verdict::Other),
+            // A real server's bare base, whose answers are told by their words alone.
+            (vec![Base, Trained, Base, Alike, Base, Base, Base, Other], Verdict::Other, Verdict::Base),
+            (vec![Base, Base, Trained, Trained, Trained], Verdict::Other, Verdict::Other),
+            (vec![Trained, Other, Other], Verdict::Other, Verdict::Other),
             (vec![Other, Alike], Verdict::Other, Verdict::Other),
             (vec![], Verdict::CannotTell, Verdict::CannotTell),
         ] {
