@@ -98,13 +98,16 @@ fn for_target(arguments: &Export, target: Target, folder: &Path, key: Option<&Ke
     if let Some(adapter) = &adapter {
         refuse_source(folder, &adapter.folder)?;
     }
-    let base_files = {
-        let _stage = console.stage("reading the base", Unit::Bytes);
-        loading::joined(base_files)?
+    // Waited for now only where it decides something; else it is read while the export is written.
+    let base_files = match proven.filter(|_| !arguments.other_base) {
+        Some(base) => {
+            let _stage = console.stage("reading the base", Unit::Bytes);
+            let files = loading::joined(base_files)?;
+            base.prove_same(&files)?;
+            Ok(files)
+        }
+        None => Err(base_files),
     };
-    if let Some(base) = proven.filter(|_| !arguments.other_base) {
-        base.prove_same(&base_files)?;
-    }
     let elsewhere = trained_on.as_ref().and_then(|trained_on| trained_on.missing(&checkpoint));
     let asked = asked(arguments, &served, adapter.as_ref(), (scheme, elsewhere), &console)?;
     if let Asked::Nothing(why) = &asked {
@@ -127,7 +130,7 @@ fn for_target(arguments: &Export, target: Target, folder: &Path, key: Option<&Ke
         libtorch_version: torch_version().into(),
         created: jiff::Timestamp::now().to_string(),
         target: Some(target),
-        base: Base::of(&checkpoint, &checkpoint.source.name(), base_files),
+        base: Base::of(&checkpoint, &checkpoint.source.name(), base_files.or_else(loading::joined)?),
         adapter: match &adapter {
             Some(adapter) => manifest::inputs(&adapter.folder)?,
             None => Vec::new(),
