@@ -6,7 +6,7 @@ The run is exported for llama.cpp: its adapter, and the whole model in each of T
 is neither the trained model nor its base. llama-cpp-python's server (`pip install 'llama-cpp-python[server]'`) is started on each
 file in turn, with probabilities (`--logits_all true`) and without, and what `verify --server` says must be: of the trained model (or
 of the base with the adapter) that it is served, code 0; of the base that it is the bare base, code 12; of the other one that it is
-neither, code 12. A server that is gone must be said to be gone, code 11. `engraft verify` must say the same of the files.
+neither (without probabilities, that or the bare base), code 12. A server that is gone must be said to be gone, code 11. `engraft verify` must say the same of the files.
 """
 
 import argparse
@@ -123,7 +123,9 @@ def main():
                     found, result, said = verify(arguments.engraft, export, address)
                 server = result.get("server", {})
                 how = "with probabilities" if probabilities else "without"
-                good = (found, server.get("verdict")) == (code, verdict)
+                # By words alone half an adapter may pass for none; for the trained model it must not.
+                allowed = {verdict, "base"} if verdict == "other" and not probabilities else {verdict}
+                good = found == code and server.get("verdict") in allowed
                 check(f"{what}, {how}: {server.get('verdict')}, strength {server.get('strength')}", good, said)
                 if probabilities:
                     check(f"{what}: probabilities were told", server.get("probabilities") is True, said)
